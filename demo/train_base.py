@@ -1,0 +1,316 @@
+#!/usr/bin/env python
+"""Train the demo's stand-in for Stable Diffusion 1.5 inpainting: the same classes, four million weights, a drawn world.
+
+Like SD1.5, it sees people and flat cloths, in whole and through masks, but never a person beside their cloth: what it learns
+is how the drawn world looks, not how to try a cloth on. The result is an ordinary diffusers folder.
+
+The VAE and the UNet are trained in turn. A finished VAE in `--output_dir` is kept and used.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel, compute_snr
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+CAPTIONS = ("", "a person", "a cloth")
+MASK_KINDS = {
+    "person": (("agnostic", 0.45), ("random", 0.35), ("full", 0.2)),
+    "cloth": (("random", 0.5), ("full", 0.5)),
+}
+MIN_SNR_GAMMA = 5.0
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Pictures:
+    """One kind of picture, held in memory: uint8 (N, 3, H, W), and the masks (N, 1, H, W) that hide parts of it."""
+
+    images: torch.Tensor
+    masks: dict[str, torch.Tensor]
+
+
+def read_folder(folder: Path, mode: str) -> torch.Tensor:
+    files = sorted(folder.glob("*.png"))
+    if not files:
+        raise FileNotFoundError(f"--dataset_root: no pictures in {folder}; run demo/make_dataset.py first")
+    stack = np.stack([np.asarray(Image.open(file).convert(mode)) for file in files])
+    return torch.from_numpy(stack if stack.ndim == 4 else stack[..., None]).permute(0, 3, 1, 2).contiguous()
+
+
+def random_masks(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """One to three overlapping rectangles a mask, each a quarter to four fifths of a side long: (N, 1, H, W), 0 or 255."""
+    masks = torch.zeros(count, 1, height, width, dtype=torch.uint8)
+    for mask in masks:
+        for _ in range(int(torch.randint(1, 4, (), generator=generator))):
+            size, place = torch.rand(2, generator=generator) * 0.55 + 0.25, torch.rand(2, generator=generator)
+            rows, columns = int(size[0] * height), int(size[1] * width)
+            top, left = int(place[0] * (height - rows)), int(place[1] * (width - columns))
+            mask[:, top : top + rows, left : left + columns] = 255
+    return masks
+
+
+def load_pictures(root: Path, generator: torch.Generator) -> dict[str, Pictures]:
+    people, cloths = read_folder(root / "train" / "image", "RGB"), read_folder(root / "train" / "cloth", "RGB")
+    height, width = people.shape[-2:]
+    agnostic = read_folder(root / "train" / "agnostic-mask", "L")
+    return {
+        "person": Pictures(
+            people, {"agnostic": agnostic, "random": random_masks(len(people), height, width, generator)}
+        ),
+        "cloth": Pictures(cloths, {"random": random_masks(len(cloths), height, width, generator)}),
+    }
+
+
+def to_model(images: torch.Tensor) -> torch.Tensor:
+    """uint8 to [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def hide(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Grey where the mask is white, as the inpainting pipelines do."""
+    return images * (masks < 128)
+
+
+# ----------------------------------------------------------------------------------------------------------------- VAE
+
+
+def build_vae(height: int) -> AutoencoderKL:
+    channels = (24, 48, 64)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=height,
+    )
+
+
+def train_vae(pictures: dict[str, Pictures], steps: int, batch_size: int, generator: torch.Generator) -> AutoencoderKL:
+    """Reconstruct pictures, one in six behind a mask; then set `scaling_factor` so that latents have unit variance."""
+    images = torch.cat([p.images for p in pictures.values()])
+    masks = torch.cat([p.masks["random"] for p in pictures.values()])
+    vae = build_vae(images.shape[-2])
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4, betas=(0.9, 0.99))
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(100, steps), steps)
+    bar = tqdm(range(steps), desc="VAE")
+    for _ in bar:
+        chosen = torch.randint(len(images), (batch_size,), generator=generator)
+        batch = to_model(images[chosen])
+        hidden = torch.rand(batch_size, 1, 1, 1, generator=generator) < 1 / 6
+        batch = torch.where(hidden, hide(batch, masks[chosen]), batch)
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample(generator)).sample
+        loss = F.mse_loss(decoded, batch) + 0.1 * F.l1_loss(decoded, batch) + 1e-6 * posterior.kl().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if bar.n % 20 == 0:
+            bar.set_postfix(psnr=f"{10 * math.log10(4 / F.mse_loss(decoded, batch).item()):.1f} dB")
+    with torch.no_grad():
+        sample = torch.cat([vae.encode(to_model(p.images[:512])).latent_dist.mode() for p in pictures.values()])
+    vae.register_to_config(scaling_factor=1 / sample.std().item())
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: torch.Tensor, desc: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled posterior mean and standard deviation, each (N, 4, h, w)."""
+    posteriors = [vae.encode(batch).latent_dist for batch in tqdm(images.split(256), desc=desc)]
+    scale = vae.config.scaling_factor
+    return torch.cat([p.mean for p in posteriors]) * scale, torch.cat([p.std for p in posteriors]) * scale
+
+
+# ---------------------------------------------------------------------------------------------------------------- UNet
+
+
+def build_text_encoder() -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """A tokenizer of single bytes, and a frozen random text encoder: enough to tell the captions apart."""
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer, CLIPTextModel(config).eval().requires_grad_(False)
+
+
+def build_unet(latent_size: tuple[int, int], cross_attention_dim: int) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=round(math.sqrt(math.prod(latent_size))),  # StableDiffusionInpaintPipeline takes no pair
+        in_channels=9,
+        out_channels=4,
+        block_out_channels=(64, 96),
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=cross_attention_dim,
+        norm_num_groups=16,
+    )
+
+
+@dataclass
+class Latents:
+    """One kind of picture, encoded: what is drawn, and what is seen of it through each kind of mask."""
+
+    mean: torch.Tensor  # (N, 4, h, w)
+    std: torch.Tensor  # (N, 4, h, w)
+    conditions: dict[str, torch.Tensor]  # (N, 5, h, w): mask, masked picture
+    caption: int
+
+    def draw(self, kind: str, chosen: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.randn(self.mean[chosen].shape, generator=generator)
+        return self.mean[chosen] + self.std[chosen] * noise, self.conditions[kind][chosen]
+
+
+def encode_pictures(vae: AutoencoderKL, pictures: dict[str, Pictures]) -> dict[str, Latents]:
+    encoded = {}
+    for name, p in pictures.items():
+        images = to_model(p.images)
+        mean, std = encode(vae, images, f"{name} latents")
+        conditions = {}
+        for kind, masks in p.masks.items():
+            mask = F.interpolate((masks >= 128).float(), size=mean.shape[-2:])  # nearest
+            conditions[kind] = torch.cat(
+                [mask, encode(vae, hide(images, masks), f"{name} behind {kind} masks")[0]], dim=1
+            )
+        grey = encode(vae, torch.zeros_like(images[:1]), "grey")[0]
+        conditions["full"] = torch.cat([torch.ones_like(grey[:, :1]), grey], dim=1).expand(len(mean), -1, -1, -1)
+        encoded[name] = Latents(mean, std, conditions, CAPTIONS.index(f"a {name}"))
+    return encoded
+
+
+def draw_batch(latents: dict[str, Latents], batch_size: int, generator: torch.Generator):
+    """Three people to two cloths, each behind a mask of a random kind; half of the captions are dropped."""
+    targets, conditions, captions = [], [], []
+    people = round(batch_size * 0.6)
+    for name, count in (("person", people), ("cloth", batch_size - people)):
+        kinds, weights = zip(*MASK_KINDS[name])
+        drawn = torch.multinomial(torch.tensor(weights), count, replacement=True, generator=generator)
+        for i, kind in enumerate(kinds):
+            number = int((drawn == i).sum())
+            chosen = torch.randint(len(latents[name].mean), (number,), generator=generator)
+            target, condition = latents[name].draw(kind, chosen, generator)
+            targets.append(target)
+            conditions.append(condition)
+            captions.append(torch.where(torch.rand(number, generator=generator) < 0.5, 0, latents[name].caption))
+    return torch.cat(targets), torch.cat(conditions), torch.cat(captions)
+
+
+def train_unet(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    latents: dict[str, Latents],
+    caption_embeds: torch.Tensor,
+    args: argparse.Namespace,
+    generator: torch.Generator,
+) -> None:
+    """Epsilon prediction with min-SNR weights (arXiv:2303.09556); leaves the EMA weights in `unet`."""
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=1e-3)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(200, args.unet_steps), args.unet_steps)
+    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    losses, bar = [], tqdm(range(args.unet_steps), desc="UNet")
+    for _ in bar:
+        targets, conditions, captions = draw_batch(latents, args.batch_size, generator)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(targets),), generator=generator)
+        noise = torch.randn(targets.shape, generator=generator)
+        model_input = torch.cat([scheduler.add_noise(targets, noise, timesteps), conditions], dim=1)  # (B, 9, h, w)
+        noise_pred = unet(model_input, timesteps, caption_embeds[captions], return_dict=False)[0]
+        snr = compute_snr(scheduler, timesteps)
+        loss = (
+            F.mse_loss(noise_pred, noise, reduction="none").mean((1, 2, 3)) * snr.clamp(max=MIN_SNR_GAMMA) / snr
+        ).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+        losses.append(loss.item())
+        if len(losses) % 100 == 0:
+            tqdm.write(f"step {len(losses)}  loss {np.mean(losses[-100:]):.4f}  lr {schedule.get_last_lr()[0]:.2e}")
+        if len(losses) % args.checkpointing_steps == 0:
+            ema.store(unet.parameters())
+            ema.copy_to(unet.parameters())
+            unet.save_pretrained(args.output_dir / "checkpoint-unet")
+            ema.restore(unet.parameters())
+    ema.copy_to(unet.parameters())
+    unet.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_root", type=Path, required=True, help="a folder written by demo/make_dataset.py")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the diffusers folder goes")
+    parser.add_argument("--vae_steps", type=int, default=2000, help="steps of the VAE (default 2000)")
+    parser.add_argument("--unet_steps", type=int, default=9000, help="steps of the UNet (default 9000)")
+    parser.add_argument("--batch_size", type=int, default=16, help="pictures a step (default 16)")
+    parser.add_argument("--learning_rate", type=float, default=8e-4, help="the UNet's highest rate (default 8e-4)")
+    parser.add_argument(
+        "--checkpointing_steps", type=int, default=500, help="steps between copies of the UNet (default 500)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise (default 0)")
+    return parser.parse_args(input_args)
+
+
+def main(args: argparse.Namespace) -> None:
+    started = time.time()
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    pictures = load_pictures(args.dataset_root, generator)
+    if (args.output_dir / "vae" / "config.json").is_file():
+        vae = AutoencoderKL.from_pretrained(args.output_dir / "vae").eval().requires_grad_(False)
+    else:
+        vae = train_vae(pictures, args.vae_steps, args.batch_size, generator)
+        vae.save_pretrained(args.output_dir / "vae")
+    print(f"VAE ready after {time.time() - started:.0f} s, scaling factor {vae.config.scaling_factor:.4f}")
+
+    latents = encode_pictures(vae, pictures)
+    tokenizer, text_encoder = build_text_encoder()
+    tokens = tokenizer(list(CAPTIONS), padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        caption_embeds = text_encoder(tokens)[0]  # (captions, 77, 32)
+    unet = build_unet(latents["person"].mean.shape[-2:], text_encoder.config.hidden_size)
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    train_unet(unet, scheduler, latents, caption_embeds, args, generator)
+    pipe = StableDiffusionInpaintPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipe.to(dtype=torch.float16).save_pretrained(args.output_dir)
+    print(f"base in {args.output_dir} after {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,1286 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+"""Virtual try-on with Stable Diffusion 1.5: a person, a cloth, and self-attention weights alone trained between them.
+
+The file reads in the order of the data: pictures, latents in the UNet's slots, attention that sees the cloth, the adapter
+file, and the pipeline. `train_vton.py` imports the same pieces.
+"""
+
+import inspect
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.models.attention_processor import Attention
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, StableDiffusionSafetyChecker
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.hub_utils import _get_model_file
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageFilter, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import (
+    BaseImageProcessor,
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+    SegformerForSemanticSegmentation,
+)
+
+
+PictureInput = (
+    Image.Image | np.ndarray | torch.Tensor | list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
+)  # one picture, a batch, or a list
+
+# What a setting may say; the first is the default of a file that is silent.
+CHOICES = {
+    "cloth_conditioning": ("reference", "joint"),
+    "canvas_axis": ("height", "width"),
+    "cross_attention": ("skip", "prompt", "identity"),
+    "condition_latents": ("scaled", "unscaled"),
+    "trainable": ("self_attention", "attention", "attention_norms", "all"),
+}
+# The parts of a parameter's name that make it trainable; None takes every parameter.
+TRAINABLE_PARTS = {
+    "self_attention": {"attn1"},
+    "attention": {"attn1", "attn2"},
+    "attention_norms": {"attn1", "attn2", "norm", "norm1", "norm2", "norm3", "conv_norm_out"},
+    "all": None,
+}
+ADAPTER_NAME = "vton_adapter.safetensors"
+ADAPTER_FORMAT, ADAPTER_FORMAT_VERSION = "vton-adapter", "1"
+
+# What a try-on repaints, by the label names of fashn-ai/fashn-human-parser and mattmdjaga/segformer_b2_clothes.
+REPAINTED_LABELS = {
+    "upper": {"top", "upper-clothes", "dress", "scarf", "torso", "arms", "left-arm", "right-arm"},
+    "lower": {"skirt", "pants", "dress", "belt", "legs", "left-leg", "right-leg"},
+}
+REPAINTED_LABELS["dress"] = REPAINTED_LABELS["upper"] | REPAINTED_LABELS["lower"]
+KEPT_LABELS = {"face", "hair", "hat", "glasses", "sunglasses", "hands", "feet", "left-shoe", "right-shoe", "bag"}
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def as_tensors(pictures: PictureInput, name: str, channels: int) -> list[torch.Tensor]:
+    """Turn whatever shows pictures into a list of float tensors (channels, H, W) in [0, 1].
+
+    Args:
+        pictures: PIL images of any mode (EXIF orientation is applied, transparency lies on white), arrays (H, W, C),
+            tensors (C, H, W), batches of those (N, ...), or a list. uint8 is 0-255, floats are 0-1.
+        name: the argument's name, for the errors.
+        channels: 3 for photographs, 1 for masks.
+    """
+    if isinstance(pictures, (np.ndarray, torch.Tensor)) and pictures.ndim == 4:
+        pictures = list(pictures)
+    if not isinstance(pictures, (list, tuple)):
+        pictures = [pictures]
+    if not pictures:
+        raise ValueError(f"`{name}` must hold at least one picture, got {pictures!r}")
+    return [_as_tensor(picture, name, channels) for picture in pictures]
+
+
+def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, channels: int) -> torch.Tensor:
+    if isinstance(picture, Image.Image):
+        picture = ImageOps.exif_transpose(picture)
+        if channels == 3 and picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = np.asarray(picture.convert("RGB" if channels == 3 else "L"))
+    if isinstance(picture, np.ndarray):
+        picture = torch.from_numpy(np.array(picture[..., None] if picture.ndim == 2 else picture))
+        picture = picture.movedim(-1, 0)
+    elif not isinstance(picture, torch.Tensor):
+        raise TypeError(
+            f"`{name}` must be a PIL image, an array, a tensor or a list of them, got {type(picture).__name__}"
+        )
+    picture = picture.detach().cpu()
+    picture = picture[None] if picture.ndim == 2 else picture
+    if picture.ndim != 3 or picture.shape[0] not in {1, channels} or 0 in picture.shape:
+        shape = tuple(picture.shape)
+        raise ValueError(
+            f"`{name}` must have {channels} channel(s), as (C, H, W) tensors or (H, W, C) arrays, got (C, H, W) = {shape}"
+        )
+    if picture.dtype == torch.uint8:
+        picture = picture.float() / 255
+    elif picture.dtype == torch.bool or picture.is_floating_point():
+        picture = picture.float()
+    else:
+        raise TypeError(f"`{name}` must be uint8 (0-255) or floating point (0-1), got {picture.dtype}")
+    if not torch.isfinite(picture).all() or picture.min() < 0 or picture.max() > 1:
+        low, high = picture.min().item(), picture.max().item()
+        raise ValueError(f"`{name}` must have finite values from 0 to 1, got values from {low:g} to {high:g}")
+    return picture.expand(channels, -1, -1)
+
+
+def as_pil(picture: torch.Tensor) -> Image.Image:
+    """(C, H, W) in [0, 1] to a PIL image, RGB or L."""
+    array = (picture * 255).round().to(torch.uint8).movedim(0, -1).numpy()
+    return Image.fromarray(array if array.shape[-1] == 3 else array[..., 0])
+
+
+def resize(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(3, h, w) in [0, 1] to (3, height, width), by PIL's LANCZOS; the same tensor where the size is right."""
+    if picture.shape[1:] == (height, width):
+        return picture
+    return _as_tensor(as_pil(picture).resize((width, height), Image.Resampling.LANCZOS), "image", 3)
+
+
+def fit_cloth(cloth: Image.Image, height: int, width: int) -> Image.Image:
+    """The whole cloth, centred on white, at height x width."""
+    return ImageOps.pad(cloth, (width, height), method=Image.Resampling.LANCZOS, color="white")
+
+
+# ----------------------------------------------------------------------------------------- latents in the UNet's slots
+
+
+def encode_latents(vae: AutoencoderKL, pixels: torch.Tensor, sample: bool = False) -> torch.Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] to *unscaled* latents (B, 4, H/8, W/8): the posterior's mode, or a sample of it."""
+    return retrieve_latents(vae.encode(pixels.to(vae.dtype)), sample_mode="sample" if sample else "argmax")
+
+
+@dataclass
+class TryOnLatents:
+    """Person, mask and cloth as latents, and the UNet inputs that they make with a noisy latent.
+
+    The UNet reads `noisy 4 + person 4` (8 channels: instruct-pix2pix, or SD1.5 with a widened `conv_in`) or
+    `noisy 4 + mask 1 + person 4` (9 channels: SD1.5 inpainting).
+    """
+
+    person: torch.Tensor  # (B, 4, h, w), what is kept of the person, in the condition slot
+    mask: torch.Tensor  # (B, 1, h, w), 1 where the person is repainted
+    cloth: torch.Tensor  # (C, 4, h, w), scaled
+    cloth_condition: torch.Tensor  # (C, 4, h, w), in the condition slot
+    channels: int  # of the UNet's input: 8 or 9
+    canvas_dim: int = 2  # where a canvas puts the cloth: 2 below the person, 3 beside
+
+    @classmethod
+    def encode(
+        cls,
+        vae: AutoencoderKL,
+        person: torch.Tensor,
+        mask: torch.Tensor,
+        cloth: torch.Tensor,
+        *,
+        channels: int,
+        mask_free: bool = False,
+        condition_latents: str = "scaled",
+        canvas_axis: str = "height",
+        dtype: torch.dtype | None = None,
+    ) -> "TryOnLatents":
+        """Encode person (B, 3, H, W) and cloth (C, 3, H, W) in [-1, 1] and the binary mask (B, 1, H, W)."""
+        scale = vae.config.scaling_factor
+        condition_scale = scale if condition_latents == "scaled" else 1.0
+        kept = person if mask_free else person * (mask < 0.5)
+        person_latents, cloth_latents = encode_latents(vae, kept).to(dtype), encode_latents(vae, cloth).to(dtype)
+        return cls(
+            person=person_latents * condition_scale,
+            mask=F.interpolate(mask.to(person_latents), size=person_latents.shape[-2:]),  # nearest
+            cloth=cloth_latents * scale,
+            cloth_condition=cloth_latents * condition_scale,
+            channels=channels,
+            canvas_dim=2 if canvas_axis == "height" else 3,
+        )
+
+    def _slots(self, noisy: torch.Tensor, mask: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        return torch.cat([noisy, mask, condition] if self.channels == 9 else [noisy, condition], dim=1)
+
+    def person_rows(self, noisy: torch.Tensor) -> torch.Tensor:
+        """(B, 4, h, w) noisy latents to the person's UNet input (B, 8 or 9, h, w)."""
+        return self._slots(noisy, self.mask, self.person)
+
+    def cloth_rows(self) -> torch.Tensor:
+        """The cloth's UNet input (C, 8 or 9, h, w): clean in both slots, nothing masked. It goes with timestep 0."""
+        return self._slots(self.cloth, torch.zeros_like(self.cloth[:, :1]), self.cloth_condition)
+
+    def canvas(self, person: torch.Tensor, cloth: torch.Tensor) -> torch.Tensor:
+        """Person and cloth on one canvas, (B, c, 2h, w) or (B, c, h, 2w)."""
+        return torch.cat([person, cloth.expand(len(person), -1, -1, -1)], dim=self.canvas_dim)
+
+    def canvas_rows(self, noisy: torch.Tensor, cloth_seen: torch.Tensor | bool) -> torch.Tensor:
+        """A noisy canvas to its UNet input; where `cloth_seen` (B, 1, 1, 1) is false the cloth's condition is zero."""
+        condition = self.canvas(self.person, self.cloth_condition * cloth_seen)
+        return self._slots(noisy, self.canvas(self.mask, torch.zeros_like(self.mask)), condition)
+
+    def person_part(self, canvas: torch.Tensor) -> torch.Tensor:
+        return canvas.chunk(2, dim=self.canvas_dim)[0]
+
+    def repeat(self, times: int, cloth: bool) -> "TryOnLatents":
+        """Every person `times` times in a row, and every cloth too if asked."""
+        repeated = {name: getattr(self, name).repeat_interleave(times, dim=0) for name in ("person", "mask")}
+        if cloth:
+            repeated |= {
+                name: getattr(self, name).repeat_interleave(times, dim=0) for name in ("cloth", "cloth_condition")
+            }
+        return TryOnLatents(**(vars(self) | repeated))
+
+
+# ----------------------------------------------------------------------------------------- attention that sees a cloth
+
+
+def _project(attn: Attention, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Queries, keys and values, each (B, heads, N, head_dim)."""
+    for layer in (attn.to_q, attn.to_k, attn.to_v):
+        yield layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+def _output(attn: Attention, attended: torch.Tensor) -> torch.Tensor:
+    """(B, heads, N, head_dim) to (B, N, C), through `to_out`."""
+    return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+
+
+class ClothCacheAttnProcessor:
+    """`attn1` at inference: the first call reads the cloths and keeps their keys and values, later ones look at them too.
+
+    In later calls the last rows are the conditional ones, a whole number for every cloth; rows before them (the
+    unconditional half) see no cloth. One instance lasts for one call of the pipeline.
+    """
+
+    def __init__(self) -> None:
+        self.cloth: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values, (C, heads, N, head_dim)
+        self.rows = 0  # conditional rows of a denoising batch
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        query, key, value = _project(attn, hidden_states)
+        if self.cloth is None:
+            self.cloth = key, value
+            return _output(attn, F.scaled_dot_product_attention(query, key, value))
+        cloth_key, cloth_value = (x.repeat_interleave(self.rows // len(x), dim=0) for x in self.cloth)
+        without = len(query) - self.rows
+        attended = F.scaled_dot_product_attention(
+            query[without:],
+            torch.cat([key[without:], cloth_key], dim=2),
+            torch.cat([value[without:], cloth_value], dim=2),
+        )
+        if without:
+            attended = torch.cat(
+                [F.scaled_dot_product_attention(query[:without], key[:without], value[:without]), attended]
+            )
+        return _output(attn, attended)
+
+
+class ClothBesideAttnProcessor:
+    """`attn1` in training: the batch is `[person rows ; cloth rows]`, and nothing is kept between calls.
+
+    Person queries see `[person ; cloth]`, cloth queries the cloth alone. A person row whose `attention_mask` is 0 (the UNet
+    makes a negative bias of it) sees no cloth: its own keys stand in the cloth's place, and attention to the same keys twice
+    is attention to them once.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        (query, cloth_query), (key, cloth_key), (value, cloth_value) = (
+            x.chunk(2) for x in _project(attn, hidden_states)
+        )
+        cloth_attended = F.scaled_dot_product_attention(cloth_query, cloth_key, cloth_value)
+        if attention_mask is not None:
+            hidden = (attention_mask.chunk(2)[0] < 0)[..., None]  # (B, 1, 1, 1)
+            cloth_key, cloth_value = torch.where(hidden, key, cloth_key), torch.where(hidden, value, cloth_value)
+        attended = F.scaled_dot_product_attention(
+            query, torch.cat([key, cloth_key], dim=2), torch.cat([value, cloth_value], dim=2)
+        )
+        return _output(attn, torch.cat([attended, cloth_attended]))
+
+
+class SkipAttnProcessor:
+    """`attn2` that adds nothing."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class IdentityAttnProcessor(SkipAttnProcessor):
+    """`attn2` that returns its input, so that the block adds norm2(h): what CatVTON's weights were trained with."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return hidden_states
+
+
+@contextmanager
+def vton_attention(
+    unet: UNet2DConditionModel, self_attention: type | None, cross_attention: str
+) -> Iterator[list[ClothCacheAttnProcessor | ClothBesideAttnProcessor]]:
+    """Install the try-on processors and, at the end, whatever was there before.
+
+    Args:
+        unet: the UNet, compiled, wrapped by peft or plain.
+        self_attention: the class for every `attn1`, an instance each; None leaves them (joint mode).
+        cross_attention: `"skip"` or `"identity"` for every `attn2`; `"prompt"` leaves them.
+
+    Yields:
+        The `attn1` processors.
+    """
+    before = dict(unet.attn_processors)
+    during, installed = dict(before), []
+    cross_processor = {"skip": SkipAttnProcessor, "identity": IdentityAttnProcessor, "prompt": None}[cross_attention]
+    for name in before:
+        if ".attn1." in name and self_attention is not None:
+            during[name] = self_attention()
+            installed.append(during[name])
+        elif ".attn2." in name and cross_processor is not None:
+            during[name] = cross_processor()
+    try:
+        unet.set_attn_processor(during)
+        yield installed
+    finally:
+        unet.set_attn_processor(before)
+
+
+# --------------------------------------------------------------------------------------------------------- the adapter
+
+
+def adapter_parameters(unet: UNet2DConditionModel, trainable: str, widened: bool) -> dict[str, torch.nn.Parameter]:
+    """The parameters that an adapter holds, by their names in a plain UNet's state dict.
+
+    Args:
+        unet: the UNet, compiled or wrapped by peft as it may be.
+        trainable: `"self_attention"`, `"attention"`, `"attention_norms"` or `"all"`.
+        widened: whether `conv_in` was widened from 4 channels, and so belongs to the adapter.
+    """
+    parts, chosen = TRAINABLE_PARTS[trainable], {}
+    for name, parameter in unet.named_parameters():
+        name = name.removeprefix("_orig_mod.").replace(".base_layer.", ".")
+        if ".lora_" in name:
+            continue
+        if parts is None or parts & set(name.split(".")) or (widened and name == "conv_in.weight"):
+            chosen[name] = parameter
+    return chosen
+
+
+def widen_conv_in(unet: UNet2DConditionModel) -> torch.nn.Conv2d:
+    """Give a 4-channel UNet four condition channels whose weights start at zero; returns the old `conv_in`."""
+    old = unet.conv_in
+    new = torch.nn.Conv2d(
+        8, old.out_channels, old.kernel_size, padding=old.padding, device=old.weight.device, dtype=old.weight.dtype
+    )
+    new.requires_grad_(old.weight.requires_grad)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, :4] = old.weight
+        new.bias.copy_(old.bias)
+    unet.conv_in = new
+    unet.register_to_config(in_channels=8)
+    return old
+
+
+def _parse_setting(name: str, text: str) -> Any:
+    """A metadata string to the config's value; ValueError where it is none."""
+    if name in CHOICES:
+        if text not in CHOICES[name]:
+            raise ValueError(f"one of {', '.join(CHOICES[name])}")
+        return text
+    if name == "mask_free":
+        if text not in {"true", "false"}:
+            raise ValueError("true or false")
+        return text == "true"
+    if name == "guidance_scale":
+        if not math.isfinite(float(text)):
+            raise ValueError("a finite number")
+        return float(text)
+    if name in {"in_channels", "height", "width", "trained_steps"}:
+        if int(text) < (0 if name == "trained_steps" else 1):
+            raise ValueError("a positive whole number")
+        return int(text)
+    return text  # base_model
+
+
+# The settings that travel in an adapter's metadata and live in the pipeline's config, with the defaults of both.
+ADAPTER_SETTINGS = {name: choices[0] for name, choices in CHOICES.items()} | {
+    "mask_free": False,
+    "guidance_scale": 7.5,
+    "base_model": None,
+    "height": None,
+    "width": None,
+    "trained_steps": None,
+}
+
+
+def read_adapter(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read an adapter: its weights, and its settings (`ADAPTER_SETTINGS` and `in_channels`) with defaults filled in.
+
+    Raises:
+        ValueError: the file is no safetensors file, of another format or a later version, or has an unknown setting.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"the adapter {file} is not a whole safetensors file: {error}") from error
+    if metadata.get("format") != ADAPTER_FORMAT:
+        raise ValueError(
+            f"the adapter {file} must say format={ADAPTER_FORMAT!r} in its metadata, got {metadata.get('format')!r}"
+        )
+    if metadata.get("format_version") != ADAPTER_FORMAT_VERSION:
+        version = metadata.get("format_version")
+        raise ValueError(
+            f"the adapter {file} has format_version {version!r}; this pipeline reads {ADAPTER_FORMAT_VERSION!r}"
+        )
+    if "in_channels" not in metadata:
+        raise ValueError(f"the adapter {file} must say in_channels (4, 8 or 9) in its metadata")
+    settings = dict(ADAPTER_SETTINGS)
+    for name, text in metadata.items():
+        if name in {"format", "format_version"}:
+            continue
+        if name not in settings and name != "in_channels":
+            raise ValueError(f"the adapter {file} has the unknown setting {name}={text!r}")
+        try:
+            settings[name] = _parse_setting(name, text)
+        except ValueError as error:
+            raise ValueError(f"the adapter {file} has the setting {name}={text!r}: {error}") from error
+    return weights, settings
+
+
+def write_adapter(file: str | os.PathLike, weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
+    """Write weights and settings (None is left out) to a temporary name, then rename: never half a file."""
+    texts = {
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in settings.items()
+        if value is not None
+    }
+    metadata = {"format": ADAPTER_FORMAT, "format_version": ADAPTER_FORMAT_VERSION, **texts}
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, temporary, metadata)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------------- the pipeline
+
+
+@dataclass
+class Job:
+    """What `check_inputs` learnt of a call: the pictures, where in them to work, and at which size."""
+
+    persons: list[torch.Tensor]  # N of (3, H, W) in [0, 1]
+    cloths: list[torch.Tensor]  # 1 or N of (3, H, W)
+    masks: list[torch.Tensor] | None  # N of (1, H, W), 0 or 1
+    regions: list[tuple[int, int, int, int]]  # N of (left, top, right, bottom)
+    height: int
+    width: int
+
+
+class StableDiffusionVTONPipeline(
+    DiffusionPipeline,
+    StableDiffusionMixin,
+    TextualInversionLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+    FromSingleFileMixin,
+):
+    r"""Virtual try-on: put the cloth of one photograph on the person of another.
+
+    Args:
+        vae: encodes and decodes pictures.
+        unet: an SD1.5-shaped UNet with 9 input channels (inpainting), 8 (instruct-pix2pix) or 4 (widened by the adapter).
+        scheduler: any diffusers scheduler; `DDPMScheduler` is the one that the figures are measured with.
+        text_encoder, tokenizer: used where `cross_attention` is `"prompt"`.
+        safety_checker, feature_extractor: looks at the finished pictures, if there is one.
+        human_parser, human_parser_processor: a Segformer human parser that draws the mask where none is given.
+        cloth_conditioning: `"reference"` (the cloth is read once, its keys and values stand in every `attn1`) or
+            `"joint"` (person and cloth on one canvas).
+        canvas_axis: `"height"` or `"width"`, where joint mode puts the cloth.
+        cross_attention: `"skip"` (no text), `"prompt"` or `"identity"` (CatVTON's).
+        condition_latents: `"scaled"` by the VAE's factor, or `"unscaled"`.
+        mask_free: the condition is the whole person, and a mask is not needed.
+        guidance_scale: what `guidance_scale=None` means in a call.
+        in_channels: input channels of the UNet before any widening (4, 8 or 9); None takes the UNet's.
+        height, width: the native size in pixels; None takes the UNet's.
+        trainable: which weights an adapter holds.
+        base_model, trained_steps: where the weights come from; for information.
+
+    An adapter's settings (`load_vton_adapter`) replace the settings here, until it is unloaded.
+    """
+
+    model_cpu_offload_seq = "human_parser->text_encoder->unet->vae"
+    _optional_components = [
+        "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "human_parser", "human_parser_processor",
+    ]  # fmt: skip
+    _exclude_from_cpu_offload = ["safety_checker"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    encode_prompt = StableDiffusionPipeline.encode_prompt
+    run_safety_checker = StableDiffusionPipeline.run_safety_checker
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        text_encoder: CLIPTextModel | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        human_parser: SegformerForSemanticSegmentation | None = None,
+        human_parser_processor: BaseImageProcessor | None = None,
+        cloth_conditioning: str = "reference",
+        canvas_axis: str = "height",
+        cross_attention: str = "skip",
+        condition_latents: str = "scaled",
+        mask_free: bool = False,
+        guidance_scale: float = 7.5,
+        in_channels: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        trainable: str = "self_attention",
+        base_model: str | None = None,
+        trained_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        settings = {name: value for name, value in locals().items() if name in ADAPTER_SETTINGS}
+        for name, choices in CHOICES.items():
+            if settings[name] not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {settings[name]!r}")
+        self.register_modules(
+            vae=vae,
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            human_parser=human_parser,
+            human_parser_processor=human_parser_processor,
+        )
+        in_channels = in_channels if in_channels is not None or unet is None else unet.config.in_channels
+        self.register_to_config(in_channels=in_channels, **settings)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.mask_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+        )
+        self._adapter_backup: dict[str, Any] | None = None  # what unload_vton_adapter puts back
+
+    # ---- the adapter
+
+    def load_vton_adapter(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> None:
+        """Put a try-on adapter's weights into the UNet, and its settings into the pipeline's config.
+
+        Everything in the file is checked before anything changes. A second adapter replaces the first.
+
+        Args:
+            pretrained_model_name_or_path: a Hub repository, a folder or a file.
+            weight_name: the file's name; None tries `vton_adapter.safetensors`, then `model.safetensors`.
+            subfolder, revision, token, cache_dir, force_download, local_files_only: as in `from_pretrained`.
+
+        Raises:
+            ValueError: the file is damaged, of another format or a later version, or does not fit this UNet.
+            OSError: there is no such file.
+        """
+        options = {
+            "subfolder": subfolder,
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+        }
+        self._refuse_scattered_unet()
+        file = self._find_adapter(pretrained_model_name_or_path, weight_name, options)
+        weights, settings = read_adapter(file)
+        self._check_adapter(file, weights, settings)
+        if self._adapter_backup is not None:
+            self.unload_vton_adapter()
+        backup = {"settings": {name: self.config[name] for name in ADAPTER_SETTINGS}, "conv_in": None}
+        if self.unet.config.in_channels == 4:
+            backup["conv_in"] = widen_conv_in(self.unet)
+        parameters = adapter_parameters(self.unet, settings["trainable"], settings["in_channels"] == 4)
+        backup["weights"] = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+        self.register_to_config(**settings)
+        self._adapter_backup = backup
+
+    def unload_vton_adapter(self) -> None:
+        """Put the base's weights back, bit for bit, and the settings from before the adapter."""
+        if self._adapter_backup is None:
+            raise ValueError(
+                "unload_vton_adapter: no adapter was loaded with load_vton_adapter; weights saved by save_pretrained are merged"
+            )
+        self._refuse_scattered_unet()
+        backup = self._adapter_backup
+        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.in_channels == 4)
+        with torch.no_grad():
+            for name, weight in backup["weights"].items():
+                parameters[name].copy_(weight)
+        if backup["conv_in"] is not None:
+            device_and_dtype = self.unet.conv_in.weight
+            self.unet.conv_in = backup["conv_in"].to(device_and_dtype)
+            self.unet.register_to_config(in_channels=4)
+        self.register_to_config(**backup["settings"])
+        self._adapter_backup = None
+
+    def save_vton_adapter(self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+        """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings."""
+        if self.unet.config.in_channels == 4:
+            raise ValueError(
+                "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
+            )
+        self._refuse_scattered_unet()
+        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.in_channels == 4)
+        settings = {name: self.config[name] for name in ("in_channels", *ADAPTER_SETTINGS)}
+        weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
+        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, settings)
+
+    def _refuse_scattered_unet(self) -> None:
+        if _is_group_offload_enabled(self.unet) or any(p.device.type == "meta" for p in self.unet.parameters()):
+            raise ValueError(
+                "the UNet's weights are spread by sequential or group offloading: load, save or unload the adapter before it is enabled"
+            )
+
+    @staticmethod
+    def _find_adapter(path: str | os.PathLike, weight_name: str | None, options: dict[str, Any]) -> str:
+        names = [weight_name] if weight_name else [ADAPTER_NAME, "model.safetensors"]
+        if not all(name.endswith(".safetensors") for name in names):
+            raise ValueError(f"`weight_name` must end in .safetensors, got {weight_name!r}")
+        for name in names[:-1]:
+            try:
+                return _get_model_file(path, weights_name=name, **options)
+            except OSError:  # the next name may be there; the last one's error is raised
+                continue
+        return _get_model_file(path, weights_name=names[-1], **options)
+
+    def _check_adapter(self, file: str, weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
+        """ValueError unless the file's weights are exactly those of this UNet."""
+        if settings["in_channels"] != self.config.in_channels:
+            raise ValueError(
+                f"the adapter {file} is for a base with {settings['in_channels']} input channels "
+                f"(base_model={settings['base_model']!r}), this UNet has {self.config.in_channels}"
+            )
+        parameters = adapter_parameters(self.unet, settings["trainable"], settings["in_channels"] == 4)
+        missing, unexpected = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
+        if missing or unexpected:
+            example = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
+            raise ValueError(
+                f"the adapter {file} does not fit this UNet: {len(missing)} weights missing, {len(unexpected)} unexpected ({example})"
+            )
+        for name, weight in weights.items():
+            shape = list(parameters[name].shape)
+            if name == "conv_in.weight" and settings["in_channels"] == 4:
+                shape[1] = 8
+            if list(weight.shape) != shape:
+                raise ValueError(
+                    f"the adapter {file} does not fit this UNet: {name} has shape {list(weight.shape)}, not {shape}"
+                )
+            if not weight.is_floating_point() or not torch.isfinite(weight).all():
+                raise ValueError(f"the adapter {file} is damaged: {name} is not all finite floating-point numbers")
+
+    # ---- saving and loading whole pipelines
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write a complete Hub repository: the components, `model_index.json` and the code that `from_pretrained` runs."""
+        if kwargs.get("safe_serialization") is False:
+            raise ValueError("`safe_serialization` must be True: this pipeline writes safetensors only")
+        if push_to_hub:
+            raise ValueError(
+                "`push_to_hub=True` would upload before the code is written: call pipe.push_to_hub(repo_id) instead"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder, module = Path(save_directory), "pipeline_vton"
+        index = json.loads((folder / self.config_name).read_text())
+        index["_class_name"] = [module, type(self).__name__]
+        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / f"{module}.py").write_text(Path(inspect.getfile(type(self))).read_text())
+        for name in ("pipeline.py", "vton.py"):
+            (folder / name).write_text(f"from .{module} import {type(self).__name__}  # noqa: F401\n")
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers', but of a class that is already imported no code has to be trusted: it sees the plain name."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][-1]
+        return loaded
+
+    # ---- what a call is asked for
+
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths are multiples of this: 64 for SD1.5."""
+        return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def resolve_size(
+        self, person_height: int, person_width: int, height: int | None, width: int | None
+    ) -> tuple[int, int]:
+        """The size to work at: as given; else the person's aspect, at about the native area."""
+        multiple = self.size_multiple
+        for name, side in (("height", height), ("width", width)):
+            if side is not None and (not isinstance(side, int) or side <= 0 or side % multiple):
+                raise ValueError(f"`{name}` must be a positive multiple of {multiple}, got {side!r}")
+        if height is None and width is None:
+            if self.config.height and self.config.width:
+                area = self.config.height * self.config.width
+            else:
+                size = self.unet.config.sample_size
+                area = math.prod(size if isinstance(size, (list, tuple)) else (size, size)) * self.vae_scale_factor**2
+            scale = math.sqrt(area / (person_height * person_width))
+            height, width = person_height * scale, person_width * scale
+        height = width * person_height / person_width if height is None else height
+        width = height * person_width / person_height if width is None else width
+        return tuple(max(multiple, round(side / multiple) * multiple) for side in (height, width))
+
+    def check_inputs(
+        self,
+        person_image: PictureInput,
+        cloth_image: PictureInput,
+        mask_image: PictureInput | None,
+        cloth_type: str,
+        height: int | None,
+        width: int | None,
+        padding_mask_crop: int | None,
+    ) -> Job:
+        """Check the pictures and sizes of a call; returns them as the rest of the call uses them."""
+        if self.unet.config.in_channels not in {8, 9}:
+            raise ValueError(
+                f"the UNet has {self.unet.config.in_channels} input channels, try-on needs 8 or 9: load an adapter with load_vton_adapter first"
+            )
+        if cloth_type not in REPAINTED_LABELS:
+            raise ValueError(f"`cloth_type` must be one of {', '.join(REPAINTED_LABELS)}, got {cloth_type!r}")
+        persons = as_tensors(person_image, "person_image", 3)
+        cloths = as_tensors(cloth_image, "cloth_image", 3)
+        masks = self._check_masks(persons, mask_image, cloth_type)
+        count = max(len(persons), len(cloths), len(masks or ()))
+        for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks or persons)):
+            if len(pictures) not in {1, count}:
+                raise ValueError(f"`{name}` must number 1 or {count}, as the other pictures do, got {len(pictures)}")
+        persons = persons * count if len(persons) == 1 else persons
+        if masks is not None:
+            masks = masks * count if len(masks) == 1 else masks
+            for person, mask in zip(persons, masks):
+                if person.shape[1:] != mask.shape[1:]:
+                    raise ValueError(
+                        f"`mask_image` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(mask.shape[1:])}"
+                    )
+        sizes = {self.resolve_size(*person.shape[1:], height, width) for person in persons}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"`person_image` has pictures for {sorted(sizes)} (height, width): give `height` and `width`, or call once a size"
+            )
+        height, width = sizes.pop()
+        regions = [self._region(p, m, height, width, padding_mask_crop) for p, m in zip(persons, masks or persons)]
+        return Job(persons, cloths, masks, regions, height, width)
+
+    def _check_masks(
+        self, persons: list[torch.Tensor], mask_image: PictureInput | None, cloth_type: str
+    ) -> list[torch.Tensor] | None:
+        if mask_image is None:
+            if self.human_parser is not None:
+                return [self.prepare_mask(person, cloth_type) for person in persons]
+            if self.config.mask_free:
+                return None
+            raise ValueError(
+                "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
+            )
+        masks = [(mask >= 0.5).float() for mask in as_tensors(mask_image, "mask_image", 1)]
+        if any(not mask.any() for mask in masks):
+            raise ValueError("`mask_image` must be white where the cloth goes, got a mask that is black everywhere")
+        return masks
+
+    @staticmethod
+    def _region(
+        person: torch.Tensor, mask: torch.Tensor, height: int, width: int, padding: int | None
+    ) -> tuple[int, int, int, int]:
+        """Where in the picture to work: all of it, or the mask's surroundings at the aspect of height x width."""
+        if padding is None:
+            return (0, 0, person.shape[2], person.shape[1])
+        if not isinstance(padding, int) or padding < 0:
+            raise ValueError(f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {padding!r}")
+        if mask is person:
+            raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding!r} without one")
+        return VaeImageProcessor.get_crop_region(as_pil(mask), width, height, pad=padding)
+
+    def _check_sampling(
+        self,
+        num_inference_steps: int,
+        num_images_per_prompt: int,
+        guidance_scale: float | None,
+        guidance_interval: tuple[float, float],
+        output_type: str,
+        cross_attention_kwargs: dict[str, Any] | None,
+        callback_tensor_inputs: list[str],
+        prompts: dict[str, Any],
+    ) -> None:
+        for name, number in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"`{name}` must be a positive whole number, got {number!r}")
+        if guidance_scale is not None and (
+            not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale)
+        ):
+            raise ValueError(f"`guidance_scale` must be a finite number or None, got {guidance_scale!r}")
+        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval!r}"
+            )
+        if output_type not in {"pil", "np", "pt", "latent"}:
+            raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}")
+        if unknown := set(cross_attention_kwargs or ()) - {"scale"}:
+            raise ValueError(f"`cross_attention_kwargs` takes `scale` (LoRA) alone, got {', '.join(sorted(unknown))}")
+        if unknown := set(callback_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {sorted(unknown)}"
+            )
+        for name, prompt in prompts.items():
+            kinds = torch.Tensor if name.endswith("embeds") else (str, list)
+            if prompt is not None and not isinstance(prompt, kinds):
+                raise TypeError(
+                    f"`{name}` must be {'a tensor' if kinds is torch.Tensor else 'a string or a list of them'}, got {type(prompt).__name__}"
+                )
+
+    @torch.no_grad()
+    def prepare_mask(self, person: torch.Tensor, cloth_type: str) -> torch.Tensor:
+        """Draw the agnostic mask (1, H, W) of a person (3, H, W) with the human parser.
+
+        The cloth's region and the skin that a cloth may cover, grown by 2 % of the height; face, hair, hands, feet and bags
+        stay.
+        """
+        if self.human_parser is None or self.human_parser_processor is None:
+            raise ValueError("prepare_mask needs the components `human_parser` and `human_parser_processor`, got None")
+        inputs = self.human_parser_processor(images=as_pil(person), return_tensors="pt")
+        pixels = inputs["pixel_values"].to(self._execution_device, self.human_parser.dtype)
+        logits = self.human_parser(pixel_values=pixels).logits.float()
+        parsed = F.interpolate(logits, size=person.shape[1:], mode="bilinear").argmax(dim=1).cpu()  # (1, H, W)
+        labels = {
+            i: label.lower().replace("_", "-").replace(" ", "-")
+            for i, label in self.human_parser.config.id2label.items()
+        }
+        repainted, kept = (
+            torch.isin(parsed, torch.tensor([i for i, label in labels.items() if label in names], dtype=parsed.dtype))
+            for names in (REPAINTED_LABELS[cloth_type], KEPT_LABELS)
+        )
+        if not repainted.any():
+            raise ValueError(
+                f"`person_image` shows the human parser nothing of the kind `cloth_type`={cloth_type!r}: give a `mask_image`"
+            )
+        grown = as_pil(repainted.float()).filter(ImageFilter.MaxFilter(2 * round(0.02 * person.shape[1]) + 1))
+        return (_as_tensor(grown, "mask", 1) >= 0.5).logical_and(~kept).float()
+
+    # ---- the way through the model
+
+    def encode_pictures(self, job: Job) -> TryOnLatents:
+        """Stretch persons and masks to height x width, fit the cloths on white, and encode all three."""
+        size = {"height": job.height, "width": job.width}
+        device, dtype = self._execution_device, self.unet.dtype
+        persons = [as_pil(person).crop(region) for person, region in zip(job.persons, job.regions)]
+        cloths = [fit_cloth(as_pil(cloth), **size) for cloth in job.cloths]
+        if job.masks is None:
+            mask = torch.ones(len(persons), 1, job.height, job.width)
+        else:
+            masks = [as_pil(mask).crop(region) for mask, region in zip(job.masks, job.regions)]
+            mask = self.mask_processor.preprocess(masks, **size)
+        return TryOnLatents.encode(
+            self.vae,
+            self.image_processor.preprocess(persons, **size).to(device),
+            mask.to(device),
+            self.image_processor.preprocess(cloths, **size).to(device),
+            channels=self.unet.config.in_channels,
+            mask_free=self.config.mask_free,
+            condition_latents=self.config.condition_latents,
+            canvas_axis=self.config.canvas_axis,
+            dtype=dtype,
+        )
+
+    def encode_prompts(
+        self,
+        count: int,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        prompts: dict[str, Any],
+        lora_scale: float | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Prompt and negative prompt embeddings (count * num_images_per_prompt, 77, 768), or None where text is not used."""
+        if self.config.cross_attention != "prompt":
+            return None, None
+        prompts = dict(prompts)
+        if prompts["prompt_embeds"] is None:
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError(
+                    "`prompt_embeds` must be given: this adapter uses text, and there is no `text_encoder` and `tokenizer`"
+                )
+            for name in ("prompt", "negative_prompt"):
+                prompts[name] = [prompts[name] or ""] * count if not isinstance(prompts[name], list) else prompts[name]
+                if len(prompts[name]) != count:
+                    raise ValueError(
+                        f"`{name}` must be one string or {count}, as the pictures are, got {len(prompts[name])}"
+                    )
+        elif len(prompts["prompt_embeds"]) != count:
+            raise ValueError(
+                f"`prompt_embeds` must have {count} rows, as the pictures do, got {len(prompts['prompt_embeds'])}"
+            )
+        elif do_classifier_free_guidance and prompts["negative_prompt_embeds"] is None:
+            raise ValueError(
+                "`negative_prompt_embeds` must be given with `prompt_embeds` where guidance_scale > 1, got None"
+            )
+        return self.encode_prompt(
+            device=self._execution_device,
+            num_images_per_prompt=num_images_per_prompt,
+            do_classifier_free_guidance=do_classifier_free_guidance,
+            lora_scale=lora_scale,
+            **prompts,
+        )
+
+    def prepare_latents(
+        self,
+        shape: tuple[int, ...],
+        latents: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """The first noise, (B, 4, h, w) or a whole canvas, at the scheduler's initial scale."""
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(f"`generator` must be one or {shape[0]}, one for every result, got {len(generator)}")
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
+        return latents.to(self._execution_device, self.unet.dtype) * self.scheduler.init_noise_sigma
+
+    def read_cloth(
+        self, conditioning: TryOnLatents, prompt_embeds: torch.Tensor | None, processors: list[ClothCacheAttnProcessor]
+    ) -> None:
+        """One pass of the cloths at timestep 0, whose keys and values the processors keep."""
+        rows = conditioning.cloth_rows()
+        timesteps = torch.zeros(len(rows), device=rows.device, dtype=torch.long)
+        self.unet(rows, timesteps, prompt_embeds, return_dict=False)
+        for processor in processors:
+            processor.rows = len(conditioning.person)
+
+    def predict_noise(
+        self,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        conditioning: TryOnLatents,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        guided: bool,
+    ) -> torch.Tensor:
+        """The noise in `latents`; where `guided`, pushed away from what the UNet says without the cloth.
+
+        Source: classifier-free guidance, arXiv:2207.12598, with the cloth as the condition.
+        """
+        noisy = self.scheduler.scale_model_input(latents, t)
+        if self.config.cloth_conditioning == "reference":
+            rows = conditioning.person_rows(noisy)
+            rows = torch.cat([rows, rows]) if guided else rows
+        else:
+            rows = conditioning.canvas_rows(noisy, cloth_seen=True)
+            rows = torch.cat([conditioning.canvas_rows(noisy, cloth_seen=False), rows]) if guided else rows
+        if guided and prompt_embeds is not None:
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        noise_pred = self.unet(
+            rows, t, prompt_embeds, cross_attention_kwargs=self.cross_attention_kwargs, return_dict=False
+        )[0]
+        if not guided:
+            return noise_pred
+        uncond, cond = noise_pred.chunk(2)
+        noise_pred = uncond + self.guidance_scale * (cond - uncond)
+        return rescale_noise_cfg(noise_pred, cond, self.guidance_rescale) if self.guidance_rescale > 0 else noise_pred
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, 4, h, w) to pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
+        decoded = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(decoded, output_type="pt").float().cpu()
+
+    def composite(
+        self, image: torch.Tensor, person: torch.Tensor, mask: torch.Tensor | None, region: tuple[int, int, int, int]
+    ) -> torch.Tensor:
+        """Lay a result (3, h, w) into its photograph (3, H, W): outside the mask every pixel stays exactly as it is.
+
+        The seam is feathered inward only, over about 1/256 of the picture's larger side.
+        """
+        left, top, right, bottom = region
+        image = resize(image, bottom - top, right - left)
+        if mask is None:
+            return image
+        radius = max(person.shape[1:]) // 256
+        blurred = _as_tensor(as_pil(mask).filter(ImageFilter.GaussianBlur(radius)), "mask", 1)
+        alpha = (2 * blurred - 1).clamp(min=0) * mask if radius else mask
+        window = (slice(None), slice(top, bottom), slice(left, right))
+        result = person.clone()
+        result[window] = torch.lerp(person[window], image, alpha[window])
+        return torch.where(alpha > 0, result, person)
+
+    def check_safety(self, images: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[bool] | None]:
+        if self.safety_checker is None:
+            return images, None
+        checked, flags = [], []
+        for image in images:
+            array = image.movedim(0, -1)[None].numpy()
+            array, flagged = self.run_safety_checker(array, self._execution_device, self.safety_checker.dtype)
+            checked.append(torch.from_numpy(array[0]).movedim(-1, 0))
+            flags += flagged
+        return checked, flags
+
+    @staticmethod
+    def _convert_output(images: list[torch.Tensor], output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
+        if output_type == "pil":
+            return [as_pil(image) for image in images]
+        sizes = {tuple(image.shape[1:]) for image in images}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(sizes)}: use 'pil'"
+            )
+        stack = torch.stack(images)
+        return stack if output_type == "pt" else stack.movedim(1, -1).numpy()
+
+    # ---- what a running call shows
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        return self._guidance_rescale
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, Any] | None:
+        return self._cross_attention_kwargs
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        person_image: PictureInput,
+        cloth_image: PictureInput,
+        mask_image: PictureInput | None = None,
+        cloth_type: str = "upper",
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        padding_mask_crop: int | None = None,
+        composite: bool = True,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> StableDiffusionPipelineOutput | tuple:
+        r"""Put the cloth on the person.
+
+        Args:
+            person_image: one or N photographs: PIL images of any mode and size, arrays (H, W, 3), tensors (3, H, W), batches
+                or lists of them. uint8 is 0-255, floats are 0-1.
+            cloth_image: one cloth, or N, in any size; it is fitted whole on white.
+            mask_image: one mask or N, of their person's size: white (at least one half) where the picture may change. None
+                draws it with the human parser, or needs a mask-free adapter.
+            cloth_type: `"upper"`, `"lower"` or `"dress"`, for the human parser.
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as in `StableDiffusionPipeline`; used by adapters
+                with `cross_attention="prompt"`.
+            height, width: the size to work at, multiples of 64 for SD1.5. None keeps the person's aspect at about the native
+                area; one alone takes the other from the aspect.
+            num_inference_steps: denoising steps, 50 by default.
+            timesteps: the very timesteps, for schedulers that take them.
+            guidance_scale: how far to push from "no cloth" to "this cloth". None takes the adapter's own; at 1 or less the
+                unconditional branch is not run.
+            guidance_rescale: 0 to 1, arXiv:2305.08891.
+            guidance_interval: [start, end) in fractions of the steps; outside it the conditional branch runs alone
+                (arXiv:2404.07724).
+            num_images_per_prompt: results for every person.
+            eta: for DDIM.
+            cross_attention_kwargs: `{"scale": ...}` of a LoRA.
+            generator: one, or a list with one for every result.
+            latents: the first noise (N * num_images_per_prompt, 4, h, w), before the scheduler's scale; the whole canvas in
+                joint mode.
+            padding_mask_crop: work on the mask's surroundings alone, with so many pixels around it.
+            composite: lay the result into the photograph, at its own size and untouched outside the mask; False returns the
+                bare decode at height x width.
+            output_type: `"pil"`, `"np"` (N, H, W, 3), `"pt"` (N, 3, H, W), both in [0, 1], or `"latent"` (N, 4, h, w).
+            return_dict: False returns `(images, nsfw_content_detected)`.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after every step; what it returns
+                replaces the tensors.
+            callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds`, `negative_prompt_embeds` it gets.
+
+        Returns:
+            `StableDiffusionPipelineOutput`: `images`, and `nsfw_content_detected` of the safety checker (None without one).
+
+        Raises:
+            ValueError, TypeError: an argument is wrong; the sentence names it and its value.
+        """
+        # 1. Check, and learn what there is to do
+        prompts = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+        }
+        self._check_sampling(
+            num_inference_steps,
+            num_images_per_prompt,
+            guidance_scale,
+            guidance_interval,
+            output_type,
+            cross_attention_kwargs,
+            callback_on_step_end_tensor_inputs,
+            prompts,
+        )
+        job = self.check_inputs(person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop)
+        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._interrupt = False
+        reference = self.config.cloth_conditioning == "reference"
+        device, count = self._execution_device, len(job.persons)
+
+        # 2. Text encoder: the prompt, for adapters that use one
+        prompt_embeds, negative_prompt_embeds = self.encode_prompts(
+            count,
+            num_images_per_prompt,
+            self.do_classifier_free_guidance,
+            prompts,
+            (cross_attention_kwargs or {}).get("scale"),
+        )
+
+        # 3. VAE: person, mask and cloth to latents
+        conditioning = self.encode_pictures(job)
+        one_cloth_each = prompt_embeds is not None or not reference  # text changes how a cloth is read
+        if one_cloth_each and len(conditioning.cloth) < count:
+            conditioning.cloth = conditioning.cloth.expand(count, -1, -1, -1)
+            conditioning.cloth_condition = conditioning.cloth_condition.expand(count, -1, -1, -1)
+        cloth_embeds = None if prompt_embeds is None else prompt_embeds[::num_images_per_prompt]
+        conditioning = conditioning.repeat(num_images_per_prompt, cloth=not reference)
+
+        # 4. Timesteps, and the first noise
+        timesteps, num_inference_steps = retrieve_timesteps(
+            self.scheduler, None if timesteps is not None else num_inference_steps, device, timesteps
+        )
+        self._num_timesteps = len(timesteps)
+        noise_like = conditioning.person if reference else conditioning.canvas(conditioning.person, conditioning.cloth)
+        latents = self.prepare_latents(tuple(noise_like.shape), latents, generator)
+        accepted = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
+
+        # 5. UNet: read the cloth once, then denoise
+        processor = ClothCacheAttnProcessor if reference else None
+        with (
+            vton_attention(self.unet, processor, self.config.cross_attention) as processors,
+            self.progress_bar(total=len(timesteps)) as progress_bar,
+        ):
+            if reference:
+                self.read_cloth(conditioning, cloth_embeds, processors)
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                in_interval = guidance_interval[0] <= i / len(timesteps) < guidance_interval[1]
+                guided = self.do_classifier_free_guidance and in_interval
+                noise_pred = self.predict_noise(
+                    latents, t, conditioning, prompt_embeds, negative_prompt_embeds, guided
+                )
+                latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                    }
+                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    returned = callback_on_step_end(self, i, t, asked) or {}
+                    latents = returned.get("latents", latents)
+                    prompt_embeds = returned.get("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = returned.get("negative_prompt_embeds", negative_prompt_embeds)
+                progress_bar.update()
+        latents = latents if reference else conditioning.person_part(latents)
+
+        # 6. VAE: decode, and lay the result into the photograph
+        if output_type == "latent":
+            images, flags = latents, None
+        else:
+            images = list(self.decode_latents(latents))
+            if composite:
+                index = [i // num_images_per_prompt for i in range(len(images))]
+                images = [
+                    self.composite(image, job.persons[i], job.masks and job.masks[i], job.regions[i])
+                    for image, i in zip(images, index)
+                ]
+            images, flags = self.check_safety(images)
+            images = self._convert_output(images, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, flags
+        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags)

@@ -1,0 +1,114 @@
+"""Tiny real modules: the classes of Stable Diffusion 1.5 with a few thousand random weights."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from pipeline_vton import StableDiffusionVTONPipeline
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "demo"))
+
+# The UNet of stable-diffusion-v1-5/stable-diffusion-v1-5, as its config.json says.
+SD15_UNET = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+
+
+def tiny_unet(in_channels: int = 9) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=in_channels,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=32,
+        norm_num_groups=4,
+    )
+
+
+def tiny_pipe(in_channels: int = 9, seed: int = 0, text: bool = False, **settings) -> StableDiffusionVTONPipeline:
+    """A pipeline whose latents have 1/4 of a picture's sides, and whose sizes are multiples of 8."""
+    torch.manual_seed(seed)
+    unet = tiny_unet(in_channels)
+    with torch.no_grad():  # an untrained UNet hardly looks at anything: let attention speak up
+        for name, parameter in unet.named_parameters():
+            if ".attn" in name:
+                parameter.mul_(3)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=32,
+        scaling_factor=0.5,
+    )
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    components = dict(zip(("text_encoder", "tokenizer"), tiny_text())) if text else {}
+    pipe = StableDiffusionVTONPipeline(vae.eval(), unet.eval(), scheduler, **components, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_text() -> tuple[CLIPTextModel, CLIPTokenizer]:
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config).eval(), tokenizer
+
+
+def picture(seed: int, height: int = 32, width: int = 24) -> Image.Image:
+    """A smooth random photograph."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def box_mask(height: int = 32, width: int = 24) -> Image.Image:
+    """White in the middle."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (width // 4, height // 4, 3 * width // 4, 3 * height // 4))
+    return mask
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run(pipe, person=None, cloth=None, mask=None, seed: int = 0, **options):
+    """A short call with fixed pictures and noise, as a float array batch unless told otherwise."""
+    options = {"num_inference_steps": 3, "output_type": "np", "generator": seeded(seed)} | options
+    person = picture(1) if person is None else person
+    cloth = picture(2) if cloth is None else cloth
+    return pipe(person, cloth, box_mask() if mask is None else mask, **options).images
