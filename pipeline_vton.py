@@ -101,10 +101,14 @@ def as_tensors(pictures: PictureInput, name: str, channels: int) -> list[torch.T
 def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, channels: int) -> torch.Tensor:
     if isinstance(picture, Image.Image):
         picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I;16"):  # PIL would clip 16 bits at 255
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        picture = picture.convert("LA") if picture.mode == "La" else picture
         if channels == 3 and picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = np.asarray(picture.convert("RGB" if channels == 3 else "L"))
+        picture = picture.convert("RGB")  # before L, which some modes do not turn into
+        picture = np.asarray(picture if channels == 3 else picture.convert("L"))
     if isinstance(picture, np.ndarray):
         picture = torch.from_numpy(np.array(picture[..., None] if picture.ndim == 2 else picture))
         picture = picture.movedim(-1, 0)
@@ -637,6 +641,7 @@ class StableDiffusionVTONPipeline(
         file = self._find_adapter(pretrained_model_name_or_path, weight_name, options)
         weights, settings = read_adapter(file)
         self._check_adapter(file, weights, settings)
+        self._refuse_lora_on_conv_in(widened=settings["in_channels"] == 4)
         if self._adapter_backup is not None:
             self.unload_vton_adapter()
         backup = {"settings": {name: self.config[name] for name in ADAPTER_SETTINGS}, "conv_in": None}
@@ -658,6 +663,7 @@ class StableDiffusionVTONPipeline(
             )
         self._refuse_scattered_unet()
         backup = self._adapter_backup
+        self._refuse_lora_on_conv_in(widened=backup["conv_in"] is not None)
         parameters = adapter_parameters(self.unet, self.config.trainable, self.config.in_channels == 4)
         with torch.no_grad():
             for name, weight in backup["weights"].items():
@@ -685,6 +691,12 @@ class StableDiffusionVTONPipeline(
         if _is_group_offload_enabled(self.unet) or any(p.device.type == "meta" for p in self.unet.parameters()):
             raise ValueError(
                 "the UNet's weights are spread by sequential or group offloading: load, save or unload the adapter before it is enabled"
+            )
+
+    def _refuse_lora_on_conv_in(self, widened: bool) -> None:
+        if widened and hasattr(self.unet.conv_in, "base_layer"):
+            raise ValueError(
+                "the UNet's `conv_in` carries a LoRA and is to be widened or narrowed: call unload_lora_weights first"
             )
 
     @staticmethod
@@ -721,22 +733,28 @@ class StableDiffusionVTONPipeline(
                 raise ValueError(
                     f"the adapter {file} does not fit this UNet: {name} has shape {list(weight.shape)}, not {shape}"
                 )
-            if not weight.is_floating_point() or not torch.isfinite(weight).all():
+            if not weight.is_floating_point() or not torch.isfinite(weight.float()).all():
                 raise ValueError(f"the adapter {file} is damaged: {name} is not all finite floating-point numbers")
 
     # ---- saving and loading whole pipelines
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Write a complete Hub repository: the components, `model_index.json` and the code that `from_pretrained` runs."""
-        if kwargs.get("safe_serialization") is False:
+        if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: this pipeline writes safetensors only")
         if push_to_hub:
             raise ValueError(
                 "`push_to_hub=True` would upload before the code is written: call pipe.push_to_hub(repo_id) instead"
             )
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
         folder, module = Path(save_directory), "pipeline_vton"
         index = json.loads((folder / self.config_name).read_text())
         index["_class_name"] = [module, type(self).__name__]
@@ -796,6 +814,8 @@ class StableDiffusionVTONPipeline(
             raise ValueError(
                 f"the UNet has {self.unet.config.in_channels} input channels, try-on needs 8 or 9: load an adapter with load_vton_adapter first"
             )
+        if self.safety_checker is not None and self.feature_extractor is None:
+            raise ValueError("`feature_extractor` must be given with a `safety_checker`, got None")
         if cloth_type not in REPAINTED_LABELS:
             raise ValueError(f"`cloth_type` must be one of {', '.join(REPAINTED_LABELS)}, got {cloth_type!r}")
         persons = as_tensors(person_image, "person_image", 3)
@@ -853,13 +873,18 @@ class StableDiffusionVTONPipeline(
 
     def _check_sampling(
         self,
+        *,
         num_inference_steps: int,
         num_images_per_prompt: int,
-        guidance_scale: float | None,
+        timesteps: list[int] | None,
+        guidance_scale: float,
+        guidance_rescale: float,
         guidance_interval: tuple[float, float],
+        eta: float,
         output_type: str,
         cross_attention_kwargs: dict[str, Any] | None,
-        callback_tensor_inputs: list[str],
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
         prompts: dict[str, Any],
     ) -> None:
         for name, number in (
@@ -868,28 +893,47 @@ class StableDiffusionVTONPipeline(
         ):
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"`{name}` must be a positive whole number, got {number!r}")
-        if guidance_scale is not None and (
-            not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale)
+        for name, number in (
+            ("guidance_scale", guidance_scale),
+            ("guidance_rescale", guidance_rescale),
+            ("eta", eta),
         ):
-            raise ValueError(f"`guidance_scale` must be a finite number or None, got {guidance_scale!r}")
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            if not isinstance(number, (int, float)) or not math.isfinite(number):
+                raise ValueError(f"`{name}` must be a finite number, got {number!r}")
+        try:
+            start, end = guidance_interval
+            ordered = 0 <= start <= end <= 1
+        except (TypeError, ValueError):
+            ordered = False
+        if not ordered:
             raise ValueError(
                 f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval!r}"
             )
+        if timesteps is not None and len(timesteps) == 0:
+            raise ValueError(f"`timesteps` must be None or hold at least one, got {timesteps!r}")
         if output_type not in {"pil", "np", "pt", "latent"}:
             raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}")
-        if unknown := set(cross_attention_kwargs or ()) - {"scale"}:
-            raise ValueError(f"`cross_attention_kwargs` takes `scale` (LoRA) alone, got {', '.join(sorted(unknown))}")
-        if unknown := set(callback_tensor_inputs) - set(self._callback_tensor_inputs):
+        if cross_attention_kwargs is not None and (
+            not isinstance(cross_attention_kwargs, dict) or cross_attention_kwargs.keys() - {"scale"}
+        ):
+            raise ValueError(
+                f"`cross_attention_kwargs` must be None or {{'scale': a LoRA's scale}}, got {cross_attention_kwargs!r}"
+            )
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise TypeError(f"`callback_on_step_end` must be callable, got {type(callback_on_step_end).__name__}")
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {sorted(unknown)}"
             )
-        for name, prompt in prompts.items():
-            kinds = torch.Tensor if name.endswith("embeds") else (str, list)
-            if prompt is not None and not isinstance(prompt, kinds):
-                raise TypeError(
-                    f"`{name}` must be {'a tensor' if kinds is torch.Tensor else 'a string or a list of them'}, got {type(prompt).__name__}"
-                )
+        for name in ("prompt", "negative_prompt"):
+            prompt, embeds = prompts[name], prompts[f"{name}_embeds"]
+            texts = prompt if isinstance(prompt, list) else [prompt]
+            if prompt is not None and not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"`{name}` must be a string or a list of them, got {prompt!r}")
+            if embeds is not None and not isinstance(embeds, torch.Tensor):
+                raise TypeError(f"`{name}_embeds` must be a tensor, got {type(embeds).__name__}")
+            if prompt is not None and embeds is not None:
+                raise ValueError(f"`{name}` and `{name}_embeds` say the same: give one, got {prompt!r} and a tensor")
 
     @torch.no_grad()
     def prepare_mask(self, person: torch.Tensor, cloth_type: str) -> torch.Tensor:
@@ -916,8 +960,11 @@ class StableDiffusionVTONPipeline(
             raise ValueError(
                 f"`person_image` shows the human parser nothing of the kind `cloth_type`={cloth_type!r}: give a `mask_image`"
             )
-        grown = as_pil(repainted.float()).filter(ImageFilter.MaxFilter(2 * round(0.02 * person.shape[1]) + 1))
-        return (_as_tensor(grown, "mask", 1) >= 0.5).logical_and(~kept).float()
+        grow = round(0.02 * person.shape[1])
+        grown = repainted.float()
+        for kernel in ((2 * grow + 1, 1), (1, 2 * grow + 1)):  # a square, one side after the other
+            grown = F.max_pool2d(grown, kernel, stride=1, padding=tuple(side // 2 for side in kernel))
+        return (grown * ~kept).float()
 
     # ---- the way through the model
 
@@ -955,7 +1002,11 @@ class StableDiffusionVTONPipeline(
         """Prompt and negative prompt embeddings (count * num_images_per_prompt, 77, 768), or None where text is not used."""
         if self.config.cross_attention != "prompt":
             return None, None
-        prompts = dict(prompts)
+        prompts, features = dict(prompts), self.unet.config.cross_attention_dim
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            embeds = prompts[name]
+            if embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (count, features)):
+                raise ValueError(f"`{name}` must have shape ({count}, tokens, {features}), got {tuple(embeds.shape)}")
         if prompts["prompt_embeds"] is None:
             if self.text_encoder is None or self.tokenizer is None:
                 raise ValueError(
@@ -967,21 +1018,22 @@ class StableDiffusionVTONPipeline(
                     raise ValueError(
                         f"`{name}` must be one string or {count}, as the pictures are, got {len(prompts[name])}"
                     )
-        elif len(prompts["prompt_embeds"]) != count:
-            raise ValueError(
-                f"`prompt_embeds` must have {count} rows, as the pictures do, got {len(prompts['prompt_embeds'])}"
-            )
         elif do_classifier_free_guidance and prompts["negative_prompt_embeds"] is None:
             raise ValueError(
                 "`negative_prompt_embeds` must be given with `prompt_embeds` where guidance_scale > 1, got None"
             )
-        return self.encode_prompt(
+        embeds, negative_embeds = self.encode_prompt(
             device=self._execution_device,
             num_images_per_prompt=num_images_per_prompt,
             do_classifier_free_guidance=do_classifier_free_guidance,
             lora_scale=lora_scale,
             **prompts,
         )
+        if do_classifier_free_guidance and negative_embeds.shape != embeds.shape:
+            raise ValueError(
+                f"`negative_prompt_embeds` must have {embeds.shape[1]} tokens, as the prompt has, got {negative_embeds.shape[1]}"
+            )
+        return embeds, negative_embeds
 
     def prepare_latents(
         self,
@@ -990,8 +1042,13 @@ class StableDiffusionVTONPipeline(
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         """The first noise, (B, 4, h, w) or a whole canvas, at the scheduler's initial scale."""
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
+            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}")
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(f"`generator` must be one or {shape[0]}, one for every result, got {len(generator)}")
+        if latents is not None and not isinstance(latents, torch.Tensor):
+            raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         elif tuple(latents.shape) != shape:
@@ -1004,7 +1061,9 @@ class StableDiffusionVTONPipeline(
         """One pass of the cloths at timestep 0, whose keys and values the processors keep."""
         rows = conditioning.cloth_rows()
         timesteps = torch.zeros(len(rows), device=rows.device, dtype=torch.long)
-        self.unet(rows, timesteps, prompt_embeds, return_dict=False)
+        self.unet(
+            rows, timesteps, prompt_embeds, cross_attention_kwargs=self.cross_attention_kwargs, return_dict=False
+        )
         for processor in processors:
             processor.rows = len(conditioning.person)
 
@@ -1078,11 +1137,6 @@ class StableDiffusionVTONPipeline(
     def _convert_output(images: list[torch.Tensor], output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
         if output_type == "pil":
             return [as_pil(image) for image in images]
-        sizes = {tuple(image.shape[1:]) for image in images}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(sizes)}: use 'pil'"
-            )
         stack = torch.stack(images)
         return stack if output_type == "pt" else stack.movedim(1, -1).numpy()
 
@@ -1190,18 +1244,28 @@ class StableDiffusionVTONPipeline(
             "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds,
         }
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         self._check_sampling(
-            num_inference_steps,
-            num_images_per_prompt,
-            guidance_scale,
-            guidance_interval,
-            output_type,
-            cross_attention_kwargs,
-            callback_on_step_end_tensor_inputs,
-            prompts,
+            num_inference_steps=num_inference_steps,
+            num_images_per_prompt=num_images_per_prompt,
+            timesteps=timesteps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            eta=eta,
+            output_type=output_type,
+            cross_attention_kwargs=cross_attention_kwargs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            prompts=prompts,
         )
         job = self.check_inputs(person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop)
-        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        sizes = {tuple(person.shape[1:]) for person in job.persons}
+        if composite and output_type in {"np", "pt"} and len(sizes) > 1:
+            raise ValueError(
+                f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(sizes)}: use 'pil'"
+            )
+        self._guidance_scale = guidance_scale
         self._guidance_rescale = guidance_rescale
         self._cross_attention_kwargs = cross_attention_kwargs
         self._interrupt = False
