@@ -13,6 +13,8 @@ import inspect
 import json
 import math
 import os
+import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,8 +34,10 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, 
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils.hub_utils import _get_model_file
+from diffusers.utils.hub_utils import _get_model_file, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -444,18 +448,27 @@ ADAPTER_SETTINGS = {name: choices[0] for name, choices in CHOICES.items()} | {
 }
 
 
+def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Weights and metadata of a file; ValueError where it is none, or not whole."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"the adapter {file} is not a whole safetensors file: {error}") from error
+
+
 def read_adapter(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read an adapter: its weights, and its settings (`ADAPTER_SETTINGS` and `in_channels`) with defaults filled in.
 
     Raises:
         ValueError: the file is no safetensors file, of another format or a later version, or has an unknown setting.
     """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"the adapter {file} is not a whole safetensors file: {error}") from error
+    weights, metadata = read_safetensors(file)
+    return weights, parse_settings(file, metadata)
+
+
+def parse_settings(file: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]:
+    """The settings that an adapter's metadata holds; ValueError where it is of another format or has an unknown one."""
     if metadata.get("format") != ADAPTER_FORMAT:
         raise ValueError(
             f"the adapter {file} must say format={ADAPTER_FORMAT!r} in its metadata, got {metadata.get('format')!r}"
@@ -477,7 +490,45 @@ def read_adapter(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
             settings[name] = _parse_setting(name, text)
         except ValueError as error:
             raise ValueError(f"the adapter {file} has the setting {name}={text!r}: {error}") from error
-    return weights, settings
+    return settings
+
+
+CATVTON_KEY = re.compile(r"(\d+)\.(to_[qkv]\.weight|to_out\.0\.weight|to_out\.0\.bias)")
+# How CatVTON's two kinds of weights were trained; neither file says so.
+CATVTON_SETTINGS = {
+    False: {"in_channels": 9, "canvas_axis": "height", "base_model": "stable-diffusion-v1-5/stable-diffusion-inpainting"},
+    True: {"in_channels": 8, "canvas_axis": "width", "base_model": "timbrooks/instruct-pix2pix"},
+}
+
+
+def name_catvton_weights(
+    file: str | os.PathLike, weights: dict[str, torch.Tensor], unet: UNet2DConditionModel
+) -> dict[str, torch.Tensor]:
+    """CatVTON's weights by the UNet's names; in the file they are numbered by places in a list of modules.
+
+    The list holds every module with `attn1` in its name, parts included, so the step between two attentions depends on the
+    diffusers version that wrote the file. Their order, that of `named_modules()` (down, up, then mid), does not.
+    """
+    keys = {name: CATVTON_KEY.fullmatch(name).groups() for name in weights}
+    places = sorted({int(place) for place, _ in keys.values()})
+    modules = dict.fromkeys(
+        name.partition(".attn1.")[0] for name in adapter_parameters(unet, "self_attention", widened=False)
+    )
+    if len(places) != len(modules):
+        raise ValueError(
+            f"the adapter {file} has {len(places)} self-attentions in CatVTON's layout, this UNet has {len(modules)}"
+        )
+    prefixes = {place: f"{module}.attn1." for place, module in zip(places, modules)}
+    return {prefixes[int(place)] + part: weights[name] for name, (place, part) in keys.items()}
+
+
+def catvton_settings(source: str, mask_free: bool | None, in_channels: int) -> dict[str, Any]:
+    """The settings of CatVTON's weights, whose kind is given, or in the repository's name, or follows from the base."""
+    if mask_free is None:
+        name = source.lower()
+        mask_free = "maskfree" in name or ("catvton" not in name and in_channels == 8)
+    joint = {"cloth_conditioning": "joint", "cross_attention": "identity", "guidance_scale": 2.5}
+    return ADAPTER_SETTINGS | joint | CATVTON_SETTINGS[mask_free] | {"mask_free": mask_free}
 
 
 def write_adapter(file: str | os.PathLike, weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
