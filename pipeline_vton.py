@@ -496,7 +496,11 @@ def parse_settings(file: str | os.PathLike, metadata: dict[str, str]) -> dict[st
 CATVTON_KEY = re.compile(r"(\d+)\.(to_[qkv]\.weight|to_out\.0\.weight|to_out\.0\.bias)")
 # How CatVTON's two kinds of weights were trained; neither file says so.
 CATVTON_SETTINGS = {
-    False: {"in_channels": 9, "canvas_axis": "height", "base_model": "stable-diffusion-v1-5/stable-diffusion-inpainting"},
+    False: {
+        "in_channels": 9,
+        "canvas_axis": "height",
+        "base_model": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+    },
     True: {"in_channels": 8, "canvas_axis": "width", "base_model": "timbrooks/instruct-pix2pix"},
 }
 
@@ -547,6 +551,62 @@ def write_adapter(file: str | os.PathLike, weights: dict[str, torch.Tensor], set
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------ the model card
+
+OPENRAIL_BASES = {  # Stable Diffusion 1.5 and what was made of it
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stable-diffusion-v1-5/stable-diffusion-inpainting",
+    "timbrooks/instruct-pix2pix",
+}
+CARD_NOTE = (
+    "<!-- Written by save_pretrained, and written anew by the next; take this line out to keep a text of your own. -->"
+)
+CARD_CODE = """import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import load_image
+
+pipe = DiffusionPipeline.from_pretrained({load}, trust_remote_code=True)
+{adapter}pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+result = pipe(
+    person_image=load_image("person.png"),
+    cloth_image=load_image("cloth.png"),
+    mask_image={mask},
+)
+result.images[0].save("tryon.png")"""
+CARD_TEXT = """{note}
+
+# {name}
+
+Virtual try-on with Stable Diffusion 1.5: it puts the cloth of one photograph on the person of another. {kind}
+
+```python
+{code}
+```
+
+{other_ways}
+## What the weights are
+
+| | |
+|---|---|
+{settings}
+
+## Measured
+
+{measured}
+
+## Licence
+
+The code is Apache 2.0. The weights are not: they follow their base and the data that they learnt from (here: `{license}`).
+VITON-HD and DressCode are for research only, and so are weights trained on them.
+
+## Photographs of people
+
+Dress people who agreed to it, say of a result that it is generated, and do not make it of children, to deceive, to undress or
+to ridicule. A result shows neither how a cloth fits nor what the body under it looks like. What the base has learnt about
+people, its biases included, is still there.
+"""
 
 
 # -------------------------------------------------------------------------------------------------------- the pipeline
@@ -666,15 +726,19 @@ class StableDiffusionVTONPipeline(
         cache_dir: str | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
+        mask_free: bool | None = None,
     ) -> None:
         """Put a try-on adapter's weights into the UNet, and its settings into the pipeline's config.
 
-        Everything in the file is checked before anything changes. A second adapter replaces the first.
+        Everything in the file is checked before anything changes. A second adapter replaces the first. CatVTON's published
+        weights (`zhengchong/CatVTON`, subfolder `mix-48k-1024/attention`) load too.
 
         Args:
             pretrained_model_name_or_path: a Hub repository, a folder or a file.
             weight_name: the file's name; None tries `vton_adapter.safetensors`, then `model.safetensors`.
             subfolder, revision, token, cache_dir, force_download, local_files_only: as in `from_pretrained`.
+            mask_free: which kind CatVTON's weights are, where the repository's name does not tell (`CatVTON-MaskFree` is
+                mask-free, another `CatVTON` is not; with neither in the name, a base with 8 channels means mask-free).
 
         Raises:
             ValueError: the file is damaged, of another format or a later version, or does not fit this UNet.
@@ -690,7 +754,16 @@ class StableDiffusionVTONPipeline(
         }
         self._refuse_scattered_unet()
         file = self._find_adapter(pretrained_model_name_or_path, weight_name, options)
-        weights, settings = read_adapter(file)
+        weights, metadata = read_safetensors(file)
+        if weights and all(map(CATVTON_KEY.fullmatch, weights)):
+            weights = name_catvton_weights(file, weights, self.unet)
+            settings = catvton_settings(str(pretrained_model_name_or_path), mask_free, self.config.in_channels)
+        else:
+            settings = parse_settings(file, metadata)
+            if mask_free not in {None, settings["mask_free"]}:
+                raise ValueError(
+                    f"`mask_free`={mask_free} is not what the adapter {file} says: {settings['mask_free']}"
+                )
         self._check_adapter(file, weights, settings)
         self._refuse_lora_on_conv_in(widened=settings["in_channels"] == 4)
         if self._adapter_backup is not None:
@@ -758,8 +831,9 @@ class StableDiffusionVTONPipeline(
         for name in names[:-1]:
             try:
                 return _get_model_file(path, weights_name=name, **options)
-            except OSError:  # the next name may be there; the last one's error is raised
-                continue
+            except OSError as error:  # a folder without the file has no cause; a wrong token or a lost connection has
+                if not isinstance(error.__cause__, (EntryNotFoundError, type(None))):
+                    raise
         return _get_model_file(path, weights_name=names[-1], **options)
 
     def _check_adapter(self, file: str, weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
@@ -792,27 +866,159 @@ class StableDiffusionVTONPipeline(
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
+        *args: Any,
         push_to_hub: bool = False,
+        license: str | None = None,
+        eval_results: list[EvalResult] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a complete Hub repository: the components, `model_index.json` and the code that `from_pretrained` runs."""
-        if not safe_serialization:
+        """Write a complete Hub repository: components, `model_index.json`, the code that runs them, the adapter and a card.
+
+        Args:
+            save_directory: the folder; a README.md of your own in it is kept.
+            license: of the weights, for the card; None takes what is known of the base.
+            eval_results: what was measured, for the card.
+            args, kwargs: as in diffusers.
+        """
+        if kwargs.get("safe_serialization") is False:
             raise ValueError("`safe_serialization` must be True: this pipeline writes safetensors only")
         if push_to_hub:
             raise ValueError(
                 "`push_to_hub=True` would upload before the code is written: call pipe.push_to_hub(repo_id) instead"
             )
-        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
-        folder, module = Path(save_directory), "pipeline_vton"
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text())
-        index["_class_name"] = [module, type(self).__name__]
+        index["_class_name"] = ["pipeline_vton", type(self).__name__]
         (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        (folder / f"{module}.py").write_text(Path(inspect.getfile(type(self))).read_text())
+        self._write_code(folder)
+        if self.unet.config.in_channels != 4:
+            self.save_vton_adapter(folder, dtype=self._lossless_dtype())
+        self._write_card(folder, folder.resolve().name, False, license, eval_results)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        adapter_only: bool = False,
+        license: str | None = None,
+        eval_results: list[EvalResult] | None = None,
+    ) -> str:
+        """Upload a complete repository, as `save_pretrained` writes it, or the adapter with its code and card alone.
+
+        Args:
+            repo_id, commit_message, private, token, create_pr, variant: as in diffusers.
+            adapter_only: upload no components: about 100 MB for SD1.5, loaded onto the base by
+                `from_pretrained(BASE, custom_pipeline=repo_id)` and `load_vton_adapter(repo_id)`.
+            license, eval_results: for the card, as in `save_pretrained`. A card of your own on the Hub is kept.
+
+        Returns:
+            The commit's address.
+        """
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as directory:
+            folder = Path(directory)
+            try:
+                ModelCard.load(repo_id, token=token).save(folder / "README.md")
+            except EntryNotFoundError:
+                pass  # a new repository
+            if adapter_only:
+                self._save_adapter_repository(folder, repo_id)
+            else:
+                self.save_pretrained(folder, variant=variant)
+            self._write_card(folder, repo_id, adapter_only, license, eval_results)
+            return self._upload_folder(
+                folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
+            )
+
+    def _save_adapter_repository(self, folder: Path, repo_id: str) -> None:
+        """The adapter, its code, and a `vton.py` that tells who loads it as a whole pipeline how to load it."""
+        self.save_vton_adapter(folder, dtype=self._lossless_dtype())
+        self._write_code(folder)
+        base = self._published_base() or "BASE"
+        message = (
+            f"{repo_id} holds a try-on adapter, not a whole pipeline: load its base with DiffusionPipeline.from_pretrained("
+            f"{base!r}, custom_pipeline={repo_id!r}, trust_remote_code=True), then pipe.load_vton_adapter({repo_id!r})"
+        )
+        (folder / "vton.py").write_text(f"raise ValueError({message!r})\n")
+        index = {"_class_name": ["vton", type(self).__name__], "_diffusers_version": self.config["_diffusers_version"]}
+        (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _write_code(self, folder: Path) -> None:
+        """This file, and one line under each of the two names that `custom_pipeline` looks for."""
+        (folder / "pipeline_vton.py").write_text(Path(inspect.getfile(type(self))).read_text())
         for name in ("pipeline.py", "vton.py"):
-            (folder / name).write_text(f"from .{module} import {type(self).__name__}  # noqa: F401\n")
+            (folder / name).write_text(f"from .pipeline_vton import {type(self).__name__}  # noqa: F401\n")
+
+    def _lossless_dtype(self) -> torch.dtype | None:
+        """float16 where that changes no weight (trainers write so), else None: the UNet's own."""
+        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.in_channels == 4).values()
+        return torch.float16 if all(torch.equal(p, p.half().to(p.dtype)) for p in parameters) else None
+
+    def _published_base(self) -> str | None:
+        """The base's repository on the Hub, if it is known and no folder of the same name."""
+        base = self.config.base_model or self.name_or_path or ""
+        return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
+
+    def _write_card(
+        self, folder: Path, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult] | None
+    ) -> None:
+        """README.md: a new one, or with the measurements added where somebody wrote one."""
+        file = folder / "README.md"
+        if file.exists() and CARD_NOTE not in file.read_text():
+            card = ModelCard.load(file)
+        else:
+            card = self._new_card(name, adapter_only, license, eval_results or [])
+        if eval_results:
+            card.data.model_name, card.data.eval_results = name, eval_results
+        populate_model_card(card).save(file)
+
+    def _new_card(
+        self, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult]
+    ) -> ModelCard:
+        base = self._published_base()
+        if license is None:
+            license = "creativeml-openrail-m" if base in OPENRAIL_BASES else "unknown"
+            if self.config.cross_attention == "identity":  # CatVTON's weights, whatever became of them
+                license = "cc-by-nc-sa-4.0"
+        data = ModelCardData(
+            license=license,
+            base_model=base,
+            pipeline_tag="image-to-image",
+            tags=["virtual-try-on", "stable-diffusion", "diffusers"],
+        )
+        whole, onto = f'"{name}", custom_pipeline="vton"', f'"{base or "BASE"}", custom_pipeline="{name}"'
+        code = CARD_CODE.format(
+            load=onto if adapter_only else whole,
+            adapter=f'pipe.load_vton_adapter("{name}")\n' if adapter_only else "",
+            mask="None" if self.config.mask_free else 'load_image("mask.png")',
+        )
+        settings = {
+            name: self.config[name] for name in ("in_channels", *ADAPTER_SETTINGS) if self.config[name] is not None
+        }
+        measured = [
+            f"| {r.dataset_name} | {r.metric_name or r.metric_type} | {r.metric_value} |" for r in eval_results
+        ]
+        text = CARD_TEXT.format(
+            note=CARD_NOTE,
+            name=name,
+            kind="These are the adapter's weights; they need their base." if adapter_only else "",
+            code=code,
+            other_ways=""
+            if adapter_only
+            else f"`custom_pipeline` may be left out. The adapter alone goes onto a base that is already there with "
+            f'`DiffusionPipeline.from_pretrained({onto}, trust_remote_code=True)` and `pipe.load_vton_adapter("{name}")`.\n',
+            settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
+            measured="\n".join(["| data | metric | value |", "|---|---|---|", *measured])
+            if measured
+            else "Nothing yet.",
+            license=license,
+        )
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:

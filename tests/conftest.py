@@ -1,0 +1,31 @@
+"""The tests talk to a Hub on loopback alone, with a home of their own: set before anything imports `huggingface_hub`."""
+
+import os
+import socket
+import tempfile
+
+import pytest
+
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    HUB_PORT = free.getsockname()[1]
+HOME = tempfile.TemporaryDirectory()
+os.environ |= {
+    "HF_ENDPOINT": f"http://127.0.0.1:{HUB_PORT}",
+    "HF_HOME": HOME.name,
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+os.environ.pop("HF_TOKEN", None)
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """The stand-in for the Hub, with two accounts: `me` (token `hf_me`) and `you` (`hf_you`)."""
+    from hub_server import Hub
+
+    server = Hub(HUB_PORT, {"hf_me": "me", "hf_you": "you"})
+    yield server
+    server.close()
