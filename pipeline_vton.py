@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, __version__
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
@@ -36,8 +36,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.hub_utils import _get_model_file, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, is_offline_mode
+from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -831,8 +831,9 @@ class StableDiffusionVTONPipeline(
         for name in names[:-1]:
             try:
                 return _get_model_file(path, weights_name=name, **options)
-            except OSError as error:  # a folder without the file has no cause; a wrong token or a lost connection has
-                if not isinstance(error.__cause__, (EntryNotFoundError, type(None))):
+            except OSError as error:  # a folder without the file is no cause; a wrong token or a lost connection is
+                offline = options["local_files_only"] or is_offline_mode()
+                if not (offline or isinstance(error.__cause__, (RemoteEntryNotFoundError, type(None)))):
                     raise
         return _get_model_file(path, weights_name=names[-1], **options)
 
@@ -945,7 +946,7 @@ class StableDiffusionVTONPipeline(
             f"{base!r}, custom_pipeline={repo_id!r}, trust_remote_code=True), then pipe.load_vton_adapter({repo_id!r})"
         )
         (folder / "vton.py").write_text(f"raise ValueError({message!r})\n")
-        index = {"_class_name": ["vton", type(self).__name__], "_diffusers_version": self.config["_diffusers_version"]}
+        index = {"_class_name": ["vton", type(self).__name__], "_diffusers_version": __version__}
         (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
 
     def _write_code(self, folder: Path) -> None:

@@ -97,6 +97,7 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.cdn = f"http://localhost:{self.server.server_port}"  # another host, which gets no token
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
@@ -339,11 +340,13 @@ class Handler(BaseHTTPRequestHandler):
         content, headers = self.hub.blobs[sha256], {"X-Repo-Commit": sha}
         if path.endswith(LFS_SUFFIXES):
             linked = {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content))}
-            self.answer(status=302, headers=headers | linked | {"Location": f"{self.hub.endpoint}/cdn/{sha256}"})
+            self.answer(status=302, headers=headers | linked | {"Location": f"{self.hub.cdn}/cdn/{sha256}"})
         else:
             self.send_content(content, headers | {"ETag": f'"{git_hash(content)}"'})
 
     def cdn(self, sha256: str) -> None:
+        if "Authorization" in self.headers:
+            raise Refusal(400, "a token was sent to the CDN")
         self.send_content(self.hub.blobs[sha256], {"ETag": f'"{sha256}"'})
 
     def send_content(self, content: bytes, headers: dict[str, str]) -> None:
