@@ -529,8 +529,8 @@ def name_catvton_weights(
 def catvton_settings(source: str, mask_free: bool | None, in_channels: int) -> dict[str, Any]:
     """The settings of CatVTON's weights, whose kind is given, or in the repository's name, or follows from the base."""
     if mask_free is None:
-        name = source.lower()
-        mask_free = "maskfree" in name or ("catvton" not in name and in_channels == 8)
+        named = re.search(r"(?:^|[/\\]|--)CatVTON(-MaskFree)?(?:$|[/\\])", source)
+        mask_free = named[1] is not None if named else in_channels == 8
     joint = {"cloth_conditioning": "joint", "cross_attention": "identity", "guidance_scale": 2.5}
     return ADAPTER_SETTINGS | joint | CATVTON_SETTINGS[mask_free] | {"mask_free": mask_free}
 
