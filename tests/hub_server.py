@@ -93,6 +93,7 @@ class Hub:
         self.blobs: dict[str, bytes] = {}  # by sha256
         self.cut_uploads = 0
         self.refuse_uploads = False
+        self.unreadable: set[str] = set()  # file names that answer 501, which the client does not retry
         self.requests: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -326,8 +327,10 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = value["oid"]
             elif item["key"] == "deletedFile":
                 del files[value["path"]]
-        sha = repository.commit(files, message, revision)
-        self.answer({"commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{sha}", "commitOid": sha})
+        request = f"{self.hub.endpoint}/{repo_id}/discussions/1" if "create_pr" in self.query else None
+        sha = repository.commit(files, message, "refs/pr/1" if request else revision)
+        commit = f"{self.hub.endpoint}/{repo_id}/commit/{sha}"
+        self.answer({"commitUrl": commit, "commitOid": sha, "pullRequestUrl": request})
 
     # ---- downloads
 
@@ -336,6 +339,8 @@ class Handler(BaseHTTPRequestHandler):
         sha = repository.resolve(revision)
         if path not in repository.commits[sha]:
             raise not_found("entry", path)
+        if path in self.hub.unreadable:
+            raise Refusal(501, "Out of service")
         sha256 = repository.commits[sha][path]
         content, headers = self.hub.blobs[sha256], {"X-Repo-Commit": sha}
         if path.endswith(LFS_SUFFIXES):

@@ -202,7 +202,7 @@ def test_a_pushed_repository_is_whole(hub, published):
     assert json.loads(files["model_index.json"])["_class_name"] == ["pipeline_vton", "StableDiffusionVTONPipeline"]
     assert files["pipeline_vton.py"] == (ROOT / "pipeline_vton.py").read_bytes()
     repository = hub.repositories["models/me/vton"]
-    assert repository.messages == ["initial commit", "The first", "Upload StableDiffusionVTONPipeline"]
+    assert repository.messages[:3] == ["initial commit", "The first", "Upload StableDiffusionVTONPipeline"]
     assert not repository.private and hub.repositories["models/me/private"].private
     assert set(hub.files("me/adapter")) == {
         "README.md", "model_index.json", "pipeline.py", "pipeline_vton.py", "vton.py", ADAPTER_NAME,
@@ -254,6 +254,25 @@ def test_an_adapter_by_revision(hub, published):
         pipe = tiny_pipe(9, text=True)
         pipe.load_vton_adapter("me/vton", revision=revision)
         assert (run(pipe) == published[version]).all()
+
+
+def test_a_hub_that_fails_is_not_taken_for_a_repository_without_an_adapter(hub, published, tmp_path):
+    hub.unreadable.add(ADAPTER_NAME)
+    try:
+        with pytest.raises(OSError) as error:
+            tiny_pipe(9).load_vton_adapter("me/vton", cache_dir=tmp_path)
+    finally:
+        hub.unreadable.clear()
+    assert "model.safetensors" not in str(error.value)
+
+
+def test_a_pull_request_leaves_main_as_it_is(hub, published):
+    before = hub.files("me/vton")
+    trained_pipe(17).push_to_hub("me/vton", token=ME, create_pr=True)
+    assert hub.files("me/vton") == before
+    pipe = tiny_pipe(9, text=True)
+    pipe.load_vton_adapter("me/vton", revision="refs/pr/1")
+    assert (run(pipe) == run(trained_pipe(17))).all()
 
 
 @pytest.mark.parametrize("repo, token, status", [("me/new", "hf_wrong", 401), ("me/new", False, 401), ("me/vton", "hf_you", 403)])  # fmt: skip
