@@ -22,6 +22,7 @@ from tqdm import tqdm
 # All lengths are in pixels of a 64x48 picture; other sizes scale them.
 UNIT_HEIGHT, UNIT_WIDTH = 64, 48
 SUPERSAMPLING = 4
+ZOOM, FRAME_TOP = 1.15, 2.5  # people are framed from the head to the thighs, as in VITON-HD
 
 # The label numbers of VITON-HD's `image-parse-v3` (the LIP classes).
 BACKGROUND, HAIR, UPPER_CLOTHES, PANTS, NECK, FACE, LEFT_ARM, RIGHT_ARM = 0, 2, 5, 9, 10, 13, 14, 15
@@ -99,7 +100,7 @@ def random_cloth(rng: np.random.Generator) -> Cloth:
         color=color,
         second_color=second_color,
         pattern=pattern,
-        repeats=int(rng.integers(3, 5)),
+        repeats=int(rng.integers(2, 4)),
         logo=str(rng.choice(LOGOS)) if pattern == "plain" and rng.random() < 0.75 else None,
         logo_color=second_color,
         sleeve=str(rng.choice(list(SLEEVE_LENGTHS))),
@@ -139,11 +140,13 @@ def random_person(rng: np.random.Generator) -> Person:
 class Canvas:
     """A supersampled picture and its label map, painted back to front."""
 
-    def __init__(self, height: int, width: int, color: np.ndarray):
+    def __init__(self, height: int, width: int, color: np.ndarray, zoom: float = 1.0, top: float = 0.0):
         self.size = (height, width)
         rows, columns = height * SUPERSAMPLING, width * SUPERSAMPLING
-        unit = UNIT_HEIGHT / rows
+        unit = UNIT_HEIGHT / rows / zoom
         self.y, self.x = (np.mgrid[0:rows, 0:columns] * unit + unit / 2).astype(np.float32)
+        self.y += top
+        self.x += UNIT_WIDTH / 2 * (1 - 1 / zoom)
         self.rgb = np.empty((rows, columns, 3), np.float32)
         self.rgb[:] = color
         self.labels = np.full((rows, columns), BACKGROUND, np.uint8)
@@ -264,7 +267,7 @@ def arm_joints(person: Person, side: int) -> list[tuple[float, float]]:
 
 def draw_person(person: Person, cloth: Cloth, height: int, width: int) -> tuple[Image.Image, Image.Image, Image.Image]:
     """The person wearing the cloth: picture, agnostic mask (the same for every cloth) and label map."""
-    canvas = Canvas(height, width, person.background)
+    canvas = Canvas(height, width, person.background, ZOOM, FRAME_TOP)
     canvas.paint(canvas.y > 56, person.floor)
     neck_x = person.center + np.tan(np.radians(person.lean)) * person.torso_length
     head_y = person.shoulder_y - 9.5
@@ -304,7 +307,7 @@ def draw_person(person: Person, cloth: Cloth, height: int, width: int) -> tuple[
         hands |= hand
 
     covered = torso | arms | (neck & (canvas.y > person.shoulder_y - 1))
-    mask = dilate(covered, round(1.2 * SUPERSAMPLING * height / UNIT_HEIGHT)) & ~hands & ~head
+    mask = dilate(covered, round(1.4 * SUPERSAMPLING * height / UNIT_HEIGHT)) & ~hands & ~head
     return canvas.image(), canvas.mask(mask), canvas.label_map()
 
 

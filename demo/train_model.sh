@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Make demo/model again from nothing: the drawn dataset, the base, and the adapter that train_vton.py trains on it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=${1:-runs/demo-model}
+
+.venv/bin/python demo/make_dataset.py --output_dir "$work/dataset" --train 6000 --test 64 --seed 0
+.venv/bin/python demo/train_base.py --dataset_root "$work/dataset" --output_dir "$work/base" \
+  --vae_steps 1700 --unet_steps 5000 --batch_size 16 --learning_rate 8e-4 --seed 0
+for part in model_index.json scheduler text_encoder tokenizer unet vae; do
+  rm -rf "demo/model/$part"
+  mkdir -p demo/model
+  cp -r "$work/base/$part" demo/model/
+done
+.venv/bin/accelerate launch --cpu --num_processes 1 train_vton.py \
+  --pretrained_model_name_or_path demo/model --dataset_root "$work/dataset" --output_dir "$work/adapter" \
+  --height 64 --width 48 --train_batch_size 16 --max_train_steps 3000 --learning_rate 2e-3 --lr_warmup_steps 100 \
+  --ema_decay 0.999 --guidance_scale 1.5 --seed 0
+cp "$work/adapter/vton_adapter.safetensors" demo/model/
+.venv/bin/python demo/measure.py
