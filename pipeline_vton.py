@@ -961,9 +961,11 @@ class StableDiffusionVTONPipeline(
         return torch.float16 if all(torch.equal(p, p.half().to(p.dtype)) for p in parameters) else None
 
     def _published_base(self) -> str | None:
-        """The base's repository on the Hub, if it is known and no folder of the same name."""
-        base = self.config.base_model or self.name_or_path or ""
-        return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
+        """The base's repository on the Hub, as the adapter or the loading says, unless it is a folder."""
+        for base in (self.config.base_model, self.name_or_path):
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", base or "") and not Path(base).exists():
+                return base
+        return None
 
     def _write_card(
         self, folder: Path, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult] | None

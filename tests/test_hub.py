@@ -364,6 +364,13 @@ def test_a_cards_licence_follows_the_base(hub, tmp_path, settings, given, licens
     assert card.data.base_model == (None if license == "unknown" else settings["base_model"])
 
 
+def test_a_card_names_the_base_that_was_loaded_where_the_adapter_knows_a_folder(tmp_path):
+    pipe = tiny_pipe(9, base_model="/data/stable-diffusion")
+    pipe.register_to_config(_name_or_path=BASE)  # as from_pretrained does
+    pipe.save_pretrained(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == BASE
+
+
 def test_a_card_of_ones_own_is_kept_in_the_folder_and_on_the_hub(hub, tmp_path):
     own = "---\nlicense: mit\npipeline_tag: image-to-image\nlibrary_name: diffusers\n---\n# Mine\n"
     (tmp_path / "README.md").write_text(own)
