@@ -483,7 +483,7 @@ def test_other_processes_load_what_was_saved_and_give_the_same(tmp_path):
             subprocess.Popen(command, env=environment, cwd=output, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
         )
     for i, (process, form) in enumerate(zip(processes, forms)):
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, (form, errors.decode())
         np.testing.assert_allclose(np.load(tmp_path / f"output{i}" / "images.npy"), expected, atol=1e-6)
         for name in ("pipeline.py", "pipeline_vton.py", "vton.py"):
