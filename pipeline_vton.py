@@ -963,7 +963,7 @@ class StableDiffusionVTONPipeline(
     def _published_base(self) -> str | None:
         """The base's repository on the Hub, as the adapter or the loading says, unless it is a folder."""
         for base in (self.config.base_model, self.name_or_path):
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", base or "") and not Path(base).exists():
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not Path(base).exists():
                 return base
         return None
 
