@@ -69,7 +69,7 @@ class FreshProcess:
 
     def finish(self):
         """What every load said, "loaded" or an error; its pictures are then in `images`."""
-        errors = self.process.communicate(timeout=300)[1]
+        errors = self.process.communicate(timeout=900)[1]
         assert self.process.returncode == 0, errors.decode()
         return json.loads((self.folder / "said.json").read_text())
 
