@@ -43,6 +43,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipeline_vton import (
     ADAPTER_NAME,
+    ADAPTER_SETTINGS,
     CHOICES,
     ClothBesideAttnProcessor,
     StableDiffusionVTONPipeline,
@@ -372,7 +373,7 @@ class Trainer:
         self.height = args.height or size[0] * self.pipe.vae_scale_factor
         self.width = args.width or size[1] * self.pipe.vae_scale_factor
         self.pipe.resolve_size(self.height, self.width, self.height, self.width)  # an error names a bad side
-        self.settings = {
+        self.settings = ADAPTER_SETTINGS | {
             "cloth_conditioning": args.cloth_conditioning,
             "cross_attention": args.cross_attention,
             "condition_latents": args.condition_latents or ("unscaled" if self.in_channels == 8 else "scaled"),
@@ -671,6 +672,7 @@ class Trainer:
         skip = done * self.args.gradient_accumulation_steps
         while True:
             self.loader.set_epoch(epoch)
+            self.dataset.set_epoch(epoch)  # which the loader's does not reach with several processes
             yield from accelerate.skip_first_batches(self.loader, skip) if skip else self.loader
             epoch, skip = epoch + 1, 0
 
