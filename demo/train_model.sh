@@ -6,7 +6,7 @@ work=${1:-runs/demo-model}
 
 .venv/bin/python demo/make_dataset.py --output_dir "$work/dataset" --train 6000 --test 64 --seed 0
 .venv/bin/python demo/train_base.py --dataset_root "$work/dataset" --output_dir "$work/base" \
-  --vae_steps 1700 --unet_steps 5000 --batch_size 16 --learning_rate 8e-4 --seed 0
+  --vae_steps 900 --unet_steps 4200 --batch_size 16 --learning_rate 8e-4 --seed 0
 for part in model_index.json scheduler text_encoder tokenizer unet vae; do
   rm -rf "demo/model/$part"
   mkdir -p demo/model
