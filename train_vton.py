@@ -11,33 +11,58 @@
 
 writes OUTPUT_DIR/vton_adapter.safetensors, for `pipe.load_vton_adapter(OUTPUT_DIR)`. How the cloth enters the UNet is the
 pipeline's own code, imported from pipeline_vton.py.
+
+The file reads in the order of a run: arguments, pairs of pictures, what is random, the trainer (setting up, one step,
+looking at it, keeping it, the loop).
 """
 
 import argparse
 import contextlib
+import hashlib
+import importlib
+import itertools
 import json
 import logging
 import math
+import os
 import re
 import shutil
+import signal
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType, ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
 import accelerate
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    gather_object,
+    set_seed,
+)
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params
-from diffusers.utils import make_image_grid
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from diffusers.training_utils import EMAModel, cast_training_params, compute_dream_and_update_latents, compute_snr
+from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
+from huggingface_hub import ModelCard, create_repo, upload_folder
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import ExifTags, Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -45,15 +70,16 @@ from pipeline_vton import (
     ADAPTER_NAME,
     ADAPTER_SETTINGS,
     CHOICES,
+    TRAINABLE_PARTS,
     ClothBesideAttnProcessor,
     StableDiffusionVTONPipeline,
     TryOnLatents,
     adapter_parameters,
     as_pil,
     as_tensors,
-    encode_latents,
     fit_cloth,
     read_adapter,
+    read_safetensors,
     vton_attention,
     widen_conv_in,
     write_adapter,
@@ -61,7 +87,23 @@ from pipeline_vton import (
 
 
 logger = get_logger("train_vton")
-PROBED_TIMESTEPS = (250, 500, 750)  # where the masked noise error without, with and with a wrong cloth is logged
+PROBED_TIMESTEPS = (250, 500, 750)  # where the masked error without, with and with a wrong cloth is logged
+PROBED_PAIRS = 16
+LATENTS = ("person", "mask", "cloth", "cloth_condition")  # the tensors of `TryOnLatents`
+CARD_TEXT = """
+## Training
+
+{picture}
+
+| up to step | mean loss |
+|---|---|
+{curve}
+
+| flag | value |
+|---|---|
+{flags}
+"""
+LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own
 SEED_WARMUP_EPOCHS, SEED_WARMUP_START, SEED_FINAL_RATE = 5, 0.1, 1e-6
 
 
@@ -70,106 +112,97 @@ SEED_WARMUP_EPOCHS, SEED_WARMUP_START, SEED_FINAL_RATE = 5, 0.1, 1e-6
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    group = parser.add_argument_group("what goes in and comes out")
-    group.add_argument("--pretrained_model_name_or_path", required=True, help="the base: a Hub repository or a folder")
-    group.add_argument("--revision", help="the base's revision on the Hub (default main)")
-    group.add_argument("--variant", help="the base's file variant, such as fp16 (default none)")
-    group.add_argument("--dataset_root", type=Path, required=True, help="a folder in VITON-HD's layout")
-    group.add_argument(
-        "--output_dir", type=Path, required=True, help="adapter, checkpoints, logs and validation pictures"
-    )
-    group.add_argument("--height", type=int, help="training height in pixels (default: the base's native size)")
-    group.add_argument("--width", type=int, help="training width in pixels (default: the base's native size)")
-    group.add_argument("--dataloader_num_workers", type=int, default=2, help="reading processes (default 2)")
-
-    group = parser.add_argument_group("how the cloth is shown, and what learns")
-    group.add_argument(
-        "--cloth_conditioning",
-        choices=CHOICES["cloth_conditioning"],
-        default="reference",
-        help="cloth tokens in every attn1 (default), or one canvas",
-    )
-    group.add_argument(
-        "--cross_attention",
-        choices=("skip", "prompt"),
-        default="skip",
-        help="leave attn2 out (default), or feed it --prompt",
-    )
-    group.add_argument(
-        "--prompt", default="", help="the text of every picture with --cross_attention prompt (default empty)"
-    )
-    group.add_argument(
-        "--condition_latents",
-        choices=CHOICES["condition_latents"],
-        help="default: unscaled for 8-channel bases (instruct-pix2pix), else scaled",
-    )
-    group.add_argument(
-        "--trainable",
-        choices=CHOICES["trainable"],
-        default="self_attention",
-        help="which UNet weights learn (default self_attention)",
-    )
-    group.add_argument(
-        "--cloth_dropout", type=float, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)"
-    )
-    group.add_argument(
-        "--guidance_scale",
-        type=float,
-        default=7.5,
-        help="recommended in the adapter, used in validation (default 7.5)",
-    )
-
-    group = parser.add_argument_group("optimisation (defaults: the seed architecture's)")
-    group.add_argument("--train_batch_size", type=int, default=4, help="pairs a step and process (default 4)")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches an update (default 1)")
-    group.add_argument("--num_train_epochs", type=int, default=100, help="passes over the pairs (default 100)")
-    group.add_argument("--max_train_steps", type=int, help="updates; overrides --num_train_epochs")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="AdamW's highest rate (default 1e-4)")
-    group.add_argument(
-        "--lr_scheduler",
-        default="seed",
-        choices=("seed", *(kind.value for kind in SchedulerType)),
-        help="seed: warm-up from a tenth, then cosine to 1e-6 (default); or one of diffusers'",
-    )
-    group.add_argument(
-        "--lr_warmup_steps", type=int, help="updates of warm-up (default: 5 epochs, at most the whole run)"
-    )
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="default 0.9")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="default 0.999")
-    group.add_argument("--adam_weight_decay", type=float, default=0.01, help="default 0.01")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="gradient clipping (default 1.0)")
-    group.add_argument(
-        "--ema_decay", type=float, default=0.9999, help="averaging of the published weights (default 0.9999, 0 is off)"
-    )
-    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
-    group.add_argument("--seed", type=int, default=0, help="seed of order, noise and dropout (default 0)")
-
-    group = parser.add_argument_group("checkpoints and reports")
-    group.add_argument(
-        "--checkpointing_steps", type=int, default=500, help="updates between checkpoints (default 500)"
-    )
-    group.add_argument("--checkpoints_total_limit", type=int, help="how many checkpoints stay (default all)")
-    group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or latest")
-    group.add_argument("--validation_steps", type=int, default=500, help="updates between validations (default 500)")
-    group.add_argument(
-        "--num_validation_pairs", type=int, default=4, help="unpaired test lines drawn at a validation (default 4)"
-    )
-    group.add_argument(
-        "--report_to", default="tensorboard", help="tensorboard (default), another tracker of accelerate's, or none"
-    )
-
+    for add_arguments in (add_data_arguments, add_model_arguments, add_optimisation_arguments, add_report_arguments):
+        add_arguments(parser)
     args = parser.parse_args(input_args)
     check_args(parser, args)
+    if args.cache_latents is True:
+        args.cache_latents = args.output_dir / "latents"
     return args
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what goes in and comes out").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="the base: a Hub repository or a folder")
+    add("--revision", help="the base's revision on the Hub (default main)")
+    add("--output_dir", type=Path, required=True, help="for adapter, checkpoints, logs and validation pictures")
+    add("--dataset_root", type=Path, help="a folder in VITON-HD's or DressCode's layout")
+    add(
+        "--dataset_name", help="or what datasets.load_dataset takes: a Hub repository, a folder of parquet or pictures"
+    )
+    add("--dataset_config_name", help="its configuration (default: its only one)")
+    add("--streaming", action="store_true", help="read --dataset_name as it comes instead of downloading it first")
+    add("--person_column", default="image", help="the person in the cloth (default image)")
+    add("--cloth_column", default="cloth", help="the cloth alone (default cloth)")
+    add("--mask_column", default="mask", help="the agnostic mask (default mask)")
+    add("--caption_column", help="a text for every pair, with --cross_attention prompt (default: --prompt for all)")
+    add("--condition_column", default="condition", help="--mask_free: column, or folder beside the persons', of the person in another cloth (default condition)")  # fmt: skip
+    add("--height", type=int, help="training height in pixels (default: the base's native size)")
+    add("--width", type=int, help="training width in pixels (default: the base's native size)")
+    add("--augment", nargs="*", default=[], choices=("flip", "crop", "color"), help="mirror, zoom in, recolour (default none)")  # fmt: skip
+    add("--cache_latents", nargs="?", type=Path, const=True, help="encode once into this folder (default OUTPUT_DIR/latents)")  # fmt: skip
+    add("--dataloader_num_workers", type=int, default=2, help="reading processes (default 2)")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how the cloth is shown, and what learns").add_argument
+    add("--cloth_conditioning", choices=CHOICES["cloth_conditioning"], default="reference", help="cloth tokens in every attn1 (default), or one canvas")  # fmt: skip
+    add("--cross_attention", choices=("skip", "prompt"), default="skip", help="leave attn2 out (default), or feed it text")  # fmt: skip
+    add("--prompt", default="", help="the text of every picture with --cross_attention prompt (default empty)")
+    add("--condition_latents", choices=CHOICES["condition_latents"], help="default: unscaled for 8-channel bases (instruct-pix2pix), else scaled")  # fmt: skip
+    add("--mask_free", action="store_true", help="condition on the whole person, in another cloth, instead of a masked one")  # fmt: skip
+    add("--trainable", choices=CHOICES["trainable"], default="self_attention", help="which UNet weights learn (default self_attention)")  # fmt: skip
+    add("--lora_rank", type=int, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
+    add("--cloth_dropout", type=float, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
+    add("--guidance_scale", type=float, default=7.5, help="recommended in the adapter, used in validation (default 7.5)")  # fmt: skip
+    add("--snr_gamma", type=float, help="Min-SNR weighting of the loss, arXiv:2303.09556; 5 is usual (default off)")
+    add("--dream_detail_preservation", type=float, help="DREAM's p, arXiv:2312.00210; CatVTON trained with 10 (default off)")  # fmt: skip
+
+
+def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("optimisation (defaults: the seed architecture's)").add_argument
+    add("--train_batch_size", type=int, default=4, help="pairs a step and process (default 4)")
+    add("--gradient_accumulation_steps", type=int, default=1, help="batches an update (default 1)")
+    add("--num_train_epochs", type=int, default=100, help="passes over the pairs (default 100)")
+    add("--max_train_steps", type=int, help="updates; overrides --num_train_epochs")
+    add("--learning_rate", type=float, default=1e-4, help="AdamW's highest rate (default 1e-4)")
+    add("--lr_scheduler", default="seed", choices=("seed", *(kind.value for kind in SchedulerType)), help="seed: warm-up from a tenth, then cosine to 1e-6 (default); or one of diffusers'")  # fmt: skip
+    add("--lr_warmup_steps", type=int, help="updates of warm-up (default: 5 epochs, at most the whole run)")
+    add("--adam_beta1", type=float, default=0.9, help="default 0.9")
+    add("--adam_beta2", type=float, default=0.999, help="default 0.999")
+    add("--adam_weight_decay", type=float, default=0.01, help="default 0.01")
+    add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW: a quarter of the optimiser's memory")
+    add("--max_grad_norm", type=float, default=1.0, help="gradient clipping (default 1.0)")
+    add(
+        "--ema_decay", type=float, default=0.9999, help="averaging of the published weights (default 0.9999, 0 is off)"
+    )
+    add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
+    add("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later GPUs")
+    add("--torch_compile", action="store_true", help="compile the UNet with inductor")
+    add("--seed", type=int, default=0, help="seed of order, noise, dropout and augmentation (default 0)")
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("checkpoints and reports").add_argument
+    add("--checkpointing_steps", type=int, default=500, help="updates between checkpoints (default 500)")
+    add("--checkpoints_total_limit", type=int, help="how many checkpoints stay (default all)")
+    add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
+    add("--validation_steps", type=int, default=500, help="updates between validations (default 500)")
+    add("--num_validation_pairs", type=int, default=4, help="unpaired test lines drawn at a validation (default 4)")
+    add("--report_to", default="tensorboard", help="tensorboard (default), wandb, trackio, another of accelerate's, or none")  # fmt: skip
+    add("--push_to_hub", action="store_true", help="upload the adapter with its code and a card")
+    add("--hub_model_id", help="the repository (default: named as the output folder)")
+    add("--hub_strategy", choices=("end", "every_save"), default="end", help="when to upload (default end)")
+    add("--hub_private_repo", action="store_true", help="make it a private repository")
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """One sentence for what argparse cannot see by itself."""
     positive = (
         "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "checkpointing_steps",
-        "checkpoints_total_limit", "validation_steps", "height", "width", "learning_rate", "max_grad_norm",
+        "checkpoints_total_limit", "validation_steps", "height", "width", "learning_rate", "max_grad_norm", "lora_rank",
+        "snr_gamma", "dream_detail_preservation",
     )  # fmt: skip
     for name in positive:
         value = getattr(args, name)
@@ -183,62 +216,234 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--height and --width go together, got {args.height} and {args.width}")
     if args.resume_from_checkpoint not in {None, "latest"} and not Path(args.resume_from_checkpoint).is_dir():
         parser.error(f"--resume_from_checkpoint must be latest or a folder, got {args.resume_from_checkpoint}")
+    if (args.dataset_root is None) == (args.dataset_name is None):
+        parser.error(f"give --dataset_root or --dataset_name, got {args.dataset_root} and {args.dataset_name}")
+    if args.streaming and (args.dataset_name is None or args.max_train_steps is None or args.lr_warmup_steps is None):
+        parser.error("--streaming needs --dataset_name and, its length being unknown, --max_train_steps and --lr_warmup_steps")  # fmt: skip
+    if args.caption_column and (args.dataset_name is None or args.cross_attention != "prompt"):
+        parser.error(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
+    if args.cache_latents and (args.augment or args.streaming or args.caption_column):
+        parser.error("--cache_latents would freeze --augment, and knows neither --streaming nor --caption_column")
+    if args.lora_rank and args.trainable not in {"self_attention", "attention"}:
+        parser.error(f"--lora_rank needs --trainable self_attention or attention, got {args.trainable}")
+    if args.lora_rank and args.push_to_hub:
+        parser.error("--push_to_hub uploads an adapter and its code: upload a LoRA's OUTPUT_DIR with hf upload")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def inside(root: Path, *parts: str) -> Path:
-    """A path below `root`; ValueError where a list's line leads out of it."""
-    path = root.joinpath(*parts)
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"--dataset_root: {'/'.join(parts)} leads out of {root}")
-    return path
+@dataclass
+class Preparation:
+    """Makes of a pair's pictures what a step reads, and of its place in the run the seed of all that is random about it.
+
+    An item holds `person` and `cloth` (3, H, W) in [-1, 1], `mask` (1, H, W) 0 or 1, mask-free `condition` (3, H, W), its
+    `name`, and a `seed`, so that neither workers nor processes nor a resumed run change what is drawn. Persons, masks and
+    conditions are stretched, cloths are fitted on white, as in the pipeline.
+    """
+
+    height: int
+    width: int
+    seed: int = 0
+    augment: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        self.image_processor = VaeImageProcessor()
+        self.mask_processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+
+    def tag(self, name: str, epoch: int, index: int) -> dict[str, Any]:
+        return {"name": name, "seed": int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])}
+
+    def __call__(self, pictures: dict[str, Image.Image], epoch: int, index: int) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng([self.seed, epoch, index, 1])
+        pictures = self.move(pictures, rng)
+        size = {"height": self.height, "width": self.width}
+        pictures["cloth"] = fit_cloth(pictures["cloth"], **size)
+        item = {"mask": torch.ones(1, self.height, self.width)}  # mask-free
+        for role, picture in pictures.items():
+            processor = self.mask_processor if role == "mask" else self.image_processor
+            item[role] = processor.preprocess(picture, **size)[0]
+        return self.recolor(item, rng)
+
+    def move(self, pictures: dict[str, Image.Image], rng: np.random.Generator) -> dict[str, Image.Image]:
+        """Mirror every picture, or none; show the same part, at least 4/5 a side, of all but the cloth."""
+        pictures = dict(pictures)
+        if "flip" in self.augment and rng.random() < 0.5:
+            pictures = {role: ImageOps.mirror(picture) for role, picture in pictures.items()}
+        if "crop" in self.augment:
+            side = rng.uniform(0.8, 1)
+            left, top = rng.uniform(0, 1 - side, 2)
+            for role in pictures.keys() - {"cloth"}:
+                width, height = pictures[role].size
+                box = (left * width, top * height, (left + side) * width, (top + side) * height)
+                pictures[role] = pictures[role].crop(tuple(round(edge) for edge in box))
+        return pictures
+
+    def recolor(self, item: dict[str, torch.Tensor], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """One gamma a channel, alike on person, condition and cloth: another light in which black and white stay."""
+        if "color" in self.augment:
+            gamma = torch.tensor(2 ** rng.uniform(-0.4, 0.4, (3, 1, 1)), dtype=torch.float32)
+            item |= {k: 2 * (v / 2 + 0.5).clamp(0, 1) ** gamma - 1 for k, v in item.items() if k != "mask"}
+        return item
 
 
-class VitonHDDataset(Dataset):
-    """Pairs of a VITON-HD folder: `{split}/{image,cloth,agnostic-mask}` and `{split}_pairs.txt`, lines `PERSON CLOTH`.
+def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> Image.Image:
+    try:
+        return as_pil(as_tensors(open_file(), name, 1 if role == "mask" else 3)[0])
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
 
-    An item holds `person` and `cloth` (3, H, W) in [-1, 1], `mask` (1, H, W) 0 or 1, its `name`, and a `seed` for all that
-    is random about it in this epoch, so that neither workers nor processes nor a resumed run change what is drawn.
+
+def picture_size(file: Path, where: str) -> tuple[int, int]:
+    """Width and height as shown, from the file's head alone."""
+    try:
+        with Image.open(file) as picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return picture.size[::-1] if turned else picture.size
+    except OSError as error:
+        raise ValueError(f"{where}: {file} cannot be read: {error}") from error
+
+
+def check_sizes(sizes: dict[str, tuple[int, int]], where: str) -> None:
+    """Mask and condition have their person's size, or one sentence says which has not."""
+    for role in sizes.keys() - {"person", "cloth"}:
+        if sizes[role] != sizes["person"]:
+            raise ValueError(f"{where}: the {role} has size {sizes[role]}, its person {sizes['person']}")
+
+
+DRESS_CODE_FOLDERS = ("upper_body", "lower_body", "dresses")
+
+
+class TreePairs:
+    """Pairs of a folder in VITON-HD's or DressCode's layout.
+
+    VITON-HD: `{split}/{image,cloth,agnostic-mask}`, the mask NAME_mask.png or NAME.png, and `{split}_pairs.txt`.
+    DressCode: `{upper_body,lower_body,dresses}/{images,agnostic_masks}`, the person ID_0, the cloth ID_1, the mask ID_0.png,
+    and the lists in every category. A line names person and cloth; the test lists may end in `_paired` or `_unpaired`.
 
     Args:
         root: the folder.
         split: `train` or `test`.
-        height, width: in pixels; the person and the mask are stretched, the cloth is fitted on white.
-        paired: every person with the cloth of the same name, whatever the list says.
-        seed: the run's.
+        paired: every person with their own cloth, whatever the list says.
+        roles: which pictures to read; a mask-free `condition` is the person in another cloth.
+        condition_folder: where conditions lie, beside the persons' folder and by the persons' names.
     """
 
-    def __init__(self, root: Path, split: str, height: int, width: int, paired: bool, seed: int = 0) -> None:
-        self.root, self.split, self.height, self.width, self.seed, self.epoch = root, split, height, width, seed, 0
-        list_file = root / f"{split}_pairs.txt"
-        if not list_file.is_file():
-            raise FileNotFoundError(
-                f"--dataset_root: there is no {list_file.name} in {root}, which VITON-HD's layout has"
-            )
-        self.pairs = []
-        for number, line in enumerate(list_file.read_text().splitlines(), start=1):
-            if not line.strip():
-                continue
-            if len(names := line.split()) != 2:
-                raise ValueError(f"{list_file}, line {number}: must name a person and a cloth, got {line!r}")
-            pair = (names[0], names[0] if paired else names[1])
-            for file in self.files(*pair):
-                if not file.is_file():
-                    raise FileNotFoundError(f"{list_file}, line {number}: there is no {file.relative_to(root)}")
-            self.pairs.append(pair)
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        paired: bool,
+        roles: Collection[str] = ("person", "cloth", "mask"),
+        condition_folder: str = "condition",
+    ) -> None:
+        self.root, self.roles, self.condition_folder = root, roles, condition_folder
+        self.dress_code = any((root / folder).is_dir() for folder in DRESS_CODE_FOLDERS)
+        self.pairs: list[tuple[str, str, dict[str, Path]]] = []  # name, list and line, files
+        for list_file, folder in find_lists(root, split, paired):
+            for number, line in enumerate(list_file.read_text().splitlines(), start=1):
+                if line.strip():
+                    self.add_pair(line.split(), f"{list_file}, line {number}", folder, paired)
         if not self.pairs:
             raise ValueError(f"{list_file} names no pairs")
-        self.image_processor = VaeImageProcessor()
-        self.mask_processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
 
-    def files(self, person: str, cloth: str) -> tuple[Path, Path, Path]:
-        """Person, cloth and mask; repacks name the mask NAME_mask.png or NAME.png."""
-        folder = self.split
-        masks = [inside(self.root, folder, "agnostic-mask", Path(person).stem + end) for end in ("_mask.png", ".png")]
-        mask = masks[1] if masks[1].is_file() else masks[0]
-        return inside(self.root, folder, "image", person), inside(self.root, folder, "cloth", cloth), mask
+    def add_pair(self, names: list[str], where: str, folder: str, paired: bool) -> None:
+        if len(names) != 2:
+            raise ValueError(f"{where}: must name a person and a cloth, got {' '.join(names)!r}")
+        person, cloth = names
+        if paired:
+            cloth = re.sub(r"_0(?=\.\w+$)", "_1", person) if self.dress_code else person
+        files = self.files(folder, person, cloth)
+        for file in files.values():
+            if not file.is_file():
+                raise FileNotFoundError(f"{where}: there is no {file.relative_to(self.root)}")
+        sizes = {role: picture_size(file, where) for role, file in files.items()}
+        check_sizes(sizes, where)
+        self.pairs.append((f"{person} {cloth}", where, files))
+
+    def files(self, folder: str, person: str, cloth: str) -> dict[str, Path]:
+        viton = ("image", "cloth", "agnostic-mask")
+        persons, cloths, masks = ("images", "images", "agnostic_masks") if self.dress_code else viton
+        named = [inside(self.root, folder, masks, Path(person).stem + end) for end in ("_mask.png", ".png")]
+        files = {
+            "person": inside(self.root, folder, persons, person),
+            "cloth": inside(self.root, folder, cloths, cloth),
+            "mask": named[1] if named[1].is_file() or self.dress_code else named[0],
+            "condition": inside(self.root, folder, self.condition_folder, person),
+        }
+        return {role: files[role] for role in self.roles}
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        return self.pairs[index][0]
+
+    def pictures(self, index: int) -> dict[str, Image.Image]:
+        """Person, cloth, and mask or condition, at their own sizes."""
+        _, where, files = self.pairs[index]
+        return {
+            role: open_picture(partial(Image.open, file), f"{where}: {file}", role) for role, file in files.items()
+        }
+
+    def identity(self) -> list:
+        """What a cache of these pairs depends on: the files, their sizes and when they were written."""
+        stats = [(str(file), file.stat()) for _, _, files in self.pairs for file in files.values()]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def inside(root: Path, *parts: str) -> Path:
+    """A path below `root`; ValueError where a list's line leads out of it."""
+    path = Path(os.path.abspath(root.joinpath(*parts)))
+    if not path.is_relative_to(os.path.abspath(root)):
+        raise ValueError(f"--dataset_root: {'/'.join(parts)} leads out of {root}")
+    return root.joinpath(*parts)
+
+
+def find_lists(root: Path, split: str, paired: bool) -> list[tuple[Path, str]]:
+    """The lists of a split, each with the folder of its pictures."""
+    places = [(root / name, name) for name in DRESS_CODE_FOLDERS if (root / name).is_dir()] or [(root, split)]
+    kind = "paired" if paired else "unpaired"
+    found = []
+    for place, folder in places:
+        names = [f"{split}_pairs_{kind}.txt", f"{split}_pairs.txt"]
+        files = [place / name for name in names if (place / name).is_file()]
+        if not files:
+            raise FileNotFoundError(
+                f"--dataset_root: there is no {names[1]} in {place}, which VITON-HD's and DressCode's layouts have"
+            )
+        found.append((files[0], folder))
+    return found
+
+
+@dataclass(eq=False)
+class RowPairs:
+    """Pairs of a `datasets.Dataset` whose pictures are not decoded yet; `columns` names the column of every role."""
+
+    rows: Any
+    columns: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"row {index}"
+
+    def pictures(self, index: int) -> dict[str, Image.Image]:
+        return row_pictures(self.rows[index], self.columns, self.name(index))
+
+    def identity(self) -> list:
+        return [self.rows._fingerprint, self.columns]
+
+
+@dataclass(eq=False)
+class PairDataset(Dataset):
+    """Items that `prepare` makes of the pictures of `pairs`, with this epoch's seeds; and texts, where there are any."""
+
+    pairs: TreePairs | RowPairs
+    prepare: Preparation
+    captions: Sequence[str] | None = None
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -246,30 +451,100 @@ class VitonHDDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def pictures(self, index: int) -> tuple[Image.Image, Image.Image, Image.Image]:
-        """Person, cloth and mask as PIL images, at their own sizes."""
-        opened = []
-        for file, channels in zip(self.files(*self.pairs[index]), (3, 3, 1)):
-            try:
-                opened.append(as_pil(as_tensors(Image.open(file), str(file), channels)[0]))
-            except OSError as error:
-                raise ValueError(f"{file} cannot be read: {error}") from error
-        if opened[0].size != opened[2].size:
-            raise ValueError(
-                f"{self.pairs[index][0]}: the mask has size {opened[2].size}, its person {opened[0].size}"
-            )
-        return tuple(opened)
+    def tag(self, index: int) -> dict[str, Any]:
+        caption = {} if self.captions is None else {"caption": self.captions[index]}
+        return self.prepare.tag(self.pairs.name(index), self.epoch, index) | caption
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        person, cloth, mask = self.pictures(index)
-        size = {"height": self.height, "width": self.width}
-        return {
-            "person": self.image_processor.preprocess(person, **size)[0],
-            "cloth": self.image_processor.preprocess(fit_cloth(cloth, **size))[0],
-            "mask": self.mask_processor.preprocess(mask, **size)[0],
-            "name": " ".join(self.pairs[index]),
-            "seed": int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0]),
-        }
+        return self.prepare(self.pairs.pictures(index), self.epoch, index) | self.tag(index)
+
+
+@dataclass(eq=False)
+class StreamedPairs(IterableDataset):
+    """The same of a streamed `datasets.IterableDataset`, epoch after epoch; `skip` pairs are passed over, undecoded."""
+
+    rows: Any
+    columns: dict[str, str]
+    prepare: Preparation
+    caption_column: str | None = None
+    skip: int = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        place = 0
+        for epoch in itertools.count():
+            self.rows.set_epoch(epoch)
+            for index, row in enumerate(self.rows):
+                place += 1
+                if place > self.skip:
+                    name = f"row {index} of the stream"
+                    item = self.prepare(row_pictures(row, self.columns, name), epoch, index)
+                    caption = {"caption": row[self.caption_column]} if self.caption_column else {}
+                    yield item | self.prepare.tag(name, epoch, index) | caption
+            if place == 0:
+                raise ValueError("--dataset_name has no rows for this process")
+
+
+def load_rows(args: argparse.Namespace, split: str, columns: dict[str, str]) -> Any:
+    """A split of --dataset_name with its pictures undecoded."""
+    datasets = optional("datasets", "dataset_name")
+    rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split=split, streaming=args.streaming)
+    known = rows.column_names or list(next(iter(rows)))
+    for role, column in {**columns, "caption": args.caption_column}.items():
+        if column is not None and column not in known:
+            raise ValueError(f"--{role}_column: {args.dataset_name} has the columns {', '.join(known)}, not {column}")
+    for column in columns.values():
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
+
+
+def optional(library: str, flag: str) -> ModuleType:
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ImportError(f"--{flag} needs the {library} library: pip install {library}") from error
+
+
+def row_pictures(row: dict[str, Any], columns: dict[str, str], name: str) -> dict[str, Image.Image]:
+    opened, decode = {}, optional("datasets", "dataset_name").Image().decode_example
+    for role, column in columns.items():
+        if row[column] is None:
+            raise ValueError(f"{name}: the column {column} is empty")
+        opened[role] = open_picture(partial(decode, row[column]), f"{name}, column {column}", role)
+    check_sizes({role: picture.size for role, picture in opened.items()}, name)
+    return opened
+
+
+@dataclass(eq=False)
+class LatentCache(PairDataset):
+    """The same with what the VAE makes of the pictures, encoded once: safetensors shards in `folder`, tensors (N, ...)."""
+
+    folder: Path = Path("latents")
+    SHARD: ClassVar[int] = 256  # pairs
+
+    def shard(self, index: int) -> Path:
+        return self.folder / f"{index // self.SHARD:06d}.safetensors"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = index % self.SHARD
+        with safe_open(self.shard(index), "pt") as file:
+            latents = {name: file.get_slice(name)[place : place + 1][0] for name in file.keys()}
+        return latents | self.tag(index)
+
+    def fill(
+        self, encode: Callable[[dict], dict[str, torch.Tensor]], accelerator: accelerate.Accelerator, **loading
+    ) -> None:
+        """Write the shards that are not there, every process its part of them; `loading` goes to the DataLoader."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        starts = range(0, len(self), self.SHARD)[accelerator.process_index :: accelerator.num_processes]
+        missing = [start for start in starts if not self.shard(start).is_file()]
+        for start in tqdm(missing, desc="encode", disable=not accelerator.is_local_main_process or not missing):
+            part = Subset(PairDataset(self.pairs, self.prepare), range(start, min(start + self.SHARD, len(self))))
+            encoded = [encode(batch) for batch in DataLoader(part, **loading)]
+            tensors = {name: torch.cat([batch[name].cpu() for batch in encoded]).contiguous() for name in encoded[0]}
+            temporary = self.shard(start).with_suffix(f".{os.getpid()}")
+            save_file(tensors, temporary)
+            os.replace(temporary, self.shard(start))
+        accelerator.wait_for_everyone()
 
 
 def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -307,76 +582,111 @@ def seed_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def refuse_sharding(kind: DistributedType) -> None:
+    """Sharded weights have other names and shapes than an adapter holds, and 50 million of them need no sharding."""
+    if kind in {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}:
+        raise ValueError(
+            f"accelerate is configured for {kind.value}: configure plain data parallelism, which is enough for an adapter"
+        )
+
+
 class Trainer:
     """The models, the optimiser and the counters of one run; `run` is the loop."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        skipped = (
+            args.cross_attention == "skip" and args.trainable != "self_attention"
+        )  # attn2 may learn, and is left out
         self.accelerator = accelerate.Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / "logs"),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+            dynamo_backend="inductor" if args.torch_compile else None,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=skipped)],
         )
+        refuse_sharding(self.accelerator.distributed_type)
+        if args.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         set_seed(args.seed)
-        self.step = 0
+        self.step, self.losses, self.grad_norm = 0, [], 0.0
+        self.asked_to_stop = self.stopping = False  # by a signal; as all processes know
         self.load_base()
+        self.load_settings()
         self.load_data()
+        self.load_validation()
+        self.prepare_parameters()
         self.prepare_training()
 
     # ---- setting up
 
+    def load(self, cls: type, subfolder: str) -> torch.nn.Module:
+        """A frozen model of the base, in the mixed precision's dtype."""
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+        model = cls.from_pretrained(
+            self.args.pretrained_model_name_or_path,
+            subfolder=subfolder,
+            revision=self.args.revision,
+            use_safetensors=True,
+        )
+        return model.to(self.accelerator.device, dtype).eval().requires_grad_(False)
+
     def load_base(self) -> None:
-        args, device = self.args, self.accelerator.device
-        options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
-        frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
-            self.accelerator.mixed_precision, torch.float32
-        )
-
-        def load(cls: type, subfolder: str) -> torch.nn.Module:
-            model = cls.from_pretrained(args.pretrained_model_name_or_path, subfolder=subfolder, **options)
-            return model.to(device, frozen_dtype).eval().requires_grad_(False)
-
-        self.vae, self.unet = load(AutoencoderKL, "vae"), load(UNet2DConditionModel, "unet")
+        args, where = self.args, {"revision": self.args.revision}
+        self.vae, self.unet = self.load(AutoencoderKL, "vae"), self.load(UNet2DConditionModel, "unet")
         self.noise_scheduler = DDPMScheduler.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, clip_sample=False
+            args.pretrained_model_name_or_path, subfolder="scheduler", clip_sample=False, **where
         )
+        kind = self.noise_scheduler.config.prediction_type
+        if kind not in {"epsilon", "v_prediction"} or (kind != "epsilon" and args.dream_detail_preservation):
+            wanted = (
+                "epsilon with --dream_detail_preservation" if kind == "v_prediction" else "epsilon or v_prediction"
+            )
+            raise ValueError(f"the base's scheduler predicts {kind}, and training needs {wanted}")
         self.in_channels = self.unet.config.in_channels
         if self.in_channels not in {4, 8, 9}:
             raise ValueError(
                 f"--pretrained_model_name_or_path must have a UNet with 4, 8 or 9 input channels, got {self.in_channels}"
             )
+        if self.in_channels == 4 and args.lora_rank:
+            raise ValueError(
+                "--lora_rank cannot train the conv_in that a 4-channel base gets: take a base with 8 or 9 channels"
+            )
         if self.in_channels == 4:
             widen_conv_in(self.unet)
         self.prompt_embeds = None
         if args.cross_attention == "prompt":
-            tokenizer = CLIPTokenizer.from_pretrained(
-                args.pretrained_model_name_or_path, subfolder="tokenizer", revision=args.revision
+            self.tokenizer = CLIPTokenizer.from_pretrained(
+                args.pretrained_model_name_or_path, subfolder="tokenizer", **where
             )
-            tokens = tokenizer(
-                args.prompt,
-                padding="max_length",
-                truncation=True,
-                max_length=tokenizer.model_max_length,
-                return_tensors="pt",
-            )
-            with torch.no_grad():
-                self.prompt_embeds = load(CLIPTextModel, "text_encoder")(tokens.input_ids.to(device))[
-                    0
-                ]  # (1, 77, 768)
-        size = self.unet.config.sample_size
+            self.text_encoder = self.load(CLIPTextModel, "text_encoder")
+            self.prompt_embeds = self.embed([args.prompt])
+
+    @torch.no_grad()
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        """Texts to embeddings (B, 77, 768)."""
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return self.text_encoder(tokens.input_ids.to(self.accelerator.device))[0]
+
+    def load_settings(self) -> None:
+        """The size, and the settings that travel with the adapter."""
+        args, size = self.args, self.unet.config.sample_size
         size = size if isinstance(size, (list, tuple)) else (size, size)
         self.pipe = StableDiffusionVTONPipeline(
-            self.vae, self.unet, self.noise_scheduler, **{"in_channels": self.in_channels}
+            self.vae, self.unet, self.noise_scheduler, in_channels=self.in_channels
         )
         self.height = args.height or size[0] * self.pipe.vae_scale_factor
         self.width = args.width or size[1] * self.pipe.vae_scale_factor
         self.pipe.resolve_size(self.height, self.width, self.height, self.width)  # an error names a bad side
         self.settings = ADAPTER_SETTINGS | {
+            "in_channels": self.in_channels,
             "cloth_conditioning": args.cloth_conditioning,
             "cross_attention": args.cross_attention,
             "condition_latents": args.condition_latents or ("unscaled" if self.in_channels == 8 else "scaled"),
+            "mask_free": args.mask_free,
             "trainable": args.trainable,
             "guidance_scale": args.guidance_scale,
             "base_model": args.pretrained_model_name_or_path,
@@ -385,51 +695,116 @@ class Trainer:
         }
         self.pipe.register_to_config(**self.settings)
         self.pipe.set_progress_bar_config(disable=True)
+        self.prepare = Preparation(self.height, self.width, args.seed, args.augment)
+        self.roles = ("person", "cloth", "condition" if args.mask_free else "mask")
+        self.columns = {role: getattr(args, f"{role}_column") for role in self.roles}
 
     def load_data(self) -> None:
-        args, size = self.args, (self.height, self.width)
-        self.dataset = VitonHDDataset(args.dataset_root, "train", *size, paired=True, seed=args.seed)
+        args, captions = self.args, None
+        if args.dataset_root is not None:
+            pairs = TreePairs(args.dataset_root, "train", True, self.roles, args.condition_column)
+        else:
+            rows = load_rows(args, "train", self.columns)
+            pairs = None if args.streaming else RowPairs(rows, self.columns)
+            captions = rows[args.caption_column] if args.caption_column and not args.streaming else None
+        if args.streaming:  # every process reads its own part, and has one reader, which keeps the order
+            rank, count = self.accelerator.process_index, self.accelerator.num_processes
+            split = importlib.import_module("datasets.distributed").split_dataset_by_node
+            rows = split(rows.shuffle(seed=args.seed), rank, count)
+            self.dataset = StreamedPairs(rows, self.columns, self.prepare, args.caption_column)
+            workers = min(1, args.dataloader_num_workers)
+            self.loader = DataLoader(self.dataset, batch_size=args.train_batch_size, num_workers=workers)
+            return
+        self.dataset = PairDataset(pairs, self.prepare, captions)
+        loading = {"batch_size": args.train_batch_size, "num_workers": args.dataloader_num_workers}
         rows = args.train_batch_size * self.accelerator.num_processes
         if len(self.dataset) < rows:
-            raise ValueError(
-                f"--train_batch_size: a step takes {rows} pairs, and --dataset_root has {len(self.dataset)}"
-            )
-        self.loader = DataLoader(
-            self.dataset,
-            batch_size=args.train_batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=args.dataloader_num_workers,
-        )
-        self.probes = self.unpaired = None
-        if (args.dataset_root / "test_pairs.txt").is_file():
-            probes = VitonHDDataset(args.dataset_root, "test", *size, paired=True, seed=args.seed)
-            if len(probes) > 1:
-                self.probes = torch.utils.data.default_collate([probes[i] for i in range(min(16, len(probes)))])
-            self.unpaired = VitonHDDataset(args.dataset_root, "test", *size, paired=False, seed=args.seed)
+            source = "--dataset_root" if args.dataset_root is not None else "--dataset_name"
+            raise ValueError(f"--train_batch_size: a step takes {rows} pairs, and {source} has {len(self.dataset)}")
+        if args.cache_latents is not None:
+            self.dataset = LatentCache(pairs, self.prepare, folder=self.cache_folder(pairs))
+            self.dataset.fill(self.encode, self.accelerator, **loading)
+        self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
 
-    def prepare_training(self) -> None:
+    def cache_folder(self, pairs: TreePairs | RowPairs) -> Path:
+        """A folder of --cache_latents for everything that changes the latents: pictures, size, VAE and settings."""
+        vae = hashlib.sha256(json.dumps(dict(self.vae.config), default=str).encode())
+        for name, weight in self.vae.state_dict().items():
+            vae.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        settings = {name: self.settings[name] for name in ("height", "width", "condition_latents", "mask_free")}
+        key = json.dumps([vae.hexdigest(), str(self.vae.dtype), settings, pairs.identity()])
+        return self.args.cache_latents / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    def load_validation(self) -> None:
+        """`probes`: a batch of test persons with their own cloths; `tryons`: pictures of test persons and other cloths."""
+        self.plain = Preparation(self.height, self.width, self.args.seed)
+        probes, self.tryons = self.test_rows() if self.args.dataset_name is not None else self.test_tree()
+        self.probes = default_collate(probes) if len(probes) > 1 else None  # one has no wrong cloth
+
+    def test_tree(self) -> tuple[list[dict], list[dict]]:
+        args, root = self.args, self.args.dataset_root
+        lists = [*root.glob("test_pairs*.txt"), *root.glob("*/test_pairs*.txt")]
+        if not any(file.read_text().strip() for file in lists):
+            return [], []
+        probes = []
+        try:
+            paired = PairDataset(TreePairs(root, "test", True, self.roles, args.condition_column), self.plain)
+            probes = [paired[i] for i in range(min(PROBED_PAIRS, len(paired)))]
+        except FileNotFoundError as error:
+            if not args.mask_free:
+                raise
+            logger.info("the test persons are not there in other cloths, so nothing is probed: %s", error)
+        unpaired = TreePairs(root, "test", False, [r for r in self.roles if r != "condition"])
+        return probes, [unpaired.pictures(i) for i in range(min(args.num_validation_pairs, len(unpaired)))]
+
+    def test_rows(self) -> tuple[list[dict], list[dict]]:
         args = self.args
-        parameters = adapter_parameters(self.unet, args.trainable, self.in_channels == 4)
-        self.trained = list(parameters.values())
+        if "test" not in optional("datasets", "dataset_name").get_dataset_split_names(
+            args.dataset_name, args.dataset_config_name
+        ):
+            return [], []
+        rows = enumerate(load_rows(args, "test", self.columns).take(PROBED_PAIRS))
+        pictures = [row_pictures(row, self.columns, f"test row {i}") for i, row in rows]
+        probes = [self.plain(shown, 0, i) | self.plain.tag("", 0, i) for i, shown in enumerate(pictures)]
+        others = pictures[1:] + pictures[:1]
+        tryons = [shown | {"cloth": other["cloth"]} for shown, other in zip(pictures, others)]
+        return probes, tryons[: args.num_validation_pairs]
+
+    def prepare_parameters(self) -> None:
+        """What learns, in float32: the adapter's weights, or a LoRA of the same modules."""
+        args = self.args
+        if args.lora_rank:
+            parts = sorted(TRAINABLE_PARTS[args.trainable])
+            modules = rf".*\.({'|'.join(parts)})\.(to_q|to_k|to_v|to_out\.0)"
+            self.unet.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=modules))
+            self.parameters = {name: p for name, p in self.unet.named_parameters() if ".lora_" in name}
+        else:
+            self.parameters = adapter_parameters(self.unet, args.trainable, self.in_channels == 4)
+        self.trained = list(self.parameters.values())
         for parameter in self.trained:
             parameter.requires_grad_(True)
         cast_training_params(self.unet, dtype=torch.float32)
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.unet.train()
-        self.optimizer = torch.optim.AdamW(
+
+    def prepare_training(self) -> None:
+        args = self.args
+        eight_bit = args.use_8bit_adam and optional("bitsandbytes", "use_8bit_adam").optim.AdamW8bit
+        self.optimizer = (eight_bit or torch.optim.AdamW)(
             self.trained,
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.adam_weight_decay,
         )
-        self.model, self.optimizer, self.loader = self.accelerator.prepare(self.unet, self.optimizer, self.loader)
-        self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
+        self.model, self.optimizer = self.accelerator.prepare(self.unet, self.optimizer)
+        if args.streaming:
+            self.steps_per_epoch = args.max_train_steps
+        else:
+            self.loader = self.accelerator.prepare(self.loader)
+            self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
         self.total_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
-        warmup = (
-            args.lr_warmup_steps if args.lr_warmup_steps is not None else SEED_WARMUP_EPOCHS * self.steps_per_epoch
-        )
+        warmup = SEED_WARMUP_EPOCHS * self.steps_per_epoch if args.lr_warmup_steps is None else args.lr_warmup_steps
         warmup = min(warmup, self.total_steps)
         # Stepped here, once an update: accelerate would step a prepared schedule once a process.
         if args.lr_scheduler == "seed":
@@ -444,20 +819,39 @@ class Trainer:
 
     # ---- one step
 
-    def encode(self, batch: dict[str, Any]) -> TryOnLatents:
-        device = self.accelerator.device
-        return TryOnLatents.encode(
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What the VAE makes of a batch: the tensors of `TryOnLatents`, and the posterior of the person to paint."""
+        pictures = {name: batch[name].to(self.accelerator.device) for name in {*self.roles, "mask"}}
+        conditioning = TryOnLatents.encode(
             self.vae,
-            *(batch[name].to(device) for name in ("person", "mask", "cloth")),
+            pictures["condition" if self.args.mask_free else "person"],
+            pictures["mask"],
+            pictures["cloth"],
             channels=self.unet.config.in_channels,
+            mask_free=self.args.mask_free,
             condition_latents=self.settings["condition_latents"],
             dtype=torch.float32,
         )
+        posterior = self.vae.encode(pictures["person"].to(self.vae.dtype)).latent_dist
+        return {name: getattr(conditioning, name) for name in LATENTS} | {"mean": posterior.mean, "std": posterior.std}
+
+    def latents(self, batch: dict[str, Any]) -> tuple[TryOnLatents, torch.Tensor, torch.Tensor]:
+        """A batch's conditioning, and mean and deviation of the latents to paint, unscaled; cached or made now."""
+        encoded = batch if "mean" in batch else self.encode(batch)
+        encoded = {name: encoded[name].to(self.accelerator.device) for name in (*LATENTS, "mean", "std")}
+        mean, std = encoded.pop("mean"), encoded.pop("std")
+        return TryOnLatents(**encoded, channels=self.unet.config.in_channels), mean, std
 
     def predict(
-        self, conditioning: TryOnLatents, noisy: torch.Tensor, timesteps: torch.Tensor, cloth_seen: torch.Tensor
+        self,
+        conditioning: TryOnLatents,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        cloth_seen: torch.Tensor,
+        captions: list[str] | None = None,
     ) -> torch.Tensor:
-        """The noise in `noisy` (B, 4, h, w) or a canvas, at timesteps (B,); rows where `cloth_seen` (B,) is 0 see no cloth.
+        """What the UNet sees in `noisy` (B, 4, h, w) or a canvas, at timesteps (B,); where `cloth_seen` (B,) is 0, clothless.
 
         Reference mode is one UNet call on `[person rows ; cloth rows]`, the cloth rows at timestep 0.
         """
@@ -468,54 +862,90 @@ class Trainer:
             rows = torch.cat([conditioning.person_rows(noisy), conditioning.cloth_rows()])
             timesteps = torch.cat([timesteps, torch.zeros_like(timesteps)])
             seen = torch.cat([cloth_seen, torch.ones_like(cloth_seen)])[:, None]
-        embeds = None if self.prompt_embeds is None else self.prompt_embeds.expand(len(rows), -1, -1)
+        embeds = self.prompt_embeds
+        if embeds is not None:
+            embeds = embeds.expand(count, -1, -1) if captions is None else self.embed(captions)
+            embeds = embeds.repeat(len(rows) // count, 1, 1)
         with self.accelerator.autocast():
             return self.model(rows, timesteps, embeds, attention_mask=seen, return_dict=False)[0][:count].float()
 
     def on_canvas(
-        self, conditioning: TryOnLatents, target: torch.Tensor, drawn: dict[str, torch.Tensor]
+        self, conditioning: TryOnLatents, clean: torch.Tensor, drawn: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Target and noise of the person alone; in joint mode of the whole canvas."""
+        """Clean latents and noise of the person alone; in joint mode of the whole canvas."""
         if self.args.cloth_conditioning == "reference":
-            return target, drawn["noise"]
+            return clean, drawn["noise"]
         canvas = conditioning.canvas
-        return canvas(target, conditioning.cloth), canvas(drawn["noise"], drawn["cloth_noise"])
+        return canvas(clean, conditioning.cloth), canvas(drawn["noise"], drawn["cloth_noise"])
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the UNet is to see, by the base's scheduler: the noise, or the velocity."""
+        if self.noise_scheduler.config.prediction_type == "epsilon":
+            return noise
+        return self.noise_scheduler.get_velocity(clean, noise, timesteps)
 
     def train_step(self, batch: dict[str, Any]) -> torch.Tensor:
         """The seed's loss: MSE between the predicted and the actual noise, over the person (joint: over the canvas)."""
-        device = self.accelerator.device
         with torch.no_grad():
-            conditioning = self.encode(batch)
-            posterior = self.vae.encode(batch["person"].to(device, self.vae.dtype)).latent_dist
-            drawn = {k: v.to(device) for k, v in draw(batch["seed"], posterior.mean.shape[1:]).items()}
-            target = (posterior.mean + posterior.std * drawn["posterior"]).float() * self.vae.config.scaling_factor
-        target, noise = self.on_canvas(conditioning, target, drawn)
+            conditioning, mean, std = self.latents(batch)
+            drawn = {k: v.to(mean.device) for k, v in draw(batch["seed"], mean.shape[1:]).items()}
+            clean = (mean + std * drawn["posterior"]).float() * self.vae.config.scaling_factor
+        clean, noise = self.on_canvas(conditioning, clean, drawn)
         timesteps = (drawn["time"] * self.noise_scheduler.config.num_train_timesteps).long()
-        noisy = self.noise_scheduler.add_noise(target, noise, timesteps)
-        noise_pred = self.predict(
-            conditioning, noisy, timesteps, (drawn["dropout"] >= self.args.cloth_dropout).float()
-        )
-        return F.mse_loss(noise_pred, noise)
+        noisy, target = self.noise_scheduler.add_noise(clean, noise, timesteps), self.target(clean, noise, timesteps)
+        seen = (drawn["dropout"] >= self.args.cloth_dropout).float()
+
+        def predict(noisy: torch.Tensor) -> torch.Tensor:
+            return self.predict(conditioning, noisy, timesteps, seen, batch.get("caption"))
+
+        if self.args.dream_detail_preservation:
+            noisy, target = compute_dream_and_update_latents(
+                lambda noisy, *_: SimpleNamespace(sample=predict(noisy)),
+                self.noise_scheduler,
+                timesteps,
+                noise,
+                noisy,
+                target,
+                None,
+                self.args.dream_detail_preservation,
+            )
+        return self.loss(predict(noisy), target, timesteps)
+
+    def loss(self, predicted: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """MSE; with --snr_gamma every row weighs min(SNR, gamma) / SNR (+ 1 for velocities), arXiv:2303.09556."""
+        if self.args.snr_gamma is None:
+            return F.mse_loss(predicted, target)
+        snr = compute_snr(self.noise_scheduler, timesteps)
+        weights = snr.clamp(max=self.args.snr_gamma)
+        weights = weights / (snr if self.noise_scheduler.config.prediction_type == "epsilon" else snr + 1)
+        return (weights * (predicted - target).square().mean(dim=(1, 2, 3))).mean()
 
     def update(self, batch: dict[str, Any]) -> float:
         """Forward, backward and, every `gradient_accumulation_steps` batches, one update; returns this batch's loss."""
-        with self.accelerator.accumulate(self.model):
+        accelerator = self.accelerator
+        with accelerator.accumulate(self.model):
             loss = self.train_step(batch)
-            self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+            both = torch.stack([loss.detach(), loss.new_tensor(float(self.asked_to_stop))])
+            mean, stopping = accelerator.reduce(both, reduction="mean").tolist()
+            self.stopping = stopping > 0
+            self.require_finite("loss", mean, batch)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                self.grad_norm = accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm).item()
+                if accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+                    self.require_finite("gradient norm", self.grad_norm, batch)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        if self.accelerator.sync_gradients:
+        if accelerator.sync_gradients:
             self.schedule.step()
             self.ema.step(self.trained)
             self.step += 1
-        mean = self.accelerator.reduce(loss.detach(), reduction="mean").item()
-        if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"the loss is {mean} at step {self.step}; the pairs were {', '.join(batch['name'])}"
-            )
         return mean
+
+    def require_finite(self, what: str, value: float, batch: dict[str, Any]) -> None:
+        if not math.isfinite(value):
+            names = ", ".join(gather_object(list(batch["name"])))
+            raise FloatingPointError(f"the {what} is {value} at step {self.step + 1}; the pairs are {names}")
 
     # ---- looking at it
 
@@ -538,23 +968,23 @@ class Trainer:
 
         While the cloth is being read, right < none < wrong.
         """
-        batch, device = self.probes, self.accelerator.device
-        conditioning = self.encode(batch)
-        target = encode_latents(self.vae, batch["person"].to(device)).float() * self.vae.config.scaling_factor
-        drawn = {name: noise.to(device) for name, noise in draw(batch["seed"], target.shape[1:]).items()}
+        conditioning, mean, _ = self.latents(self.probes)
+        mean = mean.float() * self.vae.config.scaling_factor
+        drawn = {name: noise.to(mean.device) for name, noise in draw(self.probes["seed"], mean.shape[1:]).items()}
         other = {name: getattr(conditioning, name).roll(1, 0) for name in ("cloth", "cloth_condition")}
         wrong = TryOnLatents(**vars(conditioning) | other)
-        seen, errors = torch.ones(len(target), device=device), {}
+        seen, errors = torch.ones(len(mean), device=mean.device), {}
         for t in PROBED_TIMESTEPS:
-            timesteps = torch.full((len(target),), t, device=device)
+            timesteps = torch.full((len(mean),), t, device=mean.device)
             for name, shown, visible in (
                 ("none", conditioning, 0 * seen),
                 ("right", conditioning, seen),
                 ("wrong", wrong, seen),
             ):
-                clean, noise = self.on_canvas(shown, target, drawn)
+                clean, noise = self.on_canvas(shown, mean, drawn)
                 noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
-                error = (self.predict(shown, noisy, timesteps, visible) - noise).square()
+                target = self.target(clean, noise, timesteps)
+                error = (self.predict(shown, noisy, timesteps, visible) - target).square()
                 error = error if self.args.cloth_conditioning == "reference" else conditioning.person_part(error)
                 error = (error * conditioning.mask).sum() / conditioning.mask.expand_as(error).sum()
                 errors[f"probe/t{t}_{name}"] = error.item()
@@ -569,67 +999,140 @@ class Trainer:
         with self.published_weights():
             if self.probes is not None:
                 logs = self.probe()
-            if self.unpaired is not None and self.args.num_validation_pairs > 0 and self.accelerator.is_main_process:
+                shown = ", ".join(f"{name.removeprefix('probe/')} {error:.4f}" for name, error in logs.items())
+                logger.info("step %d, masked noise error: %s", self.step, shown)
+            if self.tryons and self.accelerator.is_main_process:
                 self.save_validation_grid()
         self.unet.train(was_training)
         self.accelerator.wait_for_everyone()
         return logs
 
     def save_validation_grid(self) -> None:
-        tiles, count = [], min(self.args.num_validation_pairs, len(self.unpaired))
-        for index in range(count):
-            person, cloth, mask = self.unpaired.pictures(index)
+        tiles, size = [], {"height": self.height, "width": self.width}
+        for pictures in self.tryons:
+            person, cloth = pictures["person"], pictures["cloth"]
             with self.accelerator.autocast():
                 result = self.pipe(
                     person,
                     cloth,
-                    mask,
-                    height=self.height,
-                    width=self.width,
-                    prompt=self.args.prompt or None,
+                    pictures.get("mask"),
+                    **size,
                     prompt_embeds=self.prompt_embeds,
                     negative_prompt_embeds=self.prompt_embeds,
                     generator=torch.Generator(self.accelerator.device).manual_seed(self.args.seed),
                 )
-            size = (self.width, self.height)
-            tiles += [
-                picture.resize(size)
-                for picture in (person, fit_cloth(cloth, self.height, self.width), result.images[0])
-            ]
-        grid = make_image_grid(tiles, rows=count, cols=3)
+            shown = (person, fit_cloth(cloth, **size), result.images[0])
+            tiles += [picture.resize((self.width, self.height)) for picture in shown]
+        grid = make_image_grid(tiles, rows=len(self.tryons), cols=3)
         folder = self.args.output_dir / "validation"
         folder.mkdir(parents=True, exist_ok=True)
         grid.save(folder / f"step-{self.step:06d}.png")
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.writer.add_images("validation", np.asarray(grid)[None], self.step, dataformats="NHWC")
+                tracker.log_images({"validation": np.asarray(grid)[None]}, self.step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"validation": [grid]}, self.step)
+            elif tracker.name == "trackio":
+                import trackio  # there, since it is the tracker
+
+                tracker.log({"validation": trackio.Image(np.asarray(grid))}, self.step)
+
+    def memory(self) -> float:
+        """The peak of the GPU's memory, or this process's, in GiB."""
+        if self.accelerator.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return psutil.Process().memory_info().rss / 2**30
 
     # ---- keeping it
 
     def save_weights(self, models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         """accelerate's hook: a checkpoint holds the trained weights in fp32, not the whole UNet."""
         if self.accelerator.is_main_process:
-            self.write_adapter(Path(output_dir) / ADAPTER_NAME)
+            self.write_weights(Path(output_dir) / ADAPTER_NAME)
         while weights:
             weights.pop()
 
     def load_weights(self, models: list[torch.nn.Module], input_dir: str) -> None:
         weights, _ = read_adapter(Path(input_dir) / ADAPTER_NAME)
-        parameters = adapter_parameters(self.unet, self.args.trainable, self.in_channels == 4)
-        if weights.keys() != parameters.keys():
+        if weights.keys() != self.parameters.keys():
             raise ValueError(
-                f"--resume_from_checkpoint: {input_dir} was trained with other weights than --trainable {self.args.trainable}"
+                f"--resume_from_checkpoint: {input_dir} was trained with other weights than --trainable {self.args.trainable} --lora_rank {self.args.lora_rank}"
             )
         with torch.no_grad():
-            for name, parameter in parameters.items():
+            for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
         while models:
             models.pop()
 
-    def write_adapter(self, file: Path, dtype: torch.dtype | None = None) -> None:
-        parameters = adapter_parameters(self.unet, self.args.trainable, self.in_channels == 4)
-        settings = self.settings | {"in_channels": self.in_channels, "trained_steps": self.step}
-        write_adapter(file, {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}, settings)
+    def write_weights(self, file: Path, dtype: torch.dtype | None = None) -> None:
+        weights = {name: parameter.detach().to(dtype) for name, parameter in self.parameters.items()}
+        write_adapter(file, weights, self.settings | {"trained_steps": self.step})
+
+    def write_lora(self, folder: Path) -> None:
+        """diffusers' own LoRA file; the settings are a metadata entry of their own, since diffusers reads its entry whole."""
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            StableDiffusionVTONPipeline.save_lora_weights(
+                temporary,
+                unet_lora_layers={name: layer.half() for name, layer in layers.items()},
+                unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
+                weight_name=LORA_NAME,
+            )
+            file = Path(temporary) / LORA_NAME
+            weights, metadata = read_safetensors(file)
+            settings = json.dumps(self.settings | {"trained_steps": self.step})
+            save_file(weights, file, metadata | {"vton_adapter": settings})
+            os.replace(file, folder / LORA_NAME)
+
+    def publish(self) -> None:
+        """The averaged weights in fp16, to OUTPUT_DIR."""
+        with self.published_weights():
+            if self.args.lora_rank:
+                self.write_lora(self.args.output_dir)
+            else:
+                self.write_weights(self.args.output_dir / ADAPTER_NAME, torch.float16)
+        logger.info("trained weights in %s", self.args.output_dir)
+
+    def push(self, attempts: int) -> None:
+        """Upload; what fails is logged and tried again, since neither training nor what is on disk depends on it."""
+        for attempt in range(1, attempts + 1):
+            try:
+                return self.upload(self.args.hub_model_id or self.args.output_dir.resolve().name)
+            except Exception as error:  # of many libraries; whatever it is, the run goes on
+                logger.warning(
+                    "upload %d of %d failed, all is still in %s: %s", attempt, attempts, self.args.output_dir, error
+                )
+                time.sleep(attempt)
+
+    @torch.no_grad()
+    def upload(self, repo_id: str) -> None:
+        """The published weights as the pipeline uploads them, and on the card how they were trained."""
+        private, before = self.args.hub_private_repo or None, [parameter.clone() for parameter in self.trained]
+        try:
+            with self.published_weights():
+                for parameter in self.trained:
+                    parameter.copy_(parameter.half())
+                self.pipe.register_to_config(trained_steps=self.step)
+                self.pipe.push_to_hub(repo_id, f"Step {self.step}", private=private, adapter_only=True)
+        finally:
+            for parameter, value in zip(self.trained, before):
+                parameter.copy_(value)
+        repo_id = create_repo(repo_id, exist_ok=True).repo_id  # with its owner
+        card = ModelCard.load(repo_id)
+        part = math.ceil(len(self.losses) / 10)
+        losses = [(i + part, self.losses[i : i + part]) for i in range(0, len(self.losses), part)]
+        pictures = sorted((self.args.output_dir / "validation").glob("*.png"))[-1:]
+        card.text += CARD_TEXT.format(
+            curve="\n".join(f"| {step} | {sum(some) / len(some):.4f} |" for step, some in losses),
+            flags="\n".join(f"| {name} | {value} |" for name, value in vars(self.args).items() if value is not None),
+            picture="".join(f"![Persons, cloths, results](validation/{picture.name})" for picture in pictures),
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            card.save(Path(folder) / "README.md")
+            for picture in pictures:
+                (Path(folder) / "validation").mkdir()
+                shutil.copy(picture, Path(folder) / "validation")
+            upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"How step {self.step} was trained")
 
     def checkpoints(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
@@ -646,11 +1149,12 @@ class Trainer:
         self.accelerator.save_state(str(unfinished))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (unfinished / "progress.json").write_text(json.dumps({"step": self.step}))
-            shutil.rmtree(final, ignore_errors=True)
+            (unfinished / "progress.json").write_text(json.dumps({"step": self.step, "losses": self.losses}))
+            if final.exists():  # of an earlier run into the same folder
+                discard(final)
             unfinished.rename(final)
             for old in self.checkpoints()[: -(self.args.checkpoints_total_limit or len(self.checkpoints()))]:
-                shutil.rmtree(old)
+                discard(old)
 
     def resume(self) -> None:
         wanted = self.args.resume_from_checkpoint
@@ -661,63 +1165,99 @@ class Trainer:
             logger.info("--resume_from_checkpoint latest: no checkpoint in %s, starting fresh", self.args.output_dir)
             return
         self.accelerator.load_state(str(found[-1]))
-        self.step = json.loads((found[-1] / "progress.json").read_text())["step"]
+        progress = json.loads((found[-1] / "progress.json").read_text())
+        self.step, self.losses = progress["step"], progress["losses"]
         logger.info("resumed from %s", found[-1])
 
     # ---- the loop
 
-    def batches(self):
+    def batches(self) -> Iterator[dict[str, Any]]:
         """Batches from where the run stands, epoch after epoch, in the order that an uninterrupted run would see."""
+        accumulated = self.args.gradient_accumulation_steps
+        if self.args.streaming:
+            self.dataset.skip = self.step * accumulated * self.args.train_batch_size
+            yield from self.loader
         epoch, done = divmod(self.step, self.steps_per_epoch)
-        skip = done * self.args.gradient_accumulation_steps
+        skip = done * accumulated
         while True:
             self.loader.set_epoch(epoch)
             self.dataset.set_epoch(epoch)  # which the loader's does not reach with several processes
             yield from accelerate.skip_first_batches(self.loader, skip) if skip else self.loader
             epoch, skip = epoch + 1, 0
 
-    def run(self) -> None:
+    @contextlib.contextmanager
+    def gentle_stop(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM asks for a checkpoint after the running update, the second stops at once."""
+        owner = os.getpid()
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != owner:  # a reading process, which the main one ends
+                return
+            if self.asked_to_stop:
+                raise KeyboardInterrupt
+            self.asked_to_stop = True
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def run(self) -> bool:
+        """Train to the end, or until asked to stop; returns whether it came to the end."""
         args, processor = self.args, ClothBesideAttnProcessor if self.args.cloth_conditioning == "reference" else None
         self.resume()
         bar = tqdm(
             total=self.total_steps, initial=self.step, desc="train", disable=not self.accelerator.is_local_main_process
         )
-        started, seen, losses = time.time(), 0, []
-        with vton_attention(self.unet, processor, args.cross_attention):
-            batches = self.batches()
+        with bar, self.gentle_stop(), vton_attention(self.unet, processor, args.cross_attention):
+            batches, losses, started = self.batches(), [], time.time()
             while self.step < self.total_steps:
                 before = self.step
                 losses.append(self.update(next(batches)))
-                seen += args.train_batch_size * self.accelerator.num_processes
                 if self.step == before:
                     continue
-                logs = {
-                    "loss": sum(losses) / len(losses),
-                    "lr": self.schedule.get_last_lr()[0],
-                    "images_per_second": seen / (time.time() - started),
-                }
-                losses = []
                 bar.update()
-                bar.set_postfix(
-                    loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.1e}", img_s=f"{logs['images_per_second']:.2f}"
-                )
-                if self.step % args.validation_steps == 0 or self.step == self.total_steps:
-                    probes = self.validate()
-                    logs |= probes
-                    if probes:
-                        logger.info(
-                            "step %d, masked noise error: %s",
-                            self.step,
-                            ", ".join(f"{k.removeprefix('probe/')} {v:.4f}" for k, v in probes.items()),
-                        )
-                self.accelerator.log(logs, step=self.step)
-                if self.step % args.checkpointing_steps == 0 or self.step == self.total_steps:
-                    self.save_checkpoint()
-        bar.close()
-        if self.accelerator.is_main_process:
-            with self.published_weights():
-                self.write_adapter(args.output_dir / ADAPTER_NAME, torch.float16)
-            logger.info("adapter in %s", args.output_dir / ADAPTER_NAME)
+                self.after_update(bar, losses, time.time() - started)
+                losses, started = [], time.time()
+                if self.stopping:
+                    break
+        if self.step == self.total_steps and self.accelerator.is_main_process:
+            self.publish()
+            if args.push_to_hub:
+                self.push(attempts=3)
+        return self.step == self.total_steps
+
+    def after_update(self, bar: tqdm, losses: list[float], seconds: float) -> None:
+        """Report, validate and save as often as asked; always at the end, and save when asked to stop."""
+        args, last = self.args, self.step == self.total_steps
+        pairs = len(losses) * args.train_batch_size * self.accelerator.num_processes
+        self.losses.append(sum(losses) / len(losses))
+        logs = {
+            "loss": self.losses[-1],
+            "lr": self.schedule.get_last_lr()[0],
+            "grad_norm": self.grad_norm,
+            "images_per_second": pairs / seconds,
+            "memory_gib": self.memory(),
+        }
+        bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")})
+        if self.step % args.validation_steps == 0 or last:
+            logs |= self.validate()
+        self.accelerator.log(logs, step=self.step)
+        if self.step % args.checkpointing_steps == 0 or last or self.stopping:
+            self.save_checkpoint()
+            if args.push_to_hub and args.hub_strategy == "every_save" and self.accelerator.is_main_process:
+                self.push(attempts=1)
+            self.accelerator.wait_for_everyone()
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint whose name is gone before its first file is, so that half of one is never taken for one."""
+    leaving = folder.with_name(f"leaving-{folder.name}")
+    shutil.rmtree(leaving, ignore_errors=True)
+    folder.rename(leaving)
+    shutil.rmtree(leaving)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -727,11 +1267,13 @@ def main(args: argparse.Namespace) -> None:
     trainer = Trainer(args)
     if trainer.accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        config = {name: str(v) if isinstance(v, (Path, list)) else v for name, v in vars(args).items()}
         (args.output_dir / "training_args.json").write_text(json.dumps(config, indent=2) + "\n")
         trainer.accelerator.init_trackers("train_vton", {k: v for k, v in config.items() if v is not None})
-    trainer.run()
+    finished = trainer.run()
     trainer.accelerator.end_training()
+    if not finished:
+        raise SystemExit(f"stopped at step {trainer.step}: go on with --resume_from_checkpoint latest")
 
 
 if __name__ == "__main__":

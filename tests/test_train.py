@@ -7,18 +7,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import patch_environment
+from accelerate.utils import DistributedType, patch_environment
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import ROOT, tiny_pipe
+from tiny import ROOT, picture, seeded, tiny_pipe
 
 from pipeline_vton import (
     ADAPTER_NAME,
@@ -29,7 +32,18 @@ from pipeline_vton import (
     adapter_parameters,
     vton_attention,
 )
-from train_vton import Trainer, VitonHDDataset, draw, main, parse_args
+from train_vton import (
+    LORA_NAME,
+    LatentCache,
+    PairDataset,
+    Preparation,
+    Trainer,
+    TreePairs,
+    draw,
+    main,
+    parse_args,
+    refuse_sharding,
+)
 
 
 TRAIN, TEST = 10, 4  # pairs: 5 batches of 2, 3 updates of 2 batches an epoch, the last one of a single batch
@@ -56,18 +70,26 @@ def bases(tmp_path_factory) -> dict[int, Path]:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
+def tested(tmp_path_factory) -> Path:
     from make_dataset import make_dataset  # `tiny` puts demo/ on the path
 
-    root = tmp_path_factory.mktemp("data")
+    root = tmp_path_factory.mktemp("tested")
     make_dataset(root, TRAIN, TEST, seed=0)
     return root
 
 
+@pytest.fixture(scope="session")
+def data(tested, tmp_path_factory) -> Path:
+    """The same without a test list: there is nothing to validate with."""
+    root = Path(shutil.copytree(tested, tmp_path_factory.mktemp("data") / "data"))
+    (root / "test_pairs.txt").unlink()
+    return root
+
+
 @pytest.fixture
-def own_data(data, tmp_path) -> Path:
+def own_data(tested, tmp_path) -> Path:
     """A copy that a test may spoil."""
-    return Path(shutil.copytree(data, tmp_path / "own"))
+    return Path(shutil.copytree(tested, tmp_path / "own"))
 
 
 def flags(base: Path, data: Path, out: Path, **changed) -> list[str]:
@@ -98,6 +120,10 @@ def trainer_of(*where, **changed) -> Trainer:
     return Trainer(parse_args(flags(*where, **changed)))
 
 
+def tree(root: Path, split: str = "train", paired: bool = True, seed: int = 0, **options) -> PairDataset:
+    return PairDataset(TreePairs(root, split, paired, **options), Preparation(32, 24, seed))
+
+
 def launch(line: list[str], *options: str) -> subprocess.Popen:
     """`accelerate launch train_vton.py`, in a process group of its own."""
     threads = str(torch.get_num_threads())
@@ -116,7 +142,7 @@ def launch(line: list[str], *options: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     return output
 
@@ -143,11 +169,11 @@ LONG = {  # 8 updates in epochs of 3, interrupted in the middle of the second an
 
 
 @pytest.fixture(scope="session")
-def finished(bases, data, tmp_path_factory) -> Path:
+def finished(bases, tested, tmp_path_factory) -> Path:
     """The output of an uninterrupted run of 8 updates."""
     out = tmp_path_factory.mktemp("finished")
     with patch_environment(ACCELERATE_USE_CPU="true"):
-        main(parse_args(flags(bases[9], data, out, report_to="tensorboard", num_validation_pairs=2, **LONG)))
+        main(parse_args(flags(bases[9], tested, out, report_to="tensorboard", num_validation_pairs=2, **LONG)))
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     return out
@@ -182,6 +208,49 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(finished, bases, dat
     assert not (tmp_path / ADAPTER_NAME).exists()
     main(parse_args(line))
     assert same_end(finished, tmp_path)
+
+
+def test_a_signal_leaves_a_checkpoint_and_goes_on_from_it(bases, data, tmp_path):
+    """Ctrl-C at a moment that nobody chose; the run stops after the update in work."""
+
+    def interrupt() -> None:
+        while not (tmp_path / "checkpoint-2").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    line = flags(
+        bases[9], data, tmp_path, max_train_steps=100_000, gradient_accumulation_steps=2, checkpointing_steps=2
+    )
+    watcher, handler = threading.Thread(target=interrupt), signal.getsignal(signal.SIGINT)
+    watcher.start()
+    with pytest.raises(SystemExit, match="stopped at step"):
+        main(parse_args([*line, "--checkpoints_total_limit", "1"]))
+    watcher.join()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not (tmp_path / ADAPTER_NAME).exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = Trainer(parse_args([*line, "--resume_from_checkpoint", "latest"]))
+    trainer.resume()
+    assert [f"checkpoint-{trainer.step}"] == [
+        path.name for path in tmp_path.glob("*checkpoint*")
+    ] and trainer.step >= 2
+
+
+def test_a_loss_that_is_no_number_stops_before_it_does_harm(bases, data, tmp_path):
+    trainer = trainer_of(bases[9], data, tmp_path)
+    with torch.no_grad():
+        trainer.trained[0].fill_(torch.nan)
+    before = [parameter.detach().clone() for parameter in trainer.trained]
+    batch = next(trainer.batches())
+    with (
+        vton_attention(trainer.unet, ClothBesideAttnProcessor, "skip"),
+        pytest.raises(
+            FloatingPointError, match=f"the loss is nan at step 1; the pairs are {', '.join(batch['name'])}"
+        ),
+    ):
+        trainer.update(batch)
+    assert all(torch.equal(one, other) for one, other in zip(trainer.trained[1:], before[1:]))
+    assert trainer.step == 0 and not trainer.optimizer.optimizer.state
 
 
 def test_rotation_keeps_the_newest(finished):
@@ -233,9 +302,15 @@ def test_reports(finished):
     events = EventAccumulator(str(finished / "logs" / "train_vton"))
     events.Reload()
     assert len(events.Scalars("loss")) == 8
-    assert {"lr", "images_per_second", "probe/t500_none", "probe/t500_right", "probe/t500_wrong"} <= set(
-        events.Tags()["scalars"]
-    )
+    assert {
+        "lr",
+        "images_per_second",
+        "memory_gib",
+        "grad_norm",
+        "probe/t500_none",
+        "probe/t500_right",
+        "probe/t500_wrong",
+    } <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["validation"]
     with Image.open(finished / "validation" / "step-000008.png") as grid:
         assert grid.size == (3 * 24, 2 * 32)
@@ -298,7 +373,7 @@ def test_loss_is_the_pipelines_noise_error(bases, data, tmp_path, channels):
 def test_cloth_dropout_hides_the_cloth_alone(bases, data, tmp_path):
     trainer = trainer_of(bases[9], data, tmp_path)
     batch = next(trainer.batches())
-    conditioning, noisy = trainer.encode(batch), torch.randn(2, 4, 8, 6)
+    conditioning, noisy = trainer.latents(batch)[0], torch.randn(2, 4, 8, 6)
     timesteps = torch.tensor([300, 700])
     with torch.no_grad(), vton_attention(trainer.unet, ClothBesideAttnProcessor, "skip"):
         half = trainer.predict(conditioning, noisy, timesteps, torch.tensor([0.0, 1.0]))
@@ -319,7 +394,7 @@ def test_joint_trains_the_whole_canvas(bases, data, tmp_path):
     batch = next(trainer.batches())
     with torch.no_grad(), vton_attention(trainer.unet, None, "skip"):
         loss = trainer.train_step(batch)
-        conditioning, drawn = trainer.encode(batch), draw(batch["seed"], (4, 8, 6))
+        conditioning, drawn = trainer.latents(batch)[0], draw(batch["seed"], (4, 8, 6))
         posterior = trainer.vae.encode(batch["person"]).latent_dist
         target = (posterior.mean + posterior.std * drawn["posterior"]) * trainer.vae.config.scaling_factor
         clean = torch.cat([target, conditioning.cloth], dim=2)
@@ -349,12 +424,121 @@ def test_every_base_trains_and_loads(bases, data, tmp_path, channels):
     assert ("conv_in.weight" in weights) == (channels == 4)
 
 
+def step_of(*where, **changed) -> tuple[Trainer, dict, torch.Tensor]:
+    """A trainer, its first batch, and the loss of it; nothing dropped out."""
+    trainer = trainer_of(*where, cloth_dropout=0, **changed)
+    batch = next(trainer.batches())
+    with torch.no_grad(), vton_attention(trainer.unet, ClothBesideAttnProcessor, "skip"):
+        return trainer, batch, trainer.train_step(batch)
+
+
+def by_hand(trainer: Trainer, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Clean latents, noise, timesteps and the noise level's alpha-bar (B, 1, 1, 1) of a batch, as `train_step` has them."""
+    posterior = trainer.vae.encode(batch["person"]).latent_dist
+    drawn = draw(batch["seed"], posterior.mean.shape[1:])
+    clean = (posterior.mean + posterior.std * drawn["posterior"]) * trainer.vae.config.scaling_factor
+    timesteps = (drawn["time"] * 1000).long()
+    return clean, drawn["noise"], timesteps, trainer.noise_scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+
+
+def seen_by(trainer: Trainer, batch: dict, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), vton_attention(trainer.unet, ClothBesideAttnProcessor, "skip"):
+        return trainer.predict(trainer.latents(batch)[0], noisy, timesteps, torch.ones(len(noisy)))
+
+
+@pytest.fixture(scope="session")
+def velocity_base(bases, tmp_path_factory) -> Path:
+    base = Path(shutil.copytree(bases[9], tmp_path_factory.mktemp("velocity") / "base"))
+    config = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "v_prediction"}))
+    return base
+
+
+@torch.no_grad()
+def test_velocity_and_min_snr(bases, velocity_base, data, tmp_path):
+    """Both objectives, weighted or not, against their formulas."""
+    for base in (bases[9], velocity_base):
+        trainer, batch, plain = step_of(base, data, tmp_path)
+        clean, noise, timesteps, alpha = by_hand(trainer, batch)
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        target = noise if base == bases[9] else alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        errors = (seen_by(trainer, batch, noisy, timesteps) - target).square().mean(dim=(1, 2, 3))
+        assert plain.item() == pytest.approx(errors.mean().item(), rel=1e-5)
+        snr = (alpha / (1 - alpha)).flatten()
+        gamma = snr.mean().item()  # one row above it, one below
+        weights = snr.clamp(max=gamma) / (snr if base == bases[9] else snr + 1)
+        *_, weighted = step_of(base, data, tmp_path, snr_gamma=gamma)
+        assert weighted.item() == pytest.approx((weights * errors).mean().item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_dream_moves_input_and_target_by_what_the_unet_gets_wrong(bases, data, tmp_path):
+    trainer, batch, loss = step_of(bases[9], data, tmp_path, dream_detail_preservation=2)
+    clean, noise, timesteps, alpha = by_hand(trainer, batch)
+    sigma = (1 - alpha).sqrt()
+    noisy = alpha.sqrt() * clean + sigma * noise
+    moved = sigma**2 * (noise - seen_by(trainer, batch, noisy, timesteps))
+    again = seen_by(trainer, batch, noisy + sigma * moved, timesteps)
+    assert loss.item() == pytest.approx(F.mse_loss(again, noise + moved).item(), rel=1e-5)
+
+
+def test_dream_is_for_noise(velocity_base, data, tmp_path):
+    with pytest.raises(ValueError, match="predicts v_prediction, and training needs epsilon"):
+        trainer_of(velocity_base, data, tmp_path, dream_detail_preservation=10)
+
+
+@pytest.mark.parametrize("trainable", ["self_attention", "attention"])
+def test_lora_loads_as_any_lora_does(bases, data, tmp_path, trainable):
+    options = {"lora_rank": 3, "trainable": trainable, "ema_decay": 0, "max_train_steps": 3, "learning_rate": 0.1}
+    options |= {"checkpointing_steps": 2}
+    main(parse_args(flags(bases[9], data, tmp_path / "whole", **options)))
+    begun = str(tmp_path / "whole" / "checkpoint-2")
+    trainer = trainer_of(bases[9], data, tmp_path / "resumed", resume_from_checkpoint=begun, **options)
+    trainer.run()
+    weights = load_file(tmp_path / "whole" / LORA_NAME)
+    assert equal(weights, load_file(tmp_path / "resumed" / LORA_NAME))
+    modules = {name.partition(".lora")[0].removeprefix("unet.") for name in weights}
+    chosen = adapter_parameters(tiny_pipe(9).unet, trainable, False)
+    assert modules == {name.rpartition(".")[0] for name in chosen}
+
+    pipe, rows = tiny_pipe(9), torch.randn(1, 9, 8, 8, generator=seeded())
+    with torch.no_grad():
+        bare = pipe.unet(rows, 500, torch.zeros(1, 1, 32)).sample
+        pipe.load_lora_weights(tmp_path / "whole", weight_name=LORA_NAME)
+        loaded, trained = (unet(rows, 500, torch.zeros(1, 1, 32)).sample for unet in (pipe.unet, trainer.unet))
+    assert (loaded - trained).abs().max() < 1e-2 < (loaded - bare).abs().max()
+    with safe_open(tmp_path / "whole" / LORA_NAME, "pt") as file:
+        settings = json.loads(file.metadata()["vton_adapter"])
+    assert settings["trained_steps"] == 3 and settings["cloth_conditioning"] == "reference"
+
+
+def test_half_precision_trains_whole_weights(bases, tested, tmp_path):
+    trainer = trainer_of(bases[9], tested, tmp_path, mixed_precision="bf16", num_validation_pairs=1)
+    assert trainer.run()
+    assert {p.dtype for p in trainer.trained} == {torch.float32}
+    assert {p.dtype for p in trainer.unet.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {weight.dtype for weight in load_file(tmp_path / ADAPTER_NAME).values()} == {torch.float16}
+    tiny_pipe(9).load_vton_adapter(tmp_path)
+
+
+def test_lora_has_no_widened_conv_in(bases, data, tmp_path):
+    with pytest.raises(ValueError, match="--lora_rank cannot train the conv_in"):
+        trainer_of(bases[4], data, tmp_path, lora_rank=4)
+
+
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
+def test_sharded_weights_are_refused():
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        with pytest.raises(ValueError, match=f"configured for {kind.value}"):
+            refuse_sharding(kind)
+    refuse_sharding(DistributedType.MULTI_GPU)
+
+
 def test_two_processes_equal_one_with_twice_the_batch(bases, data, tmp_path):
-    options = {"max_train_steps": 6, "report_to": "tensorboard", "learning_rate": 1e-3, "lr_warmup_steps": 3}
-    options |= {"cloth_dropout": 0.4, "max_grad_norm": 0.05, "checkpointing_steps": 6}
+    options = {"max_train_steps": 7, "report_to": "tensorboard", "learning_rate": 1e-3, "lr_warmup_steps": 3}
+    options |= {"cloth_dropout": 0.4, "max_grad_norm": 0.05, "checkpointing_steps": 7}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -364,7 +548,7 @@ def test_two_processes_equal_one_with_twice_the_batch(bases, data, tmp_path):
     main(parse_args(flags(bases[9], data, tmp_path / "one", train_batch_size=2, **options)))
     assert curve(tmp_path / "two", "lr") == curve(tmp_path / "one", "lr")
     assert curve(tmp_path / "two", "loss") == pytest.approx(curve(tmp_path / "one", "loss"), abs=1e-4)
-    one, two = (load_file(tmp_path / n / f"checkpoint-6/{ADAPTER_NAME}") for n in ("one", "two"))
+    one, two = (load_file(tmp_path / n / f"checkpoint-7/{ADAPTER_NAME}") for n in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
@@ -372,7 +556,7 @@ def test_two_processes_equal_one_with_twice_the_batch(bases, data, tmp_path):
 
 
 def test_items_do_not_depend_on_who_reads_them(data):
-    dataset = VitonHDDataset(data, "train", 32, 24, paired=True, seed=3)
+    dataset = tree(data, seed=3)
     seeds = [dataset[i]["seed"] for i in range(TRAIN)]
     assert len(set(seeds)) == TRAIN and seeds == [dataset[i]["seed"] for i in range(TRAIN)]
     dataset.set_epoch(1)
@@ -382,15 +566,141 @@ def test_items_do_not_depend_on_who_reads_them(data):
 def test_unpaired_list_trains_paired(own_data):
     lines = (own_data / "train_pairs.txt").read_text().split("\n")
     (own_data / "train_pairs.txt").write_text("00000_00.png 00003_00.png\n\n" + "\n".join(lines[1:]))
-    dataset = VitonHDDataset(own_data, "train", 32, 24, paired=True)
+    dataset = tree(own_data)
     assert dataset[0]["name"] == "00000_00.png 00000_00.png" and len(dataset) == TRAIN
 
 
 def test_masks_without_a_suffix(own_data):
-    before = VitonHDDataset(own_data, "train", 32, 24, paired=True)[0]["mask"]
+    before = tree(own_data)[0]["mask"]
     for mask in (own_data / "train" / "agnostic-mask").iterdir():
         mask.rename(mask.with_name(mask.name.replace("_mask", "")))
-    assert torch.equal(VitonHDDataset(own_data, "train", 32, 24, paired=True)[0]["mask"], before)
+    assert torch.equal(tree(own_data)[0]["mask"], before)
+
+
+@pytest.fixture(scope="session")
+def dress_code(tested, tmp_path_factory) -> Path:
+    """The same pictures in DressCode's layout: 4 + 3 + 3 training pairs, and two test pairs in one category."""
+    root = tmp_path_factory.mktemp("dress_code")
+    folders = ("upper_body", "lower_body", "dresses")
+    for i, folder in enumerate(folders):
+        (root / folder / "images").mkdir(parents=True)
+        (root / folder / "agnostic_masks").mkdir()
+        for split, count in (("train", TRAIN), ("test", TEST)):
+            numbers = [n for n in range(count) if n % 3 == i]
+            for n in numbers:
+                source, name = tested / split, f"{n + 1000 * (split == 'test'):06d}"
+                shutil.copy(source / f"image/{n:05d}_00.png", root / folder / f"images/{name}_0.png")
+                shutil.copy(source / f"cloth/{n:05d}_00.png", root / folder / f"images/{name}_1.png")
+                mask = root / folder / f"agnostic_masks/{name}_0.png"
+                shutil.copy(source / f"agnostic-mask/{n:05d}_00_mask.png", mask)
+            persons = [f"{n + 1000 * (split == 'test'):06d}" for n in numbers]
+            others = persons[1:] + persons[:1]
+            lists = {"_paired": persons, "_unpaired": others} if split == "test" else {"": others}
+            for end, cloths in lists.items():
+                lines = "".join(f"{one}_0.png\t{other}_1.png\n" for one, other in zip(persons, cloths))
+                (root / folder / f"{split}_pairs{end}.txt").write_text(lines)
+    return root
+
+
+def test_dress_code_is_recognised(data, dress_code):
+    viton, dresses = tree(data), tree(dress_code)
+    assert len(dresses) == TRAIN
+    by_name = {dresses[i]["name"]: dresses[i] for i in range(TRAIN)}
+    for n in range(TRAIN):
+        item = by_name[f"{n:06d}_0.png {n:06d}_1.png"]  # with their own cloth, whatever the list says
+        assert all(torch.equal(item[role], viton[n][role]) for role in ("person", "cloth", "mask"))
+    assert tree(dress_code, "test", paired=True)[0]["name"] == "001000_0.png 001000_1.png"
+    assert tree(dress_code, "test", paired=False)[0]["name"] == "001000_0.png 001003_1.png"
+
+
+def test_dress_code_trains(bases, dress_code, tmp_path):
+    main(parse_args(flags(bases[9], dress_code, tmp_path, num_validation_pairs=1)))
+    assert (tmp_path / ADAPTER_NAME).exists()
+
+
+def test_augmentation_is_the_same_for_all_pictures():
+    """The person's red channel is the mask: wherever the person goes, the mask goes."""
+    mask = Image.fromarray((np.random.default_rng(0).random((4, 3)) < 0.5).astype(np.uint8) * 255)
+    mask = mask.resize((240, 320), Image.Resampling.NEAREST)
+    white = Image.new("L", mask.size, 255)
+    person = Image.merge("RGB", (mask, white, white))
+    pictures = {"person": person, "mask": mask, "cloth": person}
+    plain, moved = Preparation(320, 240), Preparation(320, 240, augment=("flip", "crop"))
+    colored, flipped = Preparation(320, 240, augment=("color",)), Preparation(320, 240, augment=("flip",))
+    before, items = plain(pictures, 0, 0), [moved(pictures, 0, i) for i in range(8)]
+    for item in items:
+        assert ((item["person"][:1] > 0) == (item["mask"] > 0.5)).float().mean() > 0.98
+    assert len({item["person"].mean().item() for item in items}) == 8
+    assert torch.equal(moved(pictures, 0, 3)["person"], items[3]["person"])  # drawn for this pair and epoch
+    mirrored = [flipped(pictures, 0, i) for i in range(8)]
+    assert {torch.equal(item["person"], before["person"].flip(-1)) for item in mirrored} == {True, False}
+    assert all(torch.equal(item["person"], item["cloth"]) for item in mirrored)
+
+    gray = {"person": Image.new("RGB", (240, 320), (50, 120, 255)), "mask": mask}
+    item = colored(gray | {"cloth": gray["person"]}, 0, 0)
+    colors = item["person"].mean(dim=(1, 2)), item["cloth"].mean(dim=(1, 2))
+    assert (
+        torch.equal(*colors) and colors[0][2] == 1 and not torch.allclose(colors[0][0], torch.tensor(50 / 127.5 - 1))
+    )
+    assert torch.equal(item["mask"], before["mask"])
+
+
+@pytest.fixture
+def worn_otherwise(own_data) -> Path:
+    """A dataset with the persons in other cloths: here, other persons."""
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        (own_data / split / "condition").mkdir()
+        for n in range(count):
+            other = own_data / split / f"image/{(n + 1) % count:05d}_00.png"
+            shutil.copy(other, own_data / split / f"condition/{n:05d}_00.png")
+        shutil.rmtree(own_data / split / "agnostic-mask")  # not read
+    return own_data
+
+
+def test_mask_free_is_conditioned_on_the_person_in_another_cloth(bases, worn_otherwise, tmp_path):
+    trainer, batch, loss = step_of(bases[9], worn_otherwise, tmp_path, mask_free=True)
+    conditioning, mean, _ = trainer.latents(batch)
+    scale = trainer.vae.config.scaling_factor
+    with torch.no_grad():
+        assert torch.equal(conditioning.person, trainer.vae.encode(batch["condition"]).latent_dist.mode() * scale)
+        assert torch.equal(mean, trainer.vae.encode(batch["person"]).latent_dist.mode())
+    assert conditioning.mask.min() == 1 and not torch.allclose(conditioning.person, mean * scale)
+
+    main(parse_args(flags(bases[9], worn_otherwise, tmp_path, mask_free=True, num_validation_pairs=1)))
+    pipe = tiny_pipe(9)
+    pipe.load_vton_adapter(tmp_path)
+    assert pipe.config.mask_free and pipe(picture(1), picture(2), num_inference_steps=1).images
+
+
+def test_mask_free_needs_the_person_in_another_cloth(bases, data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="train_pairs.txt, line 1: there is no train/condition/00000_00.png"):
+        trainer_of(bases[9], data, tmp_path, mask_free=True)
+
+
+def test_cached_latents_train_the_same(bases, own_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(LatentCache, "SHARD", 4)
+    options = {"max_train_steps": 7, "checkpointing_steps": 7, "cloth_dropout": 0.4}
+    main(parse_args(flags(bases[9], own_data, tmp_path / "plain", **options)))
+    cached = flags(bases[9], own_data, tmp_path / "cached", cache_latents=tmp_path / "latents", **options)
+    main(parse_args(cached))
+    one, two = (load_file(tmp_path / n / f"checkpoint-7/{ADAPTER_NAME}") for n in ("plain", "cached"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+    shards = sorted((tmp_path / "latents").glob("*/*.safetensors"))
+    assert len(shards) == 3
+    written = [shard.stat().st_mtime_ns for shard in shards]
+    content = load_file(shards[1])
+    shards[1].unlink()
+    Trainer(parse_args(cached))  # fills the gap and leaves the rest
+    assert equal(load_file(shards[1]), content)
+    assert [shard.stat().st_mtime_ns for shard in (shards[0], shards[2])] == [written[0], written[2]]
+
+    for change in ("size", "picture", "settings"):
+        changed = {"size": ["--height", "40"], "settings": ["--condition_latents", "unscaled"], "picture": []}[change]
+        if change == "picture":
+            os.utime(own_data / "train/cloth/00003_00.png", (0, 0))
+        Trainer(parse_args([*cached, *changed]))
+    assert len(list((tmp_path / "latents").iterdir())) == 4
 
 
 def spoil(root: Path, what: str) -> None:
@@ -427,7 +737,7 @@ def spoil(root: Path, what: str) -> None:
 def test_bad_data(own_data, what, message):
     spoil(own_data, what)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        VitonHDDataset(own_data, "train", 32, 24, paired=True)[0]
+        tree(own_data)[0]
 
 
 @pytest.mark.parametrize(
@@ -449,9 +759,68 @@ def test_arguments_that_do_not_fit(bases, data, tmp_path, changed, message):
         ({"cloth_dropout": 1}, "--cloth_dropout must be at least 0 and less than 1, got 1.0"),
         ({"width": None}, "--height and --width go together"),
         ({"resume_from_checkpoint": "nowhere"}, "must be latest or a folder, got nowhere"),
+        ({"dataset_name": "me/pairs"}, "give --dataset_root or --dataset_name"),
+        (
+            {"dataset_root": None, "dataset_name": "me/pairs", "streaming": True, "lr_warmup_steps": None},
+            "--streaming needs",
+        ),
+        ({"caption_column": "text"}, "--caption_column text needs --dataset_name"),
+        ({"cache_latents": True, "augment": "flip"}, "--cache_latents would freeze --augment"),
+        ({"lora_rank": 4, "trainable": "all"}, "--lora_rank needs --trainable self_attention or attention, got all"),
+        ({"dream_detail_preservation": -1}, "--dream_detail_preservation must be positive, got -1.0"),
     ],
 )
 def test_arguments_that_are_wrong(capsys, changed, message):
     with pytest.raises(SystemExit):
         parse_args(flags(Path("base"), Path("data"), Path("out"), **changed))
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "library, changed",
+    [("bitsandbytes", {"use_8bit_adam": True}), ("datasets", {"dataset_root": None, "dataset_name": "me/pairs"})],
+)
+def test_optional_libraries_are_named(bases, data, tmp_path, monkeypatch, library, changed):
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    with pytest.raises(ImportError, match=f"pip install {library}"):
+        trainer_of(bases[9], data, tmp_path, **changed)
+
+
+# ------------------------------------------------------------------------------------------------------------- the Hub
+
+
+def test_uploads_every_checkpoint_with_a_card(bases, tested, tmp_path, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    options = {
+        "push_to_hub": True,
+        "hub_model_id": "me/trained",
+        "hub_strategy": "every_save",
+        "hub_private_repo": True,
+    }
+    out = tmp_path / "out"
+    main(parse_args(flags(bases[9], tested, out, checkpointing_steps=1, num_validation_pairs=1, **options)))
+    repository, files = hub.repositories["models/me/trained"], hub.files("me/trained")
+    assert repository.private and {"Step 1", "Step 2"} <= set(repository.messages)
+    (tmp_path / "uploaded.safetensors").write_bytes(files[ADAPTER_NAME])
+    assert equal(load_file(tmp_path / "uploaded.safetensors"), load_file(out / ADAPTER_NAME))
+    assert files["validation/step-000002.png"] == (out / "validation" / "step-000002.png").read_bytes()
+    card = files["README.md"].decode()
+    assert card.count("## Training") == 1 and "validation/step-000002.png" in card
+    assert "| learning_rate | 0.01 |" in card and "| up to step | mean loss |\n|---|---|\n| 1 | " in card
+
+
+def test_a_failed_upload_is_tried_again_and_harms_nothing(bases, data, tmp_path, hub, monkeypatch, caplog):
+    options = {
+        "push_to_hub": True,
+        "hub_model_id": "me/refused",
+        "hub_strategy": "every_save",
+        "checkpointing_steps": 1,
+    }
+    monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+    main(parse_args(flags(bases[9], data, tmp_path / "refused", **options)))
+    assert "models/me/refused" not in hub.repositories
+    assert caplog.text.count("upload 1 of 1 failed") == 2 and "upload 3 of 3 failed" in caplog.text
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(parse_args(flags(bases[9], data, tmp_path / "plain", checkpointing_steps=1)))
+    for file in (ADAPTER_NAME, f"checkpoint-2/{ADAPTER_NAME}"):
+        assert equal(load_file(tmp_path / "refused" / file), load_file(tmp_path / "plain" / file))
