@@ -12,7 +12,7 @@ for part in model_index.json scheduler text_encoder tokenizer unet vae; do
   mkdir -p demo/model
   cp -r "$work/base/$part" demo/model/
 done
-.venv/bin/accelerate launch --cpu --num_processes 1 train_vton.py \
+.venv/bin/accelerate launch --cpu --num_processes 1 --num_cpu_threads_per_process 2 train_vton.py \
   --pretrained_model_name_or_path demo/model --dataset_root "$work/dataset" --output_dir "$work/adapter" \
   --height 64 --width 48 --train_batch_size 16 --max_train_steps 3000 --learning_rate 2e-3 --lr_warmup_steps 100 \
   --ema_decay 0.999 --guidance_scale 1.5 --seed 0

@@ -1,6 +1,5 @@
 """Tiny real modules: the classes of Stable Diffusion 1.5 with a few thousand random weights."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from pipeline_vton import StableDiffusionVTONPipeline
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "demo"))
 
 # The UNet of stable-diffusion-v1-5/stable-diffusion-v1-5, as its config.json says.
 SD15_UNET = {
