@@ -461,11 +461,13 @@ class PairDataset(Dataset):
 
 @dataclass(eq=False)
 class StreamedPairs(IterableDataset):
-    """The same of a streamed `datasets.IterableDataset`, epoch after epoch; `skip` pairs are passed over, undecoded."""
+    """The same of process `rank`'s part of a streamed dataset, epoch after epoch; `skip` pairs are passed over, undecoded."""
 
     rows: Any
     columns: dict[str, str]
     prepare: Preparation
+    rank: int
+    processes: int
     caption_column: str | None = None
     skip: int = 0
 
@@ -473,7 +475,7 @@ class StreamedPairs(IterableDataset):
         place = 0
         for epoch in itertools.count():
             self.rows.set_epoch(epoch)
-            for index, row in enumerate(self.rows):
+            for index, row in zip(itertools.count(self.rank, self.processes), self.rows):
                 place += 1
                 if place > self.skip:
                     name = f"row {index} of the stream"
@@ -535,6 +537,7 @@ class LatentCache(PairDataset):
     ) -> None:
         """Write the shards that are not there, every process its part of them; `loading` goes to the DataLoader."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        started = time.time()
         starts = range(0, len(self), self.SHARD)[accelerator.process_index :: accelerator.num_processes]
         missing = [start for start in starts if not self.shard(start).is_file()]
         for start in tqdm(missing, desc="encode", disable=not accelerator.is_local_main_process or not missing):
@@ -544,6 +547,7 @@ class LatentCache(PairDataset):
             temporary = self.shard(start).with_suffix(f".{os.getpid()}")
             save_file(tensors, temporary)
             os.replace(temporary, self.shard(start))
+        logger.info("wrote %d of %d shards of latents in %.0f s", len(missing), len(starts), time.time() - started)
         accelerator.wait_for_everyone()
 
 
@@ -701,20 +705,13 @@ class Trainer:
 
     def load_data(self) -> None:
         args, captions = self.args, None
+        if args.streaming:
+            return self.load_stream()
         if args.dataset_root is not None:
             pairs = TreePairs(args.dataset_root, "train", True, self.roles, args.condition_column)
         else:
             rows = load_rows(args, "train", self.columns)
-            pairs = None if args.streaming else RowPairs(rows, self.columns)
-            captions = rows[args.caption_column] if args.caption_column and not args.streaming else None
-        if args.streaming:  # every process reads its own part, and has one reader, which keeps the order
-            rank, count = self.accelerator.process_index, self.accelerator.num_processes
-            split = importlib.import_module("datasets.distributed").split_dataset_by_node
-            rows = split(rows.shuffle(seed=args.seed), rank, count)
-            self.dataset = StreamedPairs(rows, self.columns, self.prepare, args.caption_column)
-            workers = min(1, args.dataloader_num_workers)
-            self.loader = DataLoader(self.dataset, batch_size=args.train_batch_size, num_workers=workers)
-            return
+            pairs, captions = RowPairs(rows, self.columns), rows[args.caption_column] if args.caption_column else None
         self.dataset = PairDataset(pairs, self.prepare, captions)
         loading = {"batch_size": args.train_batch_size, "num_workers": args.dataloader_num_workers}
         rows = args.train_batch_size * self.accelerator.num_processes
@@ -725,6 +722,15 @@ class Trainer:
             self.dataset = LatentCache(pairs, self.prepare, folder=self.cache_folder(pairs))
             self.dataset.fill(self.encode, self.accelerator, **loading)
         self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
+
+    def load_stream(self) -> None:
+        """Every process reads its own part, and has one reader, which keeps the order."""
+        args, place = self.args, (self.accelerator.process_index, self.accelerator.num_processes)
+        rows = load_rows(args, "train", self.columns).shuffle(seed=args.seed)
+        rows = importlib.import_module("datasets.distributed").split_dataset_by_node(rows, *place)
+        self.dataset = StreamedPairs(rows, self.columns, self.prepare, *place, args.caption_column)
+        workers = min(1, args.dataloader_num_workers)
+        self.loader = DataLoader(self.dataset, batch_size=args.train_batch_size, num_workers=workers)
 
     def cache_folder(self, pairs: TreePairs | RowPairs) -> Path:
         """A folder of --cache_latents for everything that changes the latents: pictures, size, VAE and settings."""
@@ -1187,14 +1193,12 @@ class Trainer:
 
     @contextlib.contextmanager
     def gentle_stop(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM asks for a checkpoint after the running update, the second stops at once."""
-        owner = os.getpid()
+        """Ctrl-C or SIGTERM, however often, asks for a checkpoint after the running update; Ctrl-\\ still stops at once.
+
+        torchrun repeats a Ctrl-C that its workers have had, and reading processes get one too: neither may break the save.
+        """
 
         def stop(number: int, frame: FrameType | None) -> None:
-            if os.getpid() != owner:  # a reading process, which the main one ends
-                return
-            if self.asked_to_stop:
-                raise KeyboardInterrupt
             self.asked_to_stop = True
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -384,6 +384,29 @@ def test_cloth_dropout_hides_the_cloth_alone(bases, data, tmp_path):
     assert torch.allclose(half[1], seen[1], atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_row_that_drops_out_does_not_depend_on_its_cloth(bases, data, tmp_path):
+    trainer, batch, _ = step_of(bases[9], data, tmp_path)
+    numbers = draw(batch["seed"], (4, 8, 6))["dropout"]
+    trainer.args.cloth_dropout = numbers.mean().item()  # between the two
+    dropped, losses = numbers.argmin().item(), []
+    for row in (None, dropped, 1 - dropped):
+        cloth = batch["cloth"].clone()
+        if row is not None:
+            cloth[row] = -cloth[row]
+        with vton_attention(trainer.unet, ClothBesideAttnProcessor, "skip"):
+            losses.append(trainer.train_step(batch | {"cloth": cloth}).item())
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6) and abs(losses[2] - losses[0]) > 1e-4
+
+
+def test_accumulated_batches_are_one(bases, data, tmp_path):
+    for name, size, count in (("whole", 4, 1), ("parts", 2, 2)):
+        options = {"train_batch_size": size, "gradient_accumulation_steps": count, "learning_rate": 1e-3}
+        main(parse_args(flags(bases[9], data, tmp_path / name, **options)))
+    whole, parts = (load_file(tmp_path / name / f"checkpoint-2/{ADAPTER_NAME}") for name in ("whole", "parts"))
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
+
+
 def test_dropout_takes_its_share():
     numbers = draw(range(2000), (1,))["dropout"]
     assert 0.08 < (numbers < 0.1).float().mean() < 0.12
