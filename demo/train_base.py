@@ -369,10 +369,12 @@ def main(args: argparse.Namespace) -> None:
 
     start_stage()
     train_decoder(vae, pictures, args.decoder_steps, args.batch_size, generator)
+    # The text encoder stays in float32: transformers loads what was saved, and a default load must not mix dtypes.
+    vae, unet = vae.to(torch.float16), unet.to(torch.float16)
     pipe = StableDiffusionInpaintPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
-    pipe.to(dtype=torch.float16).save_pretrained(args.output_dir)
+    pipe.save_pretrained(args.output_dir)
     print(f"base in {args.output_dir} after {time.time() - started:.0f} s")
 
 

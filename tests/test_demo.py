@@ -8,7 +8,7 @@ import torch
 import train_base
 import try_on
 from diffusers import StableDiffusionInpaintPipeline
-from PIL import Image
+from PIL import Image, ImageFilter
 from tiny import ROOT, seeded
 
 
@@ -35,14 +35,15 @@ def test_the_dataset_is_the_same_file_for_file_and_grows_at_its_end(drawn, tmp_p
     assert files(tmp_path / "other")["train/image/00000_00.png"] != files(drawn)["train/image/00000_00.png"]
 
 
-def test_the_truth_differs_from_the_person_inside_the_mask_alone(drawn):
+def test_the_truth_differs_from_the_person_only_where_the_mask_is_or_touches(drawn):
+    """A pixel is masked where at least half of it may change, so that one beside the mask may still show some cloth."""
     pictures = try_on.read_test_split(drawn)
     for line, person, mask, truth in zip(
         (drawn / "test_pairs.txt").read_text().splitlines(), pictures["person"], pictures["mask"], pictures["truth"]
     ):
         assert len(set(line.split())) == 2  # unpaired
-        person, mask, truth = np.asarray(person), np.asarray(mask) >= 128, np.asarray(truth)
-        assert np.array_equal(person[~mask], truth[~mask])
+        person, mask, truth = np.asarray(person), np.asarray(mask.filter(ImageFilter.MaxFilter(3))), np.asarray(truth)
+        assert np.array_equal(person[mask == 0], truth[mask == 0])
         assert not np.array_equal(person, truth)
 
 
@@ -87,7 +88,7 @@ def test_the_demo_model_puts_the_right_cloth_on(tmp_path):
     )
     right, wrong = results(pictures["cloth"]), results(pictures["cloth"][1:] + pictures["cloth"][:1])
     assert measure.masked_psnr(right, truth, masks) > measure.masked_psnr(wrong, truth, masks) + 4
-    assert np.array_equal(right[~masks], truth[~masks])
+    assert np.array_equal(right[~masks], measure.as_array(pictures["person"])[~masks])
 
 
 def test_the_committed_model_is_safetensors_without_code():
