@@ -891,7 +891,9 @@ class StableDiffusionVTONPipeline(
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text())
         index["_class_name"] = ["pipeline_vton", type(self).__name__]
-        for component in index.values():  # transformers' name where torchvision is missing; the plain one loads anywhere
+        for (
+            component
+        ) in index.values():  # transformers' name where torchvision is missing; the plain one loads anywhere
             if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
                 component[-1] = component[-1].removesuffix("Pil")
         (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
