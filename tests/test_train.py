@@ -835,13 +835,13 @@ def test_uploads_every_checkpoint_with_a_card(bases, tested, tmp_path, hub, monk
 def test_a_failed_upload_is_tried_again_and_harms_nothing(bases, data, tmp_path, hub, monkeypatch, caplog):
     options = {
         "push_to_hub": True,
-        "hub_model_id": "me/refused",
+        "hub_model_id": "me/kept-out",
         "hub_strategy": "every_save",
         "checkpointing_steps": 1,
     }
     monkeypatch.setenv("HF_TOKEN", "hf_nobody")
     main(parse_args(flags(bases[9], data, tmp_path / "refused", **options)))
-    assert "models/me/refused" not in hub.repositories
+    assert "models/me/kept-out" not in hub.repositories
     assert caplog.text.count("upload 1 of 1 failed") == 2 and "upload 3 of 3 failed" in caplog.text
     AcceleratorState._reset_state(reset_partial_state=True)
     main(parse_args(flags(bases[9], data, tmp_path / "plain", checkpointing_steps=1)))
