@@ -140,6 +140,14 @@ def test_a_mask_is_cut_at_one_half():
     assert (run(pipe, mask=soft) == run(pipe)).all()
 
 
+def test_the_masks_latent_is_the_nearest_pixel_of_the_mask():
+    mask = Image.new("L", (24, 32))
+    mask.paste(255, (6, 10, 18, 26))  # edges in the middle of a latent's four pixels
+    job = tiny_pipe(9).check_inputs(picture(1), picture(2), mask, "upper", 32, 24, None)
+    latent = tiny_pipe(9).encode_pictures(job).mask[0, 0].numpy()
+    assert (latent == (np.asarray(mask)[::4, ::4] > 0)).all()
+
+
 def test_a_cloth_is_fitted_whole_on_white():
     cloth = Image.new("RGB", (100, 20), "red")
     white = Image.new("RGB", (24, 40), "white")
