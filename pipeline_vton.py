@@ -71,6 +71,10 @@ TRAINABLE_PARTS = {
 }
 ADAPTER_NAME = "vton_adapter.safetensors"
 ADAPTER_FORMAT, ADAPTER_FORMAT_VERSION = "vton-adapter", "1"
+LORA_NAME, LORA_SETTINGS = (
+    "pytorch_lora_weights.safetensors",
+    "vton_adapter",
+)  # diffusers' own; our entry in its metadata
 
 # What a try-on repaints, by the label names of fashn-ai/fashn-human-parser and mattmdjaga/segformer_b2_clothes.
 REPAINTED_LABELS = {
@@ -535,14 +539,19 @@ def catvton_settings(source: str, mask_free: bool | None, in_channels: int) -> d
     return ADAPTER_SETTINGS | joint | CATVTON_SETTINGS[mask_free] | {"mask_free": mask_free}
 
 
-def write_adapter(file: str | os.PathLike, weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
-    """Write weights and settings (None is left out) to a temporary name, then rename: never half a file."""
+def adapter_metadata(settings: dict[str, Any]) -> dict[str, str]:
+    """Settings as an adapter's metadata, without those that are None; `parse_settings` reads it."""
     texts = {
         name: str(value).lower() if isinstance(value, bool) else str(value)
         for name, value in settings.items()
         if value is not None
     }
-    metadata = {"format": ADAPTER_FORMAT, "format_version": ADAPTER_FORMAT_VERSION, **texts}
+    return {"format": ADAPTER_FORMAT, "format_version": ADAPTER_FORMAT_VERSION, **texts}
+
+
+def write_adapter(file: str | os.PathLike, weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
+    """Write weights and settings to a temporary name, then rename: never half a file."""
+    metadata = adapter_metadata(settings)
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
@@ -713,6 +722,7 @@ class StableDiffusionVTONPipeline(
             vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
         self._adapter_backup: dict[str, Any] | None = None  # what unload_vton_adapter puts back
+        self._lora_backup: dict[str, Any] | None = None  # and unload_lora_weights
 
     # ---- the adapter
 
@@ -810,6 +820,52 @@ class StableDiffusionVTONPipeline(
         settings = {name: self.config[name] for name in ("in_channels", *ADAPTER_SETTINGS)}
         weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
         write_adapter(Path(save_directory) / ADAPTER_NAME, weights, settings)
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        **kwargs,
+    ) -> None:
+        """As diffusers loads a LoRA; one that `train_vton.py` trained brings its settings too, until `unload_lora_weights`.
+
+        Raises:
+            ValueError: the LoRA was trained on a UNet with other input channels, or its settings are damaged.
+        """
+        settings = self._find_lora_settings(pretrained_model_name_or_path_or_dict, **kwargs)
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
+        if settings is not None:
+            self._lora_backup = self._lora_backup or {name: self.config[name] for name in settings}
+            self.register_to_config(**settings)
+
+    def unload_lora_weights(self, **kwargs) -> None:
+        """As diffusers unloads LoRAs, and the settings from before the first one that brought its own."""
+        super().unload_lora_weights(**kwargs)
+        if self._lora_backup is not None:
+            self.register_to_config(**self._lora_backup)
+            self._lora_backup = None
+
+    def _find_lora_settings(
+        self, path: str | os.PathLike | dict, weight_name: str | None = None, **kwargs
+    ) -> dict[str, Any] | None:
+        """The settings in a LoRA's metadata; None for a LoRA of another kind."""
+        if isinstance(path, dict):
+            return None
+        known = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
+        options = {name: kwargs[name] for name in known if name in kwargs}
+        try:
+            file = _get_model_file(path, weights_name=weight_name or LORA_NAME, **options)
+        except OSError:  # under another name: diffusers looks further, or says what is missing
+            return None
+        metadata = read_safetensors(file)[1] if file.endswith(".safetensors") else {}
+        if LORA_SETTINGS not in metadata:
+            return None
+        settings = parse_settings(file, json.loads(metadata[LORA_SETTINGS]))
+        if settings["in_channels"] != self.unet.config.in_channels:
+            raise ValueError(
+                f"the LoRA {file} is for a UNet with {settings['in_channels']} input channels, this one has {self.unet.config.in_channels}"
+            )
+        return settings
 
     def _refuse_scattered_unet(self) -> None:
         if _is_group_offload_enabled(self.unet) or any(p.device.type == "meta" for p in self.unet.parameters()):
@@ -1298,7 +1354,8 @@ class StableDiffusionVTONPipeline(
             raise ValueError(
                 f"`negative_prompt_embeds` must have {embeds.shape[1]} tokens, as the prompt has, got {negative_embeds.shape[1]}"
             )
-        return embeds, negative_embeds
+        dtype = self.unet.dtype  # transformers loads a text encoder in the dtype it was saved in
+        return embeds.to(dtype), None if negative_embeds is None else negative_embeds.to(dtype)
 
     def prepare_latents(
         self,

@@ -34,7 +34,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType, ModuleType, SimpleNamespace
+from types import FrameType, ModuleType
 from typing import Any, ClassVar
 
 import accelerate
@@ -54,7 +54,7 @@ from accelerate.utils import (
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params, compute_dream_and_update_latents, compute_snr
+from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
 from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
 from huggingface_hub import ModelCard, create_repo, upload_folder
 from peft import LoraConfig
@@ -70,10 +70,13 @@ from pipeline_vton import (
     ADAPTER_NAME,
     ADAPTER_SETTINGS,
     CHOICES,
+    LORA_NAME,
+    LORA_SETTINGS,
     TRAINABLE_PARTS,
     ClothBesideAttnProcessor,
     StableDiffusionVTONPipeline,
     TryOnLatents,
+    adapter_metadata,
     adapter_parameters,
     as_pil,
     as_tensors,
@@ -103,7 +106,6 @@ CARD_TEXT = """
 |---|---|
 {flags}
 """
-LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own
 SEED_WARMUP_EPOCHS, SEED_WARMUP_START, SEED_FINAL_RATE = 5, 0.1, 1e-6
 
 
@@ -208,8 +210,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name} must be positive, got {value}")
-    if not 0 <= args.cloth_dropout < 1:
-        parser.error(f"--cloth_dropout must be at least 0 and less than 1, got {args.cloth_dropout}")
+    if not 0 <= args.cloth_dropout <= 1:
+        parser.error(f"--cloth_dropout must be at least 0 and at most 1, got {args.cloth_dropout}")
     if not 0 <= args.ema_decay < 1:
         parser.error(f"--ema_decay must be at least 0 and less than 1, got {args.ema_decay}")
     if (args.height is None) != (args.width is None):
@@ -644,11 +646,8 @@ class Trainer:
             args.pretrained_model_name_or_path, subfolder="scheduler", clip_sample=False, **where
         )
         kind = self.noise_scheduler.config.prediction_type
-        if kind not in {"epsilon", "v_prediction"} or (kind != "epsilon" and args.dream_detail_preservation):
-            wanted = (
-                "epsilon with --dream_detail_preservation" if kind == "v_prediction" else "epsilon or v_prediction"
-            )
-            raise ValueError(f"the base's scheduler predicts {kind}, and training needs {wanted}")
+        if kind not in {"epsilon", "v_prediction"}:
+            raise ValueError(f"the base's scheduler predicts {kind}, and training needs epsilon or v_prediction")
         self.in_channels = self.unet.config.in_channels
         if self.in_channels not in {4, 8, 9}:
             raise ValueError(
@@ -898,24 +897,27 @@ class Trainer:
             clean = (mean + std * drawn["posterior"]).float() * self.vae.config.scaling_factor
         clean, noise = self.on_canvas(conditioning, clean, drawn)
         timesteps = (drawn["time"] * self.noise_scheduler.config.num_train_timesteps).long()
-        noisy, target = self.noise_scheduler.add_noise(clean, noise, timesteps), self.target(clean, noise, timesteps)
         seen = (drawn["dropout"] >= self.args.cloth_dropout).float()
 
         def predict(noisy: torch.Tensor) -> torch.Tensor:
             return self.predict(conditioning, noisy, timesteps, seen, batch.get("caption"))
 
         if self.args.dream_detail_preservation:
-            noisy, target = compute_dream_and_update_latents(
-                lambda noisy, *_: SimpleNamespace(sample=predict(noisy)),
-                self.noise_scheduler,
-                timesteps,
-                noise,
-                noisy,
-                target,
-                None,
-                self.args.dream_detail_preservation,
-            )
+            noise = self.dream(predict, clean, noise, timesteps)
+        noisy, target = self.noise_scheduler.add_noise(clean, noise, timesteps), self.target(clean, noise, timesteps)
         return self.loss(predict(noisy), target, timesteps)
+
+    @torch.no_grad()
+    def dream(
+        self, predict: Callable, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """The noise, moved by what the UNet gets wrong of it times (1 - alpha-bar)**(p / 2): DREAM, arXiv:2312.00210."""
+        alpha = self.noise_scheduler.alphas_cumprod.to(clean.device)[timesteps].view(-1, 1, 1, 1)
+        noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
+        noise_pred = predict(noisy)
+        if self.noise_scheduler.config.prediction_type == "v_prediction":
+            noise_pred = alpha.sqrt() * noise_pred + (1 - alpha).sqrt() * noisy
+        return noise + (1 - alpha) ** (self.args.dream_detail_preservation / 2) * (noise - noise_pred)
 
     def loss(self, predicted: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """MSE; with --snr_gamma every row weighs min(SNR, gamma) / SNR (+ 1 for velocities), arXiv:2303.09556."""
@@ -1086,8 +1088,8 @@ class Trainer:
             )
             file = Path(temporary) / LORA_NAME
             weights, metadata = read_safetensors(file)
-            settings = json.dumps(self.settings | {"trained_steps": self.step})
-            save_file(weights, file, metadata | {"vton_adapter": settings})
+            settings = adapter_metadata(self.settings | {"trained_steps": self.step})
+            save_file(weights, file, metadata | {LORA_SETTINGS: json.dumps(settings)})
             os.replace(file, folder / LORA_NAME)
 
     def publish(self) -> None:

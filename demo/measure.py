@@ -6,11 +6,12 @@ The lines are unpaired and held out: people and cloths of another seed than the 
 
 import argparse
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionInpaintPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionInpaintPipeline
 from make_dataset import UNIT_HEIGHT, UNIT_WIDTH, UPPER_CLOTHES, draw_person, draw_sample, make_dataset
 from PIL import Image
 from try_on import DEMO, load_pipeline, read_test_split
@@ -25,14 +26,53 @@ def masked_psnr(results: np.ndarray, truth: np.ndarray, masks: np.ndarray) -> fl
     return float(-10 * np.log10(np.square(results - truth)[masks].mean()))
 
 
-def without_cloth(model: Path, pictures: dict[str, list[Image.Image]], steps: int, seed: int) -> np.ndarray:
-    """The base by itself, through diffusers' own inpainting pipeline: the person's rows, and no cloth tokens."""
-    pipe = StableDiffusionInpaintPipeline.from_pretrained(model, dtype=torch.float32)
-    width, height = pictures["person"][0].size
+@dataclass
+class HeldOut:
+    """Unpaired lines of a seed that nothing was trained on: the pictures by role, and arrays (N, H, W, 3) and (N, H, W)."""
+
+    pictures: dict[str, list[Image.Image]]
+    truth: np.ndarray
+    masks: np.ndarray
+    mean_colors: np.ndarray
+
+    @classmethod
+    def draw(cls, lines: int, seed: int) -> "HeldOut":
+        with tempfile.TemporaryDirectory() as folder:
+            make_dataset(Path(folder), train=0, test=lines, seed=seed)
+            pictures = read_test_split(Path(folder))
+            truth = as_array(pictures["truth"])
+            masks = np.stack([np.asarray(mask) >= 128 for mask in pictures["mask"]])
+            painted = mean_color(Path(folder), truth, as_array(pictures["cloth"]), seed)
+        return cls(pictures, truth, masks, painted)
+
+    def psnr(self, results: np.ndarray) -> float:
+        return masked_psnr(results, self.truth, self.masks)
+
+
+def try_on(pipe: DiffusionPipeline, held_out: HeldOut, steps: int, seed: int, scale: float | None) -> np.ndarray:
+    """Every cloth on its person, as (N, H, W, 3) in [0, 1]; `scale` None is the adapter's own guidance."""
+    pictures = held_out.pictures
     images = pipe(
-        prompt=[""] * len(pictures["person"]),
-        image=pictures["person"],
+        person_image=pictures["person"],
+        cloth_image=pictures["cloth"],
         mask_image=pictures["mask"],
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        generator=torch.Generator().manual_seed(seed),
+    ).images
+    return as_array(images)
+
+
+def without_cloth(pipe: DiffusionPipeline, held_out: HeldOut, steps: int, seed: int) -> np.ndarray:
+    """The same UNet through diffusers' own inpainting pipeline: the person's rows, and no cloth tokens."""
+    parts = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    components = {part: getattr(pipe, part) for part in parts} | {"safety_checker": None, "feature_extractor": None}
+    inpaint = StableDiffusionInpaintPipeline(**components, requires_safety_checker=False)
+    height, width = held_out.masks.shape[1:]
+    images = inpaint(
+        prompt=[""] * len(held_out.masks),
+        image=held_out.pictures["person"],
+        mask_image=held_out.pictures["mask"],
         height=height,
         width=width,
         num_inference_steps=steps,
@@ -72,38 +112,21 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        make_dataset(root, train=0, test=args.lines, seed=args.seed)
-        pictures = read_test_split(root)
-        truth, cloths = as_array(pictures["truth"]), as_array(pictures["cloth"])
-        masks = np.stack([np.asarray(mask) >= 128 for mask in pictures["mask"]])
-        painted = mean_color(root, truth, cloths, args.seed)
-
-    pipe = load_pipeline(args.model)
-    if args.adapter is not None:
-        pipe.load_vton_adapter(args.adapter)
-    rows = []
+    held_out = HeldOut.draw(args.lines, args.seed)
+    pipe = load_pipeline(args.model, args.adapter)
+    rows, run = [], (held_out, args.num_inference_steps, args.seed)
     for scale in args.guidance_scale:
-        images = pipe(
-            person_image=pictures["person"],
-            cloth_image=pictures["cloth"],
-            mask_image=pictures["mask"],
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=scale,
-            generator=torch.Generator().manual_seed(args.seed),
-        ).images
-        rows.append((f"(a) the adapter, guidance {pipe.guidance_scale:g}", as_array(images)))
-    rows.append(
-        ("(b) the base without a cloth", without_cloth(args.model, pictures, args.num_inference_steps, args.seed))
-    )
-    rows.append(("(c) the cloth's mean colour in the true cloth region", painted))
-    rows.append(("(d) the VAE's round trip of the truth", round_trip(pipe.vae, truth)))
+        results = try_on(pipe, *run, scale)
+        rows.append((f"(a) the adapter, guidance {pipe.guidance_scale:g}", results))
+    pipe.unload_vton_adapter()
+    rows.append(("(b) the base without a cloth", without_cloth(pipe, *run)))
+    rows.append(("(c) the cloth's mean colour in the true cloth region", held_out.mean_colors))
+    rows.append(("(d) the VAE's round trip of the truth", round_trip(pipe.vae, held_out.truth)))
     print(
         f"PSNR in the mask, {args.lines} held-out unpaired lines, {args.num_inference_steps} DDPM steps, seed {args.seed}"
     )
     for name, results in rows:
-        print(f"{masked_psnr(results, truth, masks):6.2f} dB  {name}")
+        print(f"{held_out.psnr(results):6.2f} dB  {name}")
 
 
 if __name__ == "__main__":

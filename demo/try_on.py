@@ -17,12 +17,12 @@ COLUMNS = ("person", "cloth", "mask", "result", "truth")
 ZOOM, MARGIN, TITLE = 3, 6, 14
 
 
-def load_pipeline(model: Path) -> DiffusionPipeline:
-    """The base in `model`, with the pipeline of this repository and the adapter beside the base."""
+def load_pipeline(model: Path, adapter: Path | None = None) -> DiffusionPipeline:
+    """The base in `model`, with the pipeline of this repository and an adapter: None is the one beside the base."""
     pipe = DiffusionPipeline.from_pretrained(
         str(model), custom_pipeline=str(DEMO.parent / "pipeline_vton.py"), trust_remote_code=True, dtype=torch.float32
     )
-    pipe.load_vton_adapter(model)
+    pipe.load_vton_adapter(adapter or model)
     return pipe
 
 

@@ -421,6 +421,13 @@ def test_a_callback_can_look_at_and_replace_the_prompts():
     assert abs(run(pipe, callback_on_step_end=swap, **options) - run(pipe, prompt="a shirt")).max() > 1e-4
 
 
+def test_a_text_encoder_may_have_another_dtype_than_the_unet():
+    pipe = tiny_pipe(9, text=True, cross_attention="prompt")
+    expected = run(pipe, prompt="a shirt")
+    pipe.text_encoder.half()
+    assert abs(run(pipe, prompt="a shirt") - expected).max() < 1e-2
+
+
 def test_interrupting_skips_the_remaining_steps():
     pipe = tiny_pipe(9)
 

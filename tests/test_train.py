@@ -26,6 +26,7 @@ from tiny import ROOT, picture, seeded, tiny_pipe
 from pipeline_vton import (
     ADAPTER_NAME,
     ADAPTER_SETTINGS,
+    LORA_NAME,
     ClothBesideAttnProcessor,
     ClothCacheAttnProcessor,
     TryOnLatents,
@@ -33,7 +34,6 @@ from pipeline_vton import (
     vton_attention,
 )
 from train_vton import (
-    LORA_NAME,
     LatentCache,
     PairDataset,
     Preparation,
@@ -495,19 +495,19 @@ def test_velocity_and_min_snr(bases, velocity_base, data, tmp_path):
 
 
 @torch.no_grad()
-def test_dream_moves_input_and_target_by_what_the_unet_gets_wrong(bases, data, tmp_path):
-    trainer, batch, loss = step_of(bases[9], data, tmp_path, dream_detail_preservation=2)
-    clean, noise, timesteps, alpha = by_hand(trainer, batch)
-    sigma = (1 - alpha).sqrt()
-    noisy = alpha.sqrt() * clean + sigma * noise
-    moved = sigma**2 * (noise - seen_by(trainer, batch, noisy, timesteps))
-    again = seen_by(trainer, batch, noisy + sigma * moved, timesteps)
-    assert loss.item() == pytest.approx(F.mse_loss(again, noise + moved).item(), rel=1e-5)
-
-
-def test_dream_is_for_noise(velocity_base, data, tmp_path):
-    with pytest.raises(ValueError, match="predicts v_prediction, and training needs epsilon"):
-        trainer_of(velocity_base, data, tmp_path, dream_detail_preservation=10)
+def test_dream_moves_input_and_target_by_what_the_unet_gets_wrong(bases, velocity_base, data, tmp_path):
+    for base in (bases[9], velocity_base):
+        trainer, batch, loss = step_of(base, data, tmp_path, dream_detail_preservation=2)
+        clean, noise, timesteps, alpha = by_hand(trainer, batch)
+        sigma = (1 - alpha).sqrt()
+        noisy = alpha.sqrt() * clean + sigma * noise
+        noise_pred = seen_by(trainer, batch, noisy, timesteps)
+        if base == velocity_base:
+            noise_pred = alpha.sqrt() * noise_pred + sigma * noisy
+        moved = sigma**2 * (noise - noise_pred)
+        target = noise + moved if base == bases[9] else alpha.sqrt() * (noise + moved) - sigma * clean
+        again = seen_by(trainer, batch, noisy + sigma * moved, timesteps)
+        assert loss.item() == pytest.approx(F.mse_loss(again, target).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("trainable", ["self_attention", "attention"])
@@ -530,9 +530,27 @@ def test_lora_loads_as_any_lora_does(bases, data, tmp_path, trainable):
         pipe.load_lora_weights(tmp_path / "whole", weight_name=LORA_NAME)
         loaded, trained = (unet(rows, 500, torch.zeros(1, 1, 32)).sample for unet in (pipe.unet, trainer.unet))
     assert (loaded - trained).abs().max() < 1e-2 < (loaded - bare).abs().max()
-    with safe_open(tmp_path / "whole" / LORA_NAME, "pt") as file:
-        settings = json.loads(file.metadata()["vton_adapter"])
-    assert settings["trained_steps"] == 3 and settings["cloth_conditioning"] == "reference"
+
+
+def test_lora_brings_its_settings_until_it_is_unloaded(bases, data, tmp_path):
+    options = {"cloth_conditioning": "joint", "guidance_scale": 2.5, "ema_decay": 0, "max_train_steps": 1}
+    main(parse_args(flags(bases[8], data, tmp_path, lora_rank=2, **options)))
+    pipe = tiny_pipe(8)
+    before = dict(pipe.config)
+    pipe.load_lora_weights(tmp_path)
+    brought = {"cloth_conditioning": "joint", "guidance_scale": 2.5, "condition_latents": "unscaled", "height": 32}
+    assert brought.items() <= pipe.config.items() and pipe.config.trained_steps == 1
+    pipe.unload_lora_weights()
+    assert dict(pipe.config) == before
+
+    pipe.load_lora_weights(load_file(tmp_path / LORA_NAME))  # as weights alone, or under another name: a LoRA like any
+    (tmp_path / LORA_NAME).rename(tmp_path / "other.safetensors")
+    pipe.load_lora_weights(tmp_path, weight_name="other.safetensors", adapter_name="second")
+    assert brought.items() <= pipe.config.items()
+    inpainting = tiny_pipe(9)
+    with pytest.raises(ValueError, match="is for a UNet with 8 input channels, this one has 9"):
+        inpainting.load_lora_weights(tmp_path, weight_name="other.safetensors")
+    assert not hasattr(inpainting.unet, "peft_config")
 
 
 def test_half_precision_trains_whole_weights(bases, tested, tmp_path):
@@ -779,7 +797,7 @@ def test_arguments_that_do_not_fit(bases, data, tmp_path, changed, message):
     "changed, message",
     [
         ({"learning_rate": 0}, "--learning_rate must be positive, got 0"),
-        ({"cloth_dropout": 1}, "--cloth_dropout must be at least 0 and less than 1, got 1.0"),
+        ({"cloth_dropout": 1.5}, "--cloth_dropout must be at least 0 and at most 1, got 1.5"),
         ({"width": None}, "--height and --width go together"),
         ({"resume_from_checkpoint": "nowhere"}, "must be latest or a folder, got nowhere"),
         ({"dataset_name": "me/pairs"}, "give --dataset_root or --dataset_name"),
