@@ -292,7 +292,11 @@ class Preparation:
 def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> Image.Image:
     try:
         return as_pil(as_tensors(open_file(), name, 1 if role == "mask" else 3)[0])
-    except OSError as error:
+    except (
+        OSError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # the second is Pillow's for some broken PNGs
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
@@ -454,8 +458,9 @@ class PairDataset(Dataset):
         return len(self.pairs)
 
     def tag(self, index: int) -> dict[str, Any]:
-        caption = {} if self.captions is None else {"caption": self.captions[index]}
-        return self.prepare.tag(self.pairs.name(index), self.epoch, index) | caption
+        name = self.pairs.name(index)
+        caption = {} if self.captions is None else {"caption": filled(self.captions[index], f"{name}: the caption")}
+        return self.prepare.tag(name, self.epoch, index) | caption
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.prepare(self.pairs.pictures(index), self.epoch, index) | self.tag(index)
@@ -482,8 +487,9 @@ class StreamedPairs(IterableDataset):
                 if place > self.skip:
                     name = f"row {index} of the stream"
                     item = self.prepare(row_pictures(row, self.columns, name), epoch, index)
-                    caption = {"caption": row[self.caption_column]} if self.caption_column else {}
-                    yield item | self.prepare.tag(name, epoch, index) | caption
+                    if self.caption_column:
+                        item["caption"] = filled(row[self.caption_column], f"{name}: the caption")
+                    yield item | self.prepare.tag(name, epoch, index)
             if place == 0:
                 raise ValueError("--dataset_name has no rows for this process")
 
@@ -508,12 +514,17 @@ def optional(library: str, flag: str) -> ModuleType:
         raise ImportError(f"--{flag} needs the {library} library: pip install {library}") from error
 
 
+def filled(cell: Any, what: str) -> Any:
+    if cell is None:
+        raise ValueError(f"{what} is empty")
+    return cell
+
+
 def row_pictures(row: dict[str, Any], columns: dict[str, str], name: str) -> dict[str, Image.Image]:
     opened, decode = {}, optional("datasets", "dataset_name").Image().decode_example
     for role, column in columns.items():
-        if row[column] is None:
-            raise ValueError(f"{name}: the column {column} is empty")
-        opened[role] = open_picture(partial(decode, row[column]), f"{name}, column {column}", role)
+        cell = filled(row[column], f"{name}: the column {column}")
+        opened[role] = open_picture(partial(decode, cell), f"{name}, column {column}", role)
     check_sizes({role: picture.size for role, picture in opened.items()}, name)
     return opened
 
@@ -636,8 +647,9 @@ class Trainer:
             subfolder=subfolder,
             revision=self.args.revision,
             use_safetensors=True,
+            dtype=dtype,
         )
-        return model.to(self.accelerator.device, dtype).eval().requires_grad_(False)
+        return model.to(self.accelerator.device).eval().requires_grad_(False)
 
     def load_base(self) -> None:
         args, where = self.args, {"revision": self.args.revision}
@@ -768,9 +780,11 @@ class Trainer:
             args.dataset_name, args.dataset_config_name
         ):
             return [], []
-        rows = enumerate(load_rows(args, "test", self.columns).take(PROBED_PAIRS))
+        rows = enumerate(load_rows(args, "test", self.columns).take(max(PROBED_PAIRS, args.num_validation_pairs)))
         pictures = [row_pictures(row, self.columns, f"test row {i}") for i, row in rows]
-        probes = [self.plain(shown, 0, i) | self.plain.tag("", 0, i) for i, shown in enumerate(pictures)]
+        probes = [
+            self.plain(shown, 0, i) | self.plain.tag("", 0, i) for i, shown in enumerate(pictures[:PROBED_PAIRS])
+        ]
         others = pictures[1:] + pictures[:1]
         tryons = [shown | {"cloth": other["cloth"]} for shown, other in zip(pictures, others)]
         return probes, tryons[: args.num_validation_pairs]

@@ -122,11 +122,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=3000, help="drawn training pairs (default 3000)")
     parser.add_argument("--height", type=int, default=64, help="default 64")
     parser.add_argument("--width", type=int, default=48, help="default 48")
-    parser.add_argument("--max_train_steps", type=int, default=400, help="updates of every row (default 400)")
+    parser.add_argument("--max_train_steps", type=int, default=300, help="updates of every row (default 300)")
     parser.add_argument("--train_batch_size", type=int, default=8, help="pairs a step (default 8)")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="highest rate of every row (default 2e-3)")
     parser.add_argument("--guidance_scale", type=float, default=1.5, help="of every row with a cloth (default 1.5)")
-    parser.add_argument("--lines", type=int, default=64, help="held-out unpaired lines (default 64)")
+    parser.add_argument("--lines", type=int, default=32, help="held-out unpaired lines (default 32)")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="DDPM steps (default 50)")
     return parser.parse_args(input_args)
 

@@ -1,5 +1,6 @@
 """train_vton.py on a tiny base and a tiny drawn dataset: equalities, not file names."""
 
+import itertools
 import json
 import os
 import shutil
@@ -11,12 +12,14 @@ import threading
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, patch_environment
+from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -37,12 +40,15 @@ from train_vton import (
     LatentCache,
     PairDataset,
     Preparation,
+    StreamedPairs,
     Trainer,
     TreePairs,
     draw,
+    load_rows,
     main,
     parse_args,
     refuse_sharding,
+    row_pictures,
 )
 
 
@@ -825,6 +831,147 @@ def test_optional_libraries_are_named(bases, data, tmp_path, monkeypatch, librar
     monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
     with pytest.raises(ImportError, match=f"pip install {library}"):
         trainer_of(bases[9], data, tmp_path, **changed)
+
+
+# --------------------------------------------------------------------------------------------- what `datasets` reads
+
+
+@pytest.fixture(scope="session")
+def parquet(tested, tmp_path_factory) -> Path:
+    """The pairs of `tested` as parquet files, with a text and another person for every pair."""
+    folder = tmp_path_factory.mktemp("parquet")
+    kinds = {column: datasets.Image() for column in (*COLUMNS.values(), "condition")} | {
+        "text": datasets.Value("string")
+    }
+    for split, shards in (("train", 2), ("test", 1)):
+        files = [files for _, _, files in TreePairs(tested, split, True).pairs]
+        rows = {column: [str(pair[role]) for pair in files] for role, column in COLUMNS.items()}
+        rows["condition"] = rows["image"][1:] + rows["image"][:1]
+        rows["text"] = [f"shirt {TEXTS[i]}" for i in range(len(files))]
+        whole = datasets.Dataset.from_dict(rows, datasets.Features(kinds))
+        for i in range(shards):
+            whole.shard(shards, i, contiguous=True).to_parquet(folder / f"{split}-{i:05d}-of-{shards:05d}.parquet")
+    return folder
+
+
+COLUMNS = {"person": "image", "cloth": "cloth", "mask": "mask"}
+TEXTS = "abcdefghij"
+STREAM = {"streaming": True, "max_train_steps": 7, "checkpointing_steps": 3, "cloth_dropout": 0.4}
+
+
+def test_rows_train_as_a_tree_does(bases, tested, parquet, tmp_path):
+    options = {"max_train_steps": 7, "checkpointing_steps": 7}
+    main(parse_args(flags(bases[9], tested, tmp_path / "tree", **options)))
+    for name, more in {"rows": {}, "cached": {"cache_latents": tmp_path / "latents"}}.items():
+        main(parse_args(flags(bases[9], None, tmp_path / name, dataset_name=parquet, **options, **more)))
+    tree, rows, cached = (load_file(tmp_path / n / ADAPTER_NAME) for n in ("tree", "rows", "cached"))
+    assert equal(rows, tree)
+    assert all(torch.allclose(cached[name].float(), rows[name].float(), atol=1e-3) for name in rows)
+
+
+def test_a_folder_of_pictures_holds_the_same_rows(bases, tested, parquet, tmp_path):
+    folder = tmp_path / "pictures" / "train"
+    folder.mkdir(parents=True)
+    lines = []
+    for i, (_, _, files) in enumerate(TreePairs(tested, "train", True).pairs):
+        line = {f"{COLUMNS[role]}_file_name": f"{i}_{role}.png" for role in files}
+        for role, file in files.items():
+            shutil.copy(file, folder / f"{i}_{role}.png")
+        lines.append(json.dumps(line))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    of_pictures, of_parquet = (
+        trainer_of(bases[9], None, tmp_path, dataset_name=name).dataset for name in (tmp_path / "pictures", parquet)
+    )
+    assert len(of_pictures) == len(of_parquet) == TRAIN
+    for one, other in zip(of_pictures, of_parquet):
+        assert all(torch.equal(one[name], other[name]) for name in ("person", "cloth", "mask"))
+
+
+def test_a_stream_goes_on_where_it_was_stopped(bases, parquet, tmp_path):
+    main(parse_args(flags(bases[9], None, tmp_path / "whole", dataset_name=parquet, **STREAM)))
+    begun = tmp_path / "whole" / "checkpoint-3"
+    again = flags(bases[9], None, tmp_path / "again", dataset_name=parquet, resume_from_checkpoint=begun, **STREAM)
+    main(parse_args(again))
+    assert equal(load_file(tmp_path / "whole" / ADAPTER_NAME), load_file(tmp_path / "again" / ADAPTER_NAME))
+
+
+@pytest.mark.parametrize("processes", [2, 5])  # a file each, and fewer files than processes
+def test_processes_share_a_stream(bases, parquet, tmp_path, processes):
+    """Every pair of an epoch is seen once, and epochs differ in order."""
+    trainer = trainer_of(bases[9], None, tmp_path, dataset_name=parquet, **STREAM)
+    rows = load_rows(trainer.args, "train", COLUMNS).shuffle(seed=0)
+    epochs, share = ([], []), TRAIN // processes
+    for rank in range(processes):
+        part = split_dataset_by_node(rows, rank, processes)
+        stream = iter(StreamedPairs(part, COLUMNS, trainer.prepare, rank, processes))
+        for epoch in epochs:
+            epoch += [item["person"].sum().item() for item in itertools.islice(stream, share)]
+    everyone = sorted(trainer.prepare(row_pictures(row, COLUMNS, ""), 0, 0)["person"].sum().item() for row in rows)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == everyone
+    assert epochs[0] != epochs[1]
+
+
+def test_rows_hold_persons_in_another_cloth(bases, parquet, tmp_path):
+    dataset = trainer_of(bases[9], None, tmp_path, dataset_name=parquet, mask_free=True).dataset
+    for i in range(TRAIN):
+        assert torch.equal(dataset[i]["condition"], dataset[(i + 1) % TRAIN]["person"])
+        assert dataset[i]["mask"].min() == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"streaming": True}])
+def test_a_caption_goes_with_its_row(bases, parquet, tmp_path, options):
+    columns = {"caption_column": "text", "cross_attention": "prompt", "cloth_dropout": 0} | options
+    trainer = trainer_of(bases[9], None, tmp_path, dataset_name=parquet, **columns)
+    batch = next(trainer.batches())
+    people = [row_pictures(row, COLUMNS, "") for row in load_rows(trainer.args, "train", COLUMNS)]
+    for person, caption in zip(batch["person"], batch["caption"]):
+        shown = trainer.prepare(people[TEXTS.index(caption[-1])], 0, 0)["person"]
+        assert torch.equal(person, shown)
+    with torch.no_grad(), vton_attention(trainer.unet, ClothBesideAttnProcessor, "prompt"):
+        loss, swapped = (
+            trainer.train_step(batch | {"caption": texts}) for texts in (batch["caption"], batch["caption"][::-1])
+        )
+    assert loss != swapped
+
+
+def test_the_test_rows_are_probed_and_tried_on(bases, tested, parquet, tmp_path):
+    of_rows = trainer_of(bases[9], None, tmp_path, dataset_name=parquet, num_validation_pairs=3)
+    of_tree = trainer_of(bases[9], tested, tmp_path)
+    assert len(of_rows.probes["person"]) == TEST and len(of_rows.tryons) == 3
+    assert all(torch.equal(of_rows.probes[name], of_tree.probes[name]) for name in ("person", "cloth", "mask", "seed"))
+    persons = [pictures["person"] for pictures in of_rows.tryons]
+    assert of_rows.tryons[0]["cloth"] != of_rows.tryons[1]["cloth"] and persons[0] != persons[1]
+
+
+def rows_of(tested: Path, folder: Path, **changed) -> Path:
+    """Two equal training rows, with some of their cells changed."""
+    files = TreePairs(tested, "train", True).pairs[0][2]
+    row = {column: {"bytes": files[role].read_bytes(), "path": None} for role, column in COLUMNS.items()}
+    row |= {"text": "a shirt"} | changed
+    kinds = {column: datasets.Image() for column in COLUMNS.values()} | {"text": datasets.Value("string")}
+    rows = datasets.Dataset.from_dict({name: [cell] * 2 for name, cell in row.items()}, datasets.Features(kinds))
+    rows.to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changed, options, message",
+    [
+        ({}, {"cloth_column": "shirt"}, "--cloth_column: .* has the columns image, cloth, mask, text, not shirt"),
+        ({"cloth": None}, {}, "row [01].*: the column cloth is empty"),
+        ({"text": None}, {"caption_column": "text", "cross_attention": "prompt"}, "row [01].*: the caption is empty"),
+        ({"cloth": {"bytes": b"no picture", "path": None}}, {}, "row [01].*, column cloth cannot be read"),
+        ({"mask": "small"}, {}, r"row [01].*: the mask has size \(10, 10\), its person \(48, 64\)"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [None, True])
+def test_bad_rows(bases, tested, tmp_path, changed, options, message, streaming):
+    if changed.get("mask") == "small":
+        Image.new("L", (10, 10), 255).save(tmp_path / "small.png")
+        changed = {"mask": {"bytes": (tmp_path / "small.png").read_bytes(), "path": None}}
+    folder = rows_of(tested, tmp_path, **changed)
+    with pytest.raises(ValueError, match=message):
+        next(trainer_of(bases[9], None, tmp_path, dataset_name=folder, streaming=streaming, **options).batches())
 
 
 # ------------------------------------------------------------------------------------------------------------- the Hub
