@@ -72,7 +72,7 @@ def picture_and_mask(root) -> tuple[Image.Image, Image.Image]:
 
 
 def test_the_demo_model_puts_the_right_cloth_on(tmp_path):
-    """On people and cloths of a seed of its own, a result is nearer by 1 dB to its own truth than to another cloth's."""
+    """On people and cloths of a seed of its own, a result is nearer by 4 dB to its own truth than one in another cloth is."""
     make_dataset.make_dataset(tmp_path, train=0, test=8, seed=11)
     pictures = try_on.read_test_split(tmp_path)
     pipe = try_on.load_pipeline(ROOT / "demo" / "model")
@@ -87,7 +87,7 @@ def test_the_demo_model_puts_the_right_cloth_on(tmp_path):
         np.stack([np.asarray(mask) >= 128 for mask in pictures["mask"]]),
     )
     right, wrong = results(pictures["cloth"]), results(pictures["cloth"][1:] + pictures["cloth"][:1])
-    assert measure.masked_psnr(right, truth, masks) > measure.masked_psnr(wrong, truth, masks) + 1
+    assert measure.masked_psnr(right, truth, masks) > measure.masked_psnr(wrong, truth, masks) + 4
     assert np.array_equal(right[~masks], measure.as_array(pictures["person"])[~masks])
 
 
