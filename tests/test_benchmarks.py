@@ -1,7 +1,6 @@
 """The scripts behind the README's tables, in the small."""
 
 import methods
-import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
@@ -28,8 +27,8 @@ def test_the_four_channel_base_paints_what_the_inpainting_base_paints_behind_a_f
     assert error(narrow.conv_in.bias) < 0.2 * error(pipe.unet.conv_in.bias)
 
 
-@pytest.mark.parametrize("row", ["reference, conv_in widened from 4 channels", "no cloth (the seed to the letter)"])
-def test_a_row_of_the_method_table(row, tmp_path, capfd):
+def test_a_row_of_the_method_table(tmp_path, capfd):
+    row = "reference, conv_in widened from 4 channels"
     line = ["--output_dir", str(tmp_path), "--rows", row, "--train", "4", "--max_train_steps", "1", "--lines", "2"]
     methods.main(methods.parse_args([*line, "--train_batch_size", "2", "--num_inference_steps", "1"]))
     assert f"| {row} | " in capfd.readouterr().out

@@ -64,6 +64,12 @@ def fresh_accelerate():
         GradientState._reset_state()
 
 
+@pytest.fixture(autouse=True)
+def no_sleep_after_a_stream(monkeypatch):
+    """`datasets` waits five seconds at the end of every epoch of shuffled parquet, whatever there was to wait for."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+
+
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory) -> dict[int, Path]:
     """Bases with 4, 8 and 9 input channels, as diffusers folders."""
