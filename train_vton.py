@@ -292,11 +292,7 @@ class Preparation:
 def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> Image.Image:
     try:
         return as_pil(as_tensors(open_file(), name, 1 if role == "mask" else 3)[0])
-    except (
-        OSError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # the second is Pillow's for some broken PNGs
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: some broken PNGs
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Compare ways of showing the cloth and of learning, on the demo's base: one budget, one seed, held-out unpaired lines.
 
-Every row is one run of `accelerate launch train_vton.py`, and the PSNR inside the mask as demo/measure.py measures it. Rows that
-`--output_dir` already holds are not trained again. One more seed of the training tells what of a difference is luck.
+Every row is one run of `accelerate launch train_vton.py`, and the PSNR inside the mask as demo/measure.py measures it. A row that
+`--output_dir` holds of the same arguments is not trained again (of another base: take another folder). One more seed of the training tells what of a difference is luck.
 """
 
 import argparse
@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 from make_dataset import make_dataset  # noqa: E402
-from measure import HeldOut, try_on, without_cloth  # noqa: E402
+from measure import HeldOut, as_array, without_cloth  # noqa: E402
+from try_on import try_on  # noqa: E402
 
 from pipeline_vton import LORA_NAME, StableDiffusionVTONPipeline  # noqa: E402
 
@@ -109,8 +110,10 @@ def measure(method: Method, base: Path, folder: Path, held_out: HeldOut, args: a
         pipe.load_lora_weights(folder)
     else:
         pipe.load_vton_adapter(folder)
-    run = (held_out, args.num_inference_steps, 1)
-    return held_out.psnr(without_cloth(pipe, *run) if method == NO_CLOTH else try_on(pipe, *run, None))
+    run = (args.num_inference_steps, 1)
+    if method == NO_CLOTH:
+        return held_out.psnr(without_cloth(pipe, held_out, *run))
+    return held_out.psnr(as_array(try_on(pipe, held_out.pictures, *run, None)))
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -137,15 +140,17 @@ def main(args: argparse.Namespace) -> None:
     shutil.rmtree(four_channels, ignore_errors=True)
     write_four_channel_base(args.base, four_channels)
     held_out = HeldOut.draw(args.lines, seed=1)
-    rows = []
+    rows, budget = [], {name: str(value) for name, value in vars(args).items() if name not in {"rows", "output_dir"}}
     for method in (method for method in METHODS if method.name in args.rows):
         folder, base = args.output_dir / method.folder, four_channels if method.channels == 4 else args.base
         report = folder / "row.json"
-        if not report.is_file():
+        row = json.loads(report.read_text()) if report.is_file() else {}
+        if row.get("budget") != budget:
             seconds = train(method, base, dataset, folder, args)
             psnr = measure(method, base, folder, held_out, args)
-            report.write_text(json.dumps({"psnr": psnr, "seconds": seconds}))
-        rows.append((method.name, json.loads(report.read_text())))
+            row = {"psnr": psnr, "seconds": seconds, "budget": budget}
+            report.write_text(json.dumps(row))
+        rows.append((method.name, row))
     print(f"\n{args.max_train_steps} updates of {args.train_batch_size} pairs, {args.lines} held-out unpaired lines\n")
     print("| method | PSNR in the mask | training |\n|---|---|---|")
     for name, row in rows:

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionInpaintPipeline
 from make_dataset import UNIT_HEIGHT, UNIT_WIDTH, UPPER_CLOTHES, draw_person, draw_sample, make_dataset
 from PIL import Image
-from try_on import DEMO, load_pipeline, read_test_split
+from try_on import DEMO, load_pipeline, read_test_split, try_on
 
 
 def as_array(pictures: list[Image.Image]) -> np.ndarray:
@@ -47,20 +47,6 @@ class HeldOut:
 
     def psnr(self, results: np.ndarray) -> float:
         return masked_psnr(results, self.truth, self.masks)
-
-
-def try_on(pipe: DiffusionPipeline, held_out: HeldOut, steps: int, seed: int, scale: float | None) -> np.ndarray:
-    """Every cloth on its person, as (N, H, W, 3) in [0, 1]; `scale` None is the adapter's own guidance."""
-    pictures = held_out.pictures
-    images = pipe(
-        person_image=pictures["person"],
-        cloth_image=pictures["cloth"],
-        mask_image=pictures["mask"],
-        num_inference_steps=steps,
-        guidance_scale=scale,
-        generator=torch.Generator().manual_seed(seed),
-    ).images
-    return as_array(images)
 
 
 def without_cloth(pipe: DiffusionPipeline, held_out: HeldOut, steps: int, seed: int) -> np.ndarray:
@@ -114,12 +100,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     held_out = HeldOut.draw(args.lines, args.seed)
     pipe = load_pipeline(args.model, args.adapter)
-    rows, run = [], (held_out, args.num_inference_steps, args.seed)
+    rows, run = [], (args.num_inference_steps, args.seed)
     for scale in args.guidance_scale:
-        results = try_on(pipe, *run, scale)
+        results = as_array(try_on(pipe, held_out.pictures, *run, scale))
         rows.append((f"(a) the adapter, guidance {pipe.guidance_scale:g}", results))
     pipe.unload_vton_adapter()
-    rows.append(("(b) the base without a cloth", without_cloth(pipe, *run)))
+    rows.append(("(b) the base without a cloth", without_cloth(pipe, held_out, *run)))
     rows.append(("(c) the cloth's mean colour in the true cloth region", held_out.mean_colors))
     rows.append(("(d) the VAE's round trip of the truth", round_trip(pipe.vae, held_out.truth)))
     print(

@@ -38,6 +38,20 @@ def read_test_split(root: Path) -> dict[str, list[Image.Image]]:
     return {name: [Image.open(root / "test" / file) for file in listed] for name, listed in files.items()}
 
 
+def try_on(
+    pipe: DiffusionPipeline, pictures: dict[str, list[Image.Image]], steps: int, seed: int, scale: float | None
+) -> list[Image.Image]:
+    """Every cloth on its person; `scale` None is the adapter's own guidance."""
+    return pipe(
+        person_image=pictures["person"],
+        cloth_image=pictures["cloth"],
+        mask_image=pictures["mask"],
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        generator=torch.Generator().manual_seed(seed),
+    ).images
+
+
 def contact_sheet(pictures: dict[str, list[Image.Image]]) -> Image.Image:
     """Two pairs a line, every pixel shown as a square."""
     count, (width, height) = len(pictures["person"]), pictures["person"][0].size
@@ -76,14 +90,7 @@ def main(args: argparse.Namespace) -> None:
     make_dataset(args.output_dir / "dataset", train=0, test=args.count, seed=args.seed)
     pictures = read_test_split(args.output_dir / "dataset")
     pipe = load_pipeline(args.model)
-    pictures["result"] = pipe(
-        person_image=pictures["person"],
-        cloth_image=pictures["cloth"],
-        mask_image=pictures["mask"],
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        generator=torch.Generator().manual_seed(args.seed),
-    ).images
+    pictures["result"] = try_on(pipe, pictures, args.num_inference_steps, args.seed, args.guidance_scale)
     sheet = contact_sheet(pictures)
     sheet.save(args.output_dir / "contact_sheet.png")
     print(f"{args.count} try-ons in {args.output_dir / 'contact_sheet.png'}")

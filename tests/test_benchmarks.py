@@ -16,10 +16,8 @@ def test_the_four_channel_base_paints_what_the_inpainting_base_paints_behind_a_f
     noisy = torch.randn(2, 4, 32, 24, generator=torch.Generator().manual_seed(0))
     grey = pipe.vae.encode(torch.zeros(2, 3, 64, 48)).latent_dist.mode() * pipe.vae.config.scaling_factor
     rows = torch.cat([noisy, torch.ones(2, 1, 32, 24), grey], dim=1)
-    expected, inside = (
-        pipe.unet.conv_in(rows),
-        (..., slice(4, -4), slice(4, -4)),
-    )  # at the edge, grey is not one colour
+    expected = pipe.unet.conv_in(rows)
+    inside = (..., slice(4, -4), slice(4, -4))  # at the edge, grey is not one colour
 
     def error(bias: torch.Tensor) -> torch.Tensor:
         return (F.conv2d(noisy, narrow.conv_in.weight, bias, padding=1) - expected)[inside].abs().mean()
