@@ -2,7 +2,7 @@
 """Compare ways of showing the cloth and of learning, on the demo's base: one budget, one seed, held-out unpaired lines.
 
 Every row is one run of `accelerate launch train_vton.py`, and the PSNR inside the mask as demo/measure.py measures it. A row that
-`--output_dir` holds of the same arguments is not trained again (of another base: take another folder). One more seed of the training tells what of a difference is luck.
+`--output_dir` holds of the same arguments is not trained again (of another base: take another folder). A second seed of reference and joint tells what of a difference is luck.
 """
 
 import argparse
@@ -50,6 +50,7 @@ METHODS = [
     Method("reference, LoRA rank 16", "--lora_rank 16"),
     Method("reference, conv_in widened from 4 channels", channels=4),
     Method("reference, DREAM", "--dream_detail_preservation 10"),
+    Method("joint canvas, another seed", "--cloth_conditioning joint", seed=1),
     Method("reference, another seed", seed=1),
 ]
 
@@ -125,11 +126,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=3000, help="drawn training pairs (default 3000)")
     parser.add_argument("--height", type=int, default=64, help="default 64")
     parser.add_argument("--width", type=int, default=48, help="default 48")
-    parser.add_argument("--max_train_steps", type=int, default=200, help="updates of every row (default 200)")
+    parser.add_argument("--max_train_steps", type=int, default=500, help="updates of every row (default 500)")
     parser.add_argument("--train_batch_size", type=int, default=8, help="pairs a step (default 8)")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="highest rate of every row (default 2e-3)")
     parser.add_argument("--guidance_scale", type=float, default=1.5, help="of every row with a cloth (default 1.5)")
-    parser.add_argument("--lines", type=int, default=32, help="held-out unpaired lines (default 32)")
+    parser.add_argument("--lines", type=int, default=64, help="held-out unpaired lines (default 64)")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="DDPM steps (default 50)")
     return parser.parse_args(input_args)
 
