@@ -62,6 +62,8 @@ from peft.utils import get_peft_model_state_dict
 from PIL import ExifTags, Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -106,7 +108,7 @@ CARD_TEXT = """
 |---|---|
 {flags}
 """
-SEED_WARMUP_EPOCHS, SEED_WARMUP_START, SEED_FINAL_RATE = 5, 0.1, 1e-6
+WARMUP_EPOCHS, WARMUP_START, FINAL_RATE = 5, 0.1, 1e-6
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -129,9 +131,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="the base's revision on the Hub (default main)")
     add("--output_dir", type=Path, required=True, help="for adapter, checkpoints, logs and validation pictures")
     add("--dataset_root", type=Path, help="a folder in VITON-HD's or DressCode's layout")
-    add(
-        "--dataset_name", help="or what datasets.load_dataset takes: a Hub repository, a folder of parquet or pictures"
-    )
+    add("--dataset_name", help="or what datasets.load_dataset takes: a Hub repository, a folder of parquet files or pictures")  # fmt: skip
     add("--dataset_config_name", help="its configuration (default: its only one)")
     add("--streaming", action="store_true", help="read --dataset_name as it comes instead of downloading it first")
     add("--person_column", default="image", help="the person in the cloth (default image)")
@@ -162,22 +162,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("optimisation (defaults: the seed architecture's)").add_argument
+    add = parser.add_argument_group("optimisation").add_argument
     add("--train_batch_size", type=int, default=4, help="pairs a step and process (default 4)")
     add("--gradient_accumulation_steps", type=int, default=1, help="batches an update (default 1)")
     add("--num_train_epochs", type=int, default=100, help="passes over the pairs (default 100)")
     add("--max_train_steps", type=int, help="updates; overrides --num_train_epochs")
     add("--learning_rate", type=float, default=1e-4, help="AdamW's highest rate (default 1e-4)")
-    add("--lr_scheduler", default="seed", choices=("seed", *(kind.value for kind in SchedulerType)), help="seed: warm-up from a tenth, then cosine to 1e-6 (default); or one of diffusers'")  # fmt: skip
+    add("--lr_scheduler", default="default", choices=("default", *(kind.value for kind in SchedulerType)), help="default: warm-up from a tenth of the rate, then cosine to 1e-6; or one of diffusers'")  # fmt: skip
     add("--lr_warmup_steps", type=int, help="updates of warm-up (default: 5 epochs, at most the whole run)")
     add("--adam_beta1", type=float, default=0.9, help="default 0.9")
     add("--adam_beta2", type=float, default=0.999, help="default 0.999")
     add("--adam_weight_decay", type=float, default=0.01, help="default 0.01")
     add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW: a quarter of the optimiser's memory")
     add("--max_grad_norm", type=float, default=1.0, help="gradient clipping (default 1.0)")
-    add(
-        "--ema_decay", type=float, default=0.9999, help="averaging of the published weights (default 0.9999, 0 is off)"
-    )
+    add("--ema_decay", type=float, default=0.9999, help="averages the published weights (default 0.9999, 0 is off)")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
     add("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later GPUs")
@@ -256,7 +254,7 @@ class Preparation:
     def tag(self, name: str, epoch: int, index: int) -> dict[str, Any]:
         return {"name": name, "seed": int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])}
 
-    def __call__(self, pictures: dict[str, Image.Image], epoch: int, index: int) -> dict[str, torch.Tensor]:
+    def __call__(self, pictures: dict[str, Image.Image], epoch: int, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.seed, epoch, index, 1])
         pictures = self.move(pictures, rng)
         size = {"height": self.height, "width": self.width}
@@ -281,7 +279,7 @@ class Preparation:
                 pictures[role] = pictures[role].crop(tuple(round(edge) for edge in box))
         return pictures
 
-    def recolor(self, item: dict[str, torch.Tensor], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def recolor(self, item: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
         """One gamma a channel, alike on person, condition and cloth: another light in which black and white stay."""
         if "color" in self.augment:
             gamma = torch.tensor(2 ** rng.uniform(-0.4, 0.4, (3, 1, 1)), dtype=torch.float32)
@@ -412,7 +410,7 @@ def find_lists(root: Path, split: str, paired: bool) -> list[tuple[Path, str]]:
         files = [place / name for name in names if (place / name).is_file()]
         if not files:
             raise FileNotFoundError(
-                f"--dataset_root: there is no {names[1]} in {place}, which VITON-HD's and DressCode's layouts have"
+                f"--dataset_root: there is no {names[1]} in {place}; VITON-HD and DressCode have it"
             )
         found.append((files[0], folder))
     return found
@@ -424,12 +422,13 @@ class RowPairs:
 
     rows: Any
     columns: dict[str, str]
+    kind: str = "row"
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        return f"row {index}"
+        return f"{self.kind} {index}"
 
     def pictures(self, index: int) -> dict[str, Image.Image]:
         return row_pictures(self.rows[index], self.columns, self.name(index))
@@ -494,7 +493,9 @@ def load_rows(args: argparse.Namespace, split: str, columns: dict[str, str]) -> 
     """A split of --dataset_name with its pictures undecoded."""
     datasets = optional("datasets", "dataset_name")
     rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split=split, streaming=args.streaming)
-    known = rows.column_names or list(next(iter(rows)))
+    known = rows.column_names
+    if known is None:  # a stream of CSV files
+        raise ValueError(f"--streaming: {args.dataset_name} names no columns ahead, as parquet, JSON and pictures do")
     for role, column in {**columns, "caption": args.caption_column}.items():
         if column is not None and column not in known:
             raise ValueError(f"--{role}_column: {args.dataset_name} has the columns {', '.join(known)}, not {column}")
@@ -542,7 +543,7 @@ class LatentCache(PairDataset):
         return latents | self.tag(index)
 
     def fill(
-        self, encode: Callable[[dict], dict[str, torch.Tensor]], accelerator: accelerate.Accelerator, **loading
+        self, encode: Callable[[dict], dict[str, Tensor]], accelerator: accelerate.Accelerator, **loading
     ) -> None:
         """Write the shards that are not there, every process its part of them; `loading` goes to the DataLoader."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -560,47 +561,37 @@ class LatentCache(PairDataset):
         accelerator.wait_for_everyone()
 
 
-def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
     """What is random in a step, each row from its own seed: three noises (B, *shape) and two numbers (B,) in [0, 1)."""
     rows = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(int(seed))
-        rows.append(
-            {
-                "noise": torch.randn(shape, generator=generator),
-                "cloth_noise": torch.randn(shape, generator=generator),
-                "posterior": torch.randn(shape, generator=generator),
-                "time": torch.rand((), generator=generator),
-                "dropout": torch.rand((), generator=generator),
-            }
-        )
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        row = {name: torch.randn(shape, generator=generator) for name in ("noise", "cloth_noise", "posterior")}
+        rows.append(row | {name: torch.rand((), generator=generator) for name in ("time", "dropout")})
+    return default_collate(rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
-def seed_schedule(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, peak: float
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """The seed's schedule: linear from 0.1 * peak to peak, then cosine to 1e-6."""
-    final = min(SEED_FINAL_RATE / peak, 1.0)
+def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """Linear from a tenth of the optimiser's rate to all of it, then cosine to 1e-6."""
+    final = min(FINAL_RATE / optimizer.defaults["lr"], 1.0)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
-            return SEED_WARMUP_START + (1 - SEED_WARMUP_START) * step / warmup_steps
+            return WARMUP_START + (1 - WARMUP_START) * step / warmup_steps
         progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, factor)
 
 
 def refuse_sharding(kind: DistributedType) -> None:
     """Sharded weights have other names and shapes than an adapter holds, and 50 million of them need no sharding."""
     if kind in {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}:
-        raise ValueError(
-            f"accelerate is configured for {kind.value}: configure plain data parallelism, which is enough for an adapter"
-        )
+        enough = "plain data parallelism is enough for an adapter"
+        raise ValueError(f"accelerate is configured for {kind.value}, whose shards an adapter cannot hold: {enough}")
 
 
 class Trainer:
@@ -608,9 +599,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        skipped = (
-            args.cross_attention == "skip" and args.trainable != "self_attention"
-        )  # attn2 may learn, and is left out
+        unused = args.cross_attention == "skip" and args.trainable != "self_attention"  # attn2 may learn, left out
         self.accelerator = accelerate.Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
@@ -618,9 +607,11 @@ class Trainer:
             project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / "logs"),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
             dynamo_backend="inductor" if args.torch_compile else None,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=skipped)],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         )
         refuse_sharding(self.accelerator.distributed_type)
+        if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise ValueError("--mixed_precision fp16 needs a GPU: take bf16 or no on the CPU")
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         set_seed(args.seed)
@@ -638,45 +629,32 @@ class Trainer:
     def load(self, cls: type, subfolder: str) -> torch.nn.Module:
         """A frozen model of the base, in the mixed precision's dtype."""
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
-        model = cls.from_pretrained(
-            self.args.pretrained_model_name_or_path,
-            subfolder=subfolder,
-            revision=self.args.revision,
-            use_safetensors=True,
-            dtype=dtype,
-        )
+        model = cls.from_pretrained(**self.base, subfolder=subfolder, use_safetensors=True, dtype=dtype)
         return model.to(self.accelerator.device).eval().requires_grad_(False)
 
     def load_base(self) -> None:
-        args, where = self.args, {"revision": self.args.revision}
+        args = self.args
+        self.base = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision")}
         self.vae, self.unet = self.load(AutoencoderKL, "vae"), self.load(UNet2DConditionModel, "unet")
-        self.noise_scheduler = DDPMScheduler.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="scheduler", clip_sample=False, **where
-        )
+        self.noise_scheduler = DDPMScheduler.from_pretrained(**self.base, subfolder="scheduler", clip_sample=False)
         kind = self.noise_scheduler.config.prediction_type
         if kind not in {"epsilon", "v_prediction"}:
             raise ValueError(f"the base's scheduler predicts {kind}, and training needs epsilon or v_prediction")
         self.in_channels = self.unet.config.in_channels
         if self.in_channels not in {4, 8, 9}:
-            raise ValueError(
-                f"--pretrained_model_name_or_path must have a UNet with 4, 8 or 9 input channels, got {self.in_channels}"
-            )
-        if self.in_channels == 4 and args.lora_rank:
-            raise ValueError(
-                "--lora_rank cannot train the conv_in that a 4-channel base gets: take a base with 8 or 9 channels"
-            )
+            raise ValueError(f"the base's UNet must have 4, 8 or 9 input channels, got {self.in_channels}")
         if self.in_channels == 4:
+            if args.lora_rank:
+                raise ValueError("--lora_rank cannot train the conv_in that a 4-channel base gets: take one of 8 or 9")
             widen_conv_in(self.unet)
         self.prompt_embeds = None
         if args.cross_attention == "prompt":
-            self.tokenizer = CLIPTokenizer.from_pretrained(
-                args.pretrained_model_name_or_path, subfolder="tokenizer", **where
-            )
+            self.tokenizer = CLIPTokenizer.from_pretrained(**self.base, subfolder="tokenizer")
             self.text_encoder = self.load(CLIPTextModel, "text_encoder")
             self.prompt_embeds = self.embed([args.prompt])
 
     @torch.no_grad()
-    def embed(self, texts: list[str]) -> torch.Tensor:
+    def embed(self, texts: list[str]) -> Tensor:
         """Texts to embeddings (B, 77, 768)."""
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
@@ -686,9 +664,8 @@ class Trainer:
         """The size, and the settings that travel with the adapter."""
         args, size = self.args, self.unet.config.sample_size
         size = size if isinstance(size, (list, tuple)) else (size, size)
-        self.pipe = StableDiffusionVTONPipeline(
-            self.vae, self.unet, self.noise_scheduler, in_channels=self.in_channels
-        )
+        parts = (self.vae, self.unet, self.noise_scheduler)
+        self.pipe = StableDiffusionVTONPipeline(*parts, in_channels=self.in_channels)
         self.height = args.height or size[0] * self.pipe.vae_scale_factor
         self.width = args.width or size[1] * self.pipe.vae_scale_factor
         self.pipe.resolve_size(self.height, self.width, self.height, self.width)  # an error names a bad side
@@ -750,40 +727,34 @@ class Trainer:
 
     def load_validation(self) -> None:
         """`probes`: a batch of test persons with their own cloths; `tryons`: pictures of test persons and other cloths."""
-        self.plain = Preparation(self.height, self.width, self.args.seed)
-        probes, self.tryons = self.test_rows() if self.args.dataset_name is not None else self.test_tree()
+        pairs, self.tryons = self.test_rows() if self.args.dataset_name is not None else self.test_tree()
+        own = PairDataset(pairs, Preparation(self.height, self.width, self.args.seed))
+        probes = [own[i] for i in range(min(PROBED_PAIRS, len(pairs)))]
         self.probes = default_collate(probes) if len(probes) > 1 else None  # one has no wrong cloth
 
-    def test_tree(self) -> tuple[list[dict], list[dict]]:
-        args, root = self.args, self.args.dataset_root
+    def test_tree(self) -> tuple[TreePairs | list, list[dict]]:
+        args, root, paired = self.args, self.args.dataset_root, []
         lists = [*root.glob("test_pairs*.txt"), *root.glob("*/test_pairs*.txt")]
         if not any(file.read_text().strip() for file in lists):
             return [], []
-        probes = []
         try:
-            paired = PairDataset(TreePairs(root, "test", True, self.roles, args.condition_column), self.plain)
-            probes = [paired[i] for i in range(min(PROBED_PAIRS, len(paired)))]
+            paired = TreePairs(root, "test", True, self.roles, args.condition_column)
         except FileNotFoundError as error:
             if not args.mask_free:
                 raise
             logger.info("the test persons are not there in other cloths, so nothing is probed: %s", error)
         unpaired = TreePairs(root, "test", False, [r for r in self.roles if r != "condition"])
-        return probes, [unpaired.pictures(i) for i in range(min(args.num_validation_pairs, len(unpaired)))]
+        return paired, [unpaired.pictures(i) for i in range(min(args.num_validation_pairs, len(unpaired)))]
 
-    def test_rows(self) -> tuple[list[dict], list[dict]]:
-        args = self.args
-        if "test" not in optional("datasets", "dataset_name").get_dataset_split_names(
-            args.dataset_name, args.dataset_config_name
-        ):
+    def test_rows(self) -> tuple[RowPairs | list, list[dict]]:
+        args, wanted = self.args, max(PROBED_PAIRS, self.args.num_validation_pairs)
+        splits = optional("datasets", "dataset_name").get_dataset_split_names
+        if "test" not in splits(args.dataset_name, args.dataset_config_name):
             return [], []
-        rows = enumerate(load_rows(args, "test", self.columns).take(max(PROBED_PAIRS, args.num_validation_pairs)))
-        pictures = [row_pictures(row, self.columns, f"test row {i}") for i, row in rows]
-        probes = [
-            self.plain(shown, 0, i) | self.plain.tag("", 0, i) for i, shown in enumerate(pictures[:PROBED_PAIRS])
-        ]
-        others = pictures[1:] + pictures[:1]
-        tryons = [shown | {"cloth": other["cloth"]} for shown, other in zip(pictures, others)]
-        return probes, tryons[: args.num_validation_pairs]
+        pairs = RowPairs(list(load_rows(args, "test", self.columns).take(wanted)), self.columns, "test row")
+        shown = [pairs.pictures(i) for i in range(min(args.num_validation_pairs, len(pairs)))]
+        others = [pairs.pictures((i + 1) % len(pairs))["cloth"] for i in range(len(shown))]
+        return pairs, [pictures | {"cloth": cloth} for pictures, cloth in zip(shown, others)]
 
     def prepare_parameters(self) -> None:
         """What learns, in float32: the adapter's weights, or a LoRA of the same modules."""
@@ -806,12 +777,8 @@ class Trainer:
     def prepare_training(self) -> None:
         args = self.args
         eight_bit = args.use_8bit_adam and optional("bitsandbytes", "use_8bit_adam").optim.AdamW8bit
-        self.optimizer = (eight_bit or torch.optim.AdamW)(
-            self.trained,
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay,
-        )
+        adam, betas = eight_bit or torch.optim.AdamW, (args.adam_beta1, args.adam_beta2)
+        self.optimizer = adam(self.trained, args.learning_rate, betas, weight_decay=args.adam_weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(self.unet, self.optimizer)
         if args.streaming:
             self.steps_per_epoch = args.max_train_steps
@@ -819,11 +786,11 @@ class Trainer:
             self.loader = self.accelerator.prepare(self.loader)
             self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
         self.total_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
-        warmup = SEED_WARMUP_EPOCHS * self.steps_per_epoch if args.lr_warmup_steps is None else args.lr_warmup_steps
+        warmup = WARMUP_EPOCHS * self.steps_per_epoch if args.lr_warmup_steps is None else args.lr_warmup_steps
         warmup = min(warmup, self.total_steps)
         # Stepped here, once an update: accelerate would step a prepared schedule once a process.
-        if args.lr_scheduler == "seed":
-            self.schedule = seed_schedule(self.optimizer.optimizer, warmup, self.total_steps, args.learning_rate)
+        if args.lr_scheduler == "default":
+            self.schedule = warmup_cosine(self.optimizer.optimizer, warmup, self.total_steps)
         else:
             self.schedule = get_scheduler(args.lr_scheduler, self.optimizer.optimizer, warmup, self.total_steps)
         self.ema = EMAModel(self.trained, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
@@ -835,23 +802,17 @@ class Trainer:
     # ---- one step
 
     @torch.no_grad()
-    def encode(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What the VAE makes of a batch: the tensors of `TryOnLatents`, and the posterior of the person to paint."""
         pictures = {name: batch[name].to(self.accelerator.device) for name in {*self.roles, "mask"}}
-        conditioning = TryOnLatents.encode(
-            self.vae,
-            pictures["condition" if self.args.mask_free else "person"],
-            pictures["mask"],
-            pictures["cloth"],
-            channels=self.unet.config.in_channels,
-            mask_free=self.args.mask_free,
-            condition_latents=self.settings["condition_latents"],
-            dtype=torch.float32,
-        )
+        shown = pictures["condition" if self.args.mask_free else "person"], pictures["mask"], pictures["cloth"]
+        settings = {name: self.settings[name] for name in ("mask_free", "condition_latents")}
+        channels = self.unet.config.in_channels
+        conditioning = TryOnLatents.encode(self.vae, *shown, channels=channels, **settings, dtype=torch.float32)
         posterior = self.vae.encode(pictures["person"].to(self.vae.dtype)).latent_dist
         return {name: getattr(conditioning, name) for name in LATENTS} | {"mean": posterior.mean, "std": posterior.std}
 
-    def latents(self, batch: dict[str, Any]) -> tuple[TryOnLatents, torch.Tensor, torch.Tensor]:
+    def latents(self, batch: dict[str, Any]) -> tuple[TryOnLatents, Tensor, Tensor]:
         """A batch's conditioning, and mean and deviation of the latents to paint, unscaled; cached or made now."""
         encoded = batch if "mean" in batch else self.encode(batch)
         encoded = {name: encoded[name].to(self.accelerator.device) for name in (*LATENTS, "mean", "std")}
@@ -861,11 +822,11 @@ class Trainer:
     def predict(
         self,
         conditioning: TryOnLatents,
-        noisy: torch.Tensor,
-        timesteps: torch.Tensor,
-        cloth_seen: torch.Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cloth_seen: Tensor,
         captions: list[str] | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """What the UNet sees in `noisy` (B, 4, h, w) or a canvas, at timesteps (B,); where `cloth_seen` (B,) is 0, clothless.
 
         Reference mode is one UNet call on `[person rows ; cloth rows]`, the cloth rows at timestep 0.
@@ -884,23 +845,21 @@ class Trainer:
         with self.accelerator.autocast():
             return self.model(rows, timesteps, embeds, attention_mask=seen, return_dict=False)[0][:count].float()
 
-    def on_canvas(
-        self, conditioning: TryOnLatents, clean: torch.Tensor, drawn: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def on_canvas(self, conditioning: TryOnLatents, clean: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Clean latents and noise of the person alone; in joint mode of the whole canvas."""
         if self.args.cloth_conditioning == "reference":
             return clean, drawn["noise"]
         canvas = conditioning.canvas
         return canvas(clean, conditioning.cloth), canvas(drawn["noise"], drawn["cloth_noise"])
 
-    def target(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the UNet is to see, by the base's scheduler: the noise, or the velocity."""
         if self.noise_scheduler.config.prediction_type == "epsilon":
             return noise
         return self.noise_scheduler.get_velocity(clean, noise, timesteps)
 
-    def train_step(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The seed's loss: MSE between the predicted and the actual noise, over the person (joint: over the canvas)."""
+    def train_step(self, batch: dict[str, Any]) -> Tensor:
+        """MSE between the predicted and the actual noise, over the person (joint: over the canvas)."""
         with torch.no_grad():
             conditioning, mean, std = self.latents(batch)
             drawn = {k: v.to(mean.device) for k, v in draw(batch["seed"], mean.shape[1:]).items()}
@@ -909,7 +868,7 @@ class Trainer:
         timesteps = (drawn["time"] * self.noise_scheduler.config.num_train_timesteps).long()
         seen = (drawn["dropout"] >= self.args.cloth_dropout).float()
 
-        def predict(noisy: torch.Tensor) -> torch.Tensor:
+        def predict(noisy: Tensor) -> Tensor:
             return self.predict(conditioning, noisy, timesteps, seen, batch.get("caption"))
 
         if self.args.dream_detail_preservation:
@@ -918,9 +877,7 @@ class Trainer:
         return self.loss(predict(noisy), target, timesteps)
 
     @torch.no_grad()
-    def dream(
-        self, predict: Callable, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
+    def dream(self, predict: Callable, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The noise, moved by what the UNet gets wrong of it times (1 - alpha-bar)**(p / 2): DREAM, arXiv:2312.00210."""
         alpha = self.noise_scheduler.alphas_cumprod.to(clean.device)[timesteps].view(-1, 1, 1, 1)
         noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
@@ -929,7 +886,7 @@ class Trainer:
             noise_pred = alpha.sqrt() * noise_pred + (1 - alpha).sqrt() * noisy
         return noise + (1 - alpha) ** (self.args.dream_detail_preservation / 2) * (noise - noise_pred)
 
-    def loss(self, predicted: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def loss(self, predicted: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
         """MSE; with --snr_gamma every row weighs min(SNR, gamma) / SNR (+ 1 for velocities), arXiv:2303.09556."""
         if self.args.snr_gamma is None:
             return F.mse_loss(predicted, target)
@@ -968,17 +925,15 @@ class Trainer:
     # ---- looking at it
 
     @contextlib.contextmanager
-    def published_weights(self):
-        """The EMA weights in the UNet, for as long as the context lasts."""
-        if not self.args.ema_decay:
-            yield
-            return
-        self.ema.store(self.trained)
-        self.ema.copy_to(self.trained)
+    def published_weights(self) -> Iterator[None]:
+        """In the UNet, for as long as the context lasts: the averaged weights, rounded to fp16 as they are published."""
+        before = [parameter.detach().clone() for parameter in self.trained]
+        average = self.ema.shadow_params if self.args.ema_decay else before
+        assign(self.trained, [weight.half() for weight in average])
         try:
             yield
         finally:
-            self.ema.restore(self.trained)
+            assign(self.trained, before)
 
     @torch.no_grad()
     def probe(self) -> dict[str, float]:
@@ -992,13 +947,10 @@ class Trainer:
         other = {name: getattr(conditioning, name).roll(1, 0) for name in ("cloth", "cloth_condition")}
         wrong = TryOnLatents(**vars(conditioning) | other)
         seen, errors = torch.ones(len(mean), device=mean.device), {}
+        cloths = (("none", conditioning, 0 * seen), ("right", conditioning, seen), ("wrong", wrong, seen))
         for t in PROBED_TIMESTEPS:
             timesteps = torch.full((len(mean),), t, device=mean.device)
-            for name, shown, visible in (
-                ("none", conditioning, 0 * seen),
-                ("right", conditioning, seen),
-                ("wrong", wrong, seen),
-            ):
+            for name, shown, visible in cloths:
                 clean, noise = self.on_canvas(shown, mean, drawn)
                 noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
                 target = self.target(clean, noise, timesteps)
@@ -1027,18 +979,12 @@ class Trainer:
 
     def save_validation_grid(self) -> None:
         tiles, size = [], {"height": self.height, "width": self.width}
+        text = {"prompt_embeds": self.prompt_embeds, "negative_prompt_embeds": self.prompt_embeds}
         for pictures in self.tryons:
             person, cloth = pictures["person"], pictures["cloth"]
+            generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed)
             with self.accelerator.autocast():
-                result = self.pipe(
-                    person,
-                    cloth,
-                    pictures.get("mask"),
-                    **size,
-                    prompt_embeds=self.prompt_embeds,
-                    negative_prompt_embeds=self.prompt_embeds,
-                    generator=torch.Generator(self.accelerator.device).manual_seed(self.args.seed),
-                )
+                result = self.pipe(person, cloth, pictures.get("mask"), **size, **text, generator=generator)
             shown = (person, fit_cloth(cloth, **size), result.images[0])
             tiles += [picture.resize((self.width, self.height)) for picture in shown]
         grid = make_image_grid(tiles, rows=len(self.tryons), cols=3)
@@ -1073,12 +1019,9 @@ class Trainer:
     def load_weights(self, models: list[torch.nn.Module], input_dir: str) -> None:
         weights, _ = read_adapter(Path(input_dir) / ADAPTER_NAME)
         if weights.keys() != self.parameters.keys():
-            raise ValueError(
-                f"--resume_from_checkpoint: {input_dir} was trained with other weights than --trainable {self.args.trainable} --lora_rank {self.args.lora_rank}"
-            )
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(weights[name])
+            chosen = f"--trainable {self.args.trainable} --lora_rank {self.args.lora_rank}"
+            raise ValueError(f"--resume_from_checkpoint: {input_dir} was trained with other weights than {chosen}")
+        assign(self.trained, [weights[name] for name in self.parameters])
         while models:
             models.pop()
 
@@ -1089,13 +1032,10 @@ class Trainer:
     def write_lora(self, folder: Path) -> None:
         """diffusers' own LoRA file; the settings are a metadata entry of their own, since diffusers reads its entry whole."""
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+        layers = {name: layer.half() for name, layer in layers.items()}
+        described = {"unet_lora_adapter_metadata": self.unet.peft_config["default"].to_dict()}
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            StableDiffusionVTONPipeline.save_lora_weights(
-                temporary,
-                unet_lora_layers={name: layer.half() for name, layer in layers.items()},
-                unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
-                weight_name=LORA_NAME,
-            )
+            StableDiffusionVTONPipeline.save_lora_weights(temporary, layers, weight_name=LORA_NAME, **described)
             file = Path(temporary) / LORA_NAME
             weights, metadata = read_safetensors(file)
             settings = adapter_metadata(self.settings | {"trained_steps": self.step})
@@ -1117,24 +1057,16 @@ class Trainer:
             try:
                 return self.upload(self.args.hub_model_id or self.args.output_dir.resolve().name)
             except Exception as error:  # of many libraries; whatever it is, the run goes on
-                logger.warning(
-                    "upload %d of %d failed, all is still in %s: %s", attempt, attempts, self.args.output_dir, error
-                )
+                there = self.args.output_dir
+                logger.warning("upload %d of %d failed, all is still in %s: %s", attempt, attempts, there, error)
                 time.sleep(attempt)
 
-    @torch.no_grad()
     def upload(self, repo_id: str) -> None:
         """The published weights as the pipeline uploads them, and on the card how they were trained."""
-        private, before = self.args.hub_private_repo or None, [parameter.clone() for parameter in self.trained]
-        try:
-            with self.published_weights():
-                for parameter in self.trained:
-                    parameter.copy_(parameter.half())
-                self.pipe.register_to_config(trained_steps=self.step)
-                self.pipe.push_to_hub(repo_id, f"Step {self.step}", private=private, adapter_only=True)
-        finally:
-            for parameter, value in zip(self.trained, before):
-                parameter.copy_(value)
+        self.pipe.register_to_config(trained_steps=self.step)
+        with self.published_weights():
+            private = self.args.hub_private_repo or None
+            self.pipe.push_to_hub(repo_id, f"Step {self.step}", private=private, adapter_only=True)
         repo_id = create_repo(repo_id, exist_ok=True).repo_id  # with its owner
         card = ModelCard.load(repo_id)
         part = math.ceil(len(self.losses) / 10)
@@ -1224,9 +1156,8 @@ class Trainer:
         """Train to the end, or until asked to stop; returns whether it came to the end."""
         args, processor = self.args, ClothBesideAttnProcessor if self.args.cloth_conditioning == "reference" else None
         self.resume()
-        bar = tqdm(
-            total=self.total_steps, initial=self.step, desc="train", disable=not self.accelerator.is_local_main_process
-        )
+        hidden = not self.accelerator.is_local_main_process
+        bar = tqdm(total=self.total_steps, initial=self.step, desc="train", disable=hidden)
         with bar, self.gentle_stop(), vton_attention(self.unet, processor, args.cross_attention):
             batches, losses, started = self.batches(), [], time.time()
             while self.step < self.total_steps:
@@ -1268,6 +1199,12 @@ class Trainer:
             self.accelerator.wait_for_everyone()
 
 
+@torch.no_grad()
+def assign(parameters: list[torch.nn.Parameter], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
 def discard(folder: Path) -> None:
     """Delete a checkpoint whose name is gone before its first file is, so that half of one is never taken for one."""
     leaving = folder.with_name(f"leaving-{folder.name}")
@@ -1277,9 +1214,8 @@ def discard(folder: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO
-    )
+    shape = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(format=shape, datefmt="%H:%M:%S", level=logging.INFO)
     trainer = Trainer(args)
     if trainer.accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -29,3 +29,15 @@ def hub():
     server = Hub(HUB_PORT, {"hf_me": "me", "hf_you": "you"})
     yield server
     server.close()
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps one state a process: the test gets a new one, on the CPU."""
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import patch_environment
+
+    with patch_environment(ACCELERATE_USE_CPU="true"):
+        yield
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()

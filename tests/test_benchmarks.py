@@ -1,9 +1,13 @@
 """The scripts behind the README's tables, in the small."""
 
+import time
+
+import costs
 import methods
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from make_dataset import make_dataset
 from tiny import ROOT
 
 
@@ -31,3 +35,15 @@ def test_a_row_is_measured_with_its_cloth_or_without():
     reference = methods.Method("reference")
     right, none = (methods.measure(row, model, model, held_out, args) for row in (reference, methods.NO_CLOTH))
     assert right > none + 2
+
+
+def test_a_step_is_timed_and_weighed(tmp_path, fresh_accelerate):
+    make_dataset(tmp_path / "data", train=2, test=0, seed=0)
+    line = ["--pretrained_model_name_or_path", ROOT / "demo" / "model", "--dataset_root", tmp_path / "data"]
+    line += ["--output_dir", tmp_path / "out", "--height", 64, "--width", 48, "--train_batch_size", 1]
+    line += ["--dataloader_num_workers", 0, "--report_to", "none", *costs.ROWS["reference, both"].split()]
+    seconds, before = costs.measure([str(word) for word in line], updates=1)
+    with costs.PeakMemory() as peak:
+        kept = torch.ones(2**28)  # 1 GiB
+        time.sleep(0.1)
+    assert seconds > 0 and 0.5 < peak.gib - before < 1 + kept[0]

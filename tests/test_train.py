@@ -52,16 +52,8 @@ from train_vton import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 TRAIN, TEST = 10, 4  # pairs: 5 batches of 2, 3 updates of 2 batches an epoch, the last one of a single batch
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps one state a process: every test gets a new one, on the CPU."""
-    with patch_environment(ACCELERATE_USE_CPU="true"):
-        yield
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 @pytest.fixture(autouse=True)
@@ -328,7 +320,7 @@ def test_reports(finished):
         assert grid.size == (3 * 24, 2 * 32)
 
 
-def test_seed_schedule(finished):
+def test_default_schedule(finished):
     rates = curve(finished, "lr")  # as the next step will use it
     assert rates[0] == pytest.approx(1e-2) and rates[-1] == pytest.approx(1e-6, rel=1e-3)
     assert rates == sorted(rates, reverse=True)
@@ -798,6 +790,7 @@ def test_bad_data(own_data, what, message):
     [
         ({"train_batch_size": 11}, "a step takes 11 pairs, and --dataset_root has 10"),
         ({"height": 33}, "`height` must be a positive multiple of 8, got 33"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU"),
     ],
 )
 def test_arguments_that_do_not_fit(bases, data, tmp_path, changed, message):
@@ -978,6 +971,12 @@ def test_bad_rows(bases, tested, tmp_path, changed, options, message, streaming)
     folder = rows_of(tested, tmp_path, **changed)
     with pytest.raises(ValueError, match=message):
         next(trainer_of(bases[9], None, tmp_path, dataset_name=folder, streaming=streaming, **options).batches())
+
+
+def test_a_stream_that_names_no_columns(bases, tmp_path):
+    (tmp_path / "train.csv").write_text("image,cloth,mask\nperson.png,cloth.png,mask.png\n")
+    with pytest.raises(ValueError, match="--streaming: .* names no columns ahead"):
+        trainer_of(bases[9], None, tmp_path, dataset_name=tmp_path, **STREAM)
 
 
 # ------------------------------------------------------------------------------------------------------------- the Hub
