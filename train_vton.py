@@ -108,6 +108,7 @@ CARD_TEXT = """
 |---|---|
 {flags}
 """
+SCHEDULES = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]  # that one needs rules
 WARMUP_EPOCHS, WARMUP_START, FINAL_RATE = 5, 0.1, 1e-6
 
 
@@ -168,7 +169,7 @@ def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_train_epochs", type=int, default=100, help="passes over the pairs (default 100)")
     add("--max_train_steps", type=int, help="updates; overrides --num_train_epochs")
     add("--learning_rate", type=float, default=1e-4, help="AdamW's highest rate (default 1e-4)")
-    add("--lr_scheduler", default="default", choices=("default", *(kind.value for kind in SchedulerType)), help="default: warm-up from a tenth of the rate, then cosine to 1e-6; or one of diffusers'")  # fmt: skip
+    add("--lr_scheduler", default="default", choices=("default", *SCHEDULES), help="default: warm-up from a tenth of the rate, then cosine to 1e-6; or one of diffusers'")  # fmt: skip
     add("--lr_warmup_steps", type=int, help="updates of warm-up (default: 5 epochs, at most the whole run)")
     add("--adam_beta1", type=float, default=0.9, help="default 0.9")
     add("--adam_beta2", type=float, default=0.999, help="default 0.999")
@@ -792,7 +793,8 @@ class Trainer:
         if args.lr_scheduler == "default":
             self.schedule = warmup_cosine(self.optimizer.optimizer, warmup, self.total_steps)
         else:
-            self.schedule = get_scheduler(args.lr_scheduler, self.optimizer.optimizer, warmup, self.total_steps)
+            lengths = {"num_warmup_steps": warmup, "num_training_steps": self.total_steps}
+            self.schedule = get_scheduler(args.lr_scheduler, self.optimizer.optimizer, **lengths)
         self.ema = EMAModel(self.trained, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
         self.ema.to(self.accelerator.device)
         self.accelerator.register_for_checkpointing(self.schedule, self.ema)

@@ -129,7 +129,7 @@ def tree(root: Path, split: str = "train", paired: bool = True, seed: int = 0, *
 
 
 def launch(line: list[str], *options: str) -> subprocess.Popen:
-    """`accelerate launch train_vton.py`, in a process group of its own."""
+    """`accelerate launch train_vton.py`, in a process group of its own; `options` may set other threads than the test's."""
     threads = str(torch.get_num_threads())
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += [
@@ -326,7 +326,68 @@ def test_default_schedule(finished):
     assert rates == sorted(rates, reverse=True)
 
 
+@pytest.mark.parametrize(
+    "name, rates",
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("constant_with_warmup", [0, 0.5, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.5]),
+        ("cosine", [0, 0.5, 1, 0.5]),
+        ("cosine_with_restarts", [0, 0.5, 1, 0.5]),
+        ("polynomial", [0, 0.5, 1, 0.5]),
+    ],
+)
+def test_diffusers_schedules(bases, data, tmp_path, name, rates):
+    options = {"lr_scheduler": name, "max_train_steps": 4, "lr_warmup_steps": 2, "learning_rate": 1.0}
+    trainer, seen = trainer_of(bases[9], data, tmp_path, **options), []
+    for _ in rates:
+        seen += trainer.schedule.get_last_lr()
+        trainer.optimizer.step()
+        trainer.schedule.step()
+    assert seen == pytest.approx(rates)
+
+
+@pytest.fixture
+def no_tf32():
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    yield
+    for backend, value in zip(backends, before):
+        backend.allow_tf32 = value
+
+
+def test_flags_reach_the_optimiser(bases, data, tmp_path, no_tf32):
+    epochs = {
+        "max_train_steps": None,
+        "num_train_epochs": 3,
+        "lr_warmup_steps": None,
+        "gradient_accumulation_steps": 2,
+    }
+    adam = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_weight_decay": 0.1}
+    for changed, betas, decay in (({}, (0.9, 0.999), 0.01), (adam | {"allow_tf32": True}, (0.8, 0.9), 0.1)):
+        trainer = trainer_of(bases[9], data, tmp_path, **epochs, **changed)
+        (group,) = trainer.optimizer.param_groups
+        assert (group["betas"], group["weight_decay"], group["initial_lr"]) == (betas, decay, 1e-2)
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == bool(changed)
+    assert trainer.total_steps == 9
+    factor = trainer.schedule.lr_lambdas[0]  # five epochs of warm-up are more than the run has
+    assert [factor(step) for step in (0, 3, 9)] == pytest.approx([0.1, 0.4, 1.0])
+
+
 # ------------------------------------------------------------------------------------------------------------ the step
+
+
+def test_gradient_checkpointing_changes_no_gradient(bases, data, tmp_path):
+    gradients = []
+    for option in (None, True):
+        trainer = trainer_of(bases[9], data, tmp_path, gradient_checkpointing=option)
+        with vton_attention(trainer.unet, ClothBesideAttnProcessor, "skip"):
+            trainer.accelerator.backward(trainer.train_step(next(trainer.batches())))
+        assert trainer.unet.is_gradient_checkpointing == bool(option)
+        gradients.append([parameter.grad for parameter in trainer.trained])
+    assert all(torch.allclose(one, other, atol=1e-7) and one.any() for one, other in zip(*gradients))
 
 
 @pytest.mark.parametrize("trainable", ["self_attention", "attention", "attention_norms", "all"])
@@ -589,7 +650,8 @@ def test_two_processes_equal_one_with_twice_the_batch(bases, data, tmp_path):
         port = str(free.getsockname()[1])
     line = flags(bases[9], data, tmp_path / "two", train_batch_size=1, **options)
     # --multi_gpu is what makes accelerate start two processes; with ACCELERATE_USE_CPU they are CPU ones, on gloo.
-    finish(launch(line, "--multi_gpu", "--num_processes", "2", "--main_process_port", port))
+    one_thread = ("--num_cpu_threads_per_process", "1")  # more would wait for each other
+    finish(launch(line, "--multi_gpu", "--num_processes", "2", "--main_process_port", port, *one_thread))
     main(parse_args(flags(bases[9], data, tmp_path / "one", train_batch_size=2, **options)))
     assert curve(tmp_path / "two", "lr") == curve(tmp_path / "one", "lr")
     assert curve(tmp_path / "two", "loss") == pytest.approx(curve(tmp_path / "one", "loss"), abs=1e-4)
@@ -884,6 +946,20 @@ def test_a_folder_of_pictures_holds_the_same_rows(bases, tested, parquet, tmp_pa
     assert len(of_pictures) == len(of_parquet) == TRAIN
     for one, other in zip(of_pictures, of_parquet):
         assert all(torch.equal(one[name], other[name]) for name in ("person", "cloth", "mask"))
+
+
+def test_columns_have_the_names_that_are_given(bases, parquet, tmp_path):
+    names = {"image": "photo", "cloth": "shirt", "mask": "hole", "condition": "other"}
+    rows = datasets.load_dataset(str(parquet), split="train").rename_columns(names)
+    (tmp_path / "renamed").mkdir()
+    rows.to_parquet(tmp_path / "renamed" / "train.parquet")
+    given = {"person_column": "photo", "cloth_column": "shirt", "mask_column": "hole", "condition_column": "other"}
+    for more in ({}, {"mask_free": True}):
+        one, other = (
+            trainer_of(bases[9], None, tmp_path, dataset_name=name, **more, **columns).dataset[3]
+            for name, columns in ((parquet, {}), (tmp_path / "renamed", given))
+        )
+        assert all(torch.equal(one[role], other[role]) for role in one.keys() - {"name", "seed"})
 
 
 def test_a_stream_goes_on_where_it_was_stopped(bases, parquet, tmp_path):
