@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, patch_environment
 from datasets.distributed import split_dataset_by_node
+from huggingface_hub import HfApi
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -962,6 +963,19 @@ def test_columns_have_the_names_that_are_given(bases, parquet, tmp_path):
         assert all(torch.equal(one[role], other[role]) for role in one.keys() - {"name", "seed"})
 
 
+def test_a_configuration_of_rows(bases, tested, tmp_path):
+    configs = ""
+    for name, cloth in (("plain", None), ("swapped", tested / "train/cloth/00001_00.png")):
+        (tmp_path / name).mkdir()
+        changed = {} if cloth is None else {"cloth": {"bytes": cloth.read_bytes(), "path": None}}
+        rows_of(tested, tmp_path / name, **changed)
+        configs += f"- config_name: {name}\n  data_files: {name}/train.parquet\n"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name, number in (("plain", 0), ("swapped", 1)):
+        trainer = trainer_of(bases[9], None, tmp_path, dataset_name=tmp_path, dataset_config_name=name)
+        assert torch.equal(trainer.dataset[0]["cloth"], tree(tested)[number]["cloth"])
+
+
 def test_a_stream_goes_on_where_it_was_stopped(bases, parquet, tmp_path):
     main(parse_args(flags(bases[9], None, tmp_path / "whole", dataset_name=parquet, **STREAM)))
     begun = tmp_path / "whole" / "checkpoint-3"
@@ -1076,6 +1090,15 @@ def test_uploads_every_checkpoint_with_a_card(bases, tested, tmp_path, hub, monk
     card = files["README.md"].decode()
     assert card.count("## Training") == 1 and "validation/step-000002.png" in card
     assert "| learning_rate | 0.01 |" in card and "| up to step | mean loss |\n|---|---|\n| 1 | " in card
+
+
+def test_a_revision_of_a_base_on_the_hub(bases, data, tmp_path, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    hub.put("me/base", bases[8])
+    HfApi().create_tag("me/base", tag="first")
+    hub.put("me/base", bases[9])
+    channels = [trainer_of("me/base", data, tmp_path, revision=name).in_channels for name in ("first", "main")]
+    assert channels == [8, 9]
 
 
 def test_a_failed_upload_is_tried_again_and_harms_nothing(bases, data, tmp_path, hub, monkeypatch, caplog):
