@@ -171,9 +171,7 @@ def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--learning_rate", type=float, default=1e-4, help="AdamW's highest rate (default 1e-4)")
     add("--lr_scheduler", default="default", choices=("default", *SCHEDULES), help="default: warm-up from a tenth of the rate, then cosine to 1e-6; or one of diffusers'")  # fmt: skip
     add("--lr_warmup_steps", type=int, help="updates of warm-up (default: 5 epochs, at most the whole run)")
-    add("--adam_beta1", type=float, default=0.9, help="default 0.9")
-    add("--adam_beta2", type=float, default=0.999, help="default 0.999")
-    add("--adam_weight_decay", type=float, default=0.01, help="default 0.01")
+    add("--adam_weight_decay", type=float, default=0.01, help="AdamW's; its betas are 0.9 and 0.999 (default 0.01)")
     add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW: a quarter of the optimiser's memory")
     add("--max_grad_norm", type=float, default=1.0, help="gradient clipping (default 1.0)")
     add("--ema_decay", type=float, default=0.9999, help="averages the published weights (default 0.9999, 0 is off)")
@@ -778,8 +776,8 @@ class Trainer:
     def prepare_training(self) -> None:
         args = self.args
         eight_bit = args.use_8bit_adam and optional("bitsandbytes", "use_8bit_adam").optim.AdamW8bit
-        adam, betas = eight_bit or torch.optim.AdamW, (args.adam_beta1, args.adam_beta2)
-        self.optimizer = adam(self.trained, args.learning_rate, betas, weight_decay=args.adam_weight_decay)
+        adam = eight_bit or torch.optim.AdamW
+        self.optimizer = adam(self.trained, args.learning_rate, (0.9, 0.999), weight_decay=args.adam_weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(self.unet, self.optimizer)
         if args.streaming:
             self.steps_per_epoch = args.max_train_steps
