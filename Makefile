@@ -21,7 +21,7 @@ measure: $(READY)  ## the README's figures of the demo model, on 64 held-out lin
 	$(BIN)/python demo/measure.py
 
 test: $(READY)  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 style: $(READY)  ## check format and lint
 	$(BIN)/ruff format --check .

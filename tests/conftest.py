@@ -1,4 +1,6 @@
-"""The tests talk to a Hub on loopback alone, with a home of their own: set before anything imports `huggingface_hub`."""
+"""The tests talk to a Hub on loopback alone, with a home of their own, and compute with one thread a process, since several run
+at once and would wait for each other's: set before anything imports `huggingface_hub` or torch.
+"""
 
 import os
 import socket
@@ -17,6 +19,7 @@ os.environ |= {
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "OMP_NUM_THREADS": "1",
 }
 os.environ.pop("HF_TOKEN", None)
 

@@ -478,7 +478,6 @@ def test_other_processes_load_what_was_saved_and_give_the_same(tmp_path):
         output.mkdir()
         np.savez(output / "pictures.npz", **as_arrays())
         environment = os.environ | {"HF_MODULES_CACHE": str(output / "modules"), "HF_HUB_OFFLINE": "1"}
-        environment["OMP_NUM_THREADS"] = "1"  # they run at once, and would wait for each other's threads
         command = [sys.executable, "-c", LOAD, str(tmp_path / folder), form, str(output)]
         processes.append(
             subprocess.Popen(command, env=environment, cwd=output, stderr=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -63,7 +63,6 @@ class FreshProcess:
         box_mask().save(folder / "mask.png")
         (folder / "loads.json").write_text(json.dumps(loads))
         homes = {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules"), "PYTHONPATH": ""}
-        homes["OMP_NUM_THREADS"] = "1"  # several run at once, and would wait for each other's threads
         self.process = subprocess.Popen(
             [sys.executable, "-c", FRESH], cwd=folder, env=os.environ | homes | environment, stderr=subprocess.PIPE
         )

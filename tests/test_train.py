@@ -130,7 +130,7 @@ def tree(root: Path, split: str = "train", paired: bool = True, seed: int = 0, *
 
 
 def launch(line: list[str], *options: str) -> subprocess.Popen:
-    """`accelerate launch train_vton.py`, in a process group of its own; `options` may set other threads than the test's."""
+    """`accelerate launch train_vton.py`, in a process group of its own."""
     threads = str(torch.get_num_threads())
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += [
@@ -288,6 +288,17 @@ def test_adapter_loads_and_is_the_average(finished):
     assert equal(published, {name: weight.half() for name, weight in zip(loaded, average, strict=True)})
     assert equal(loaded, {name: weight.float() for name, weight in published.items()})
     assert not equal(published, {name: weight.half() for name, weight in last.items()})
+
+
+def test_what_is_validated_is_what_is_published(bases, data, tmp_path):
+    trainer = trainer_of(bases[9], data, tmp_path, ema_decay=0.5)
+    assert trainer.run()
+    last = [parameter.detach().clone() for parameter in trainer.trained]
+    with trainer.published_weights():
+        shown = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+    assert equal(shown, {name: weight.float() for name, weight in load_file(tmp_path / ADAPTER_NAME).items()})
+    assert all(torch.equal(*both) for both in zip(trainer.trained, last))
+    assert not all(torch.equal(*both) for both in zip(shown.values(), last))
 
 
 def test_metadata_is_complete(finished, bases):
@@ -650,8 +661,7 @@ def test_two_processes_equal_one_with_twice_the_batch(bases, data, tmp_path):
         port = str(free.getsockname()[1])
     line = flags(bases[9], data, tmp_path / "two", train_batch_size=1, **options)
     # --multi_gpu is what makes accelerate start two processes; with ACCELERATE_USE_CPU they are CPU ones, on gloo.
-    one_thread = ("--num_cpu_threads_per_process", "1")  # more would wait for each other
-    finish(launch(line, "--multi_gpu", "--num_processes", "2", "--main_process_port", port, *one_thread))
+    finish(launch(line, "--multi_gpu", "--num_processes", "2", "--main_process_port", port))
     main(parse_args(flags(bases[9], data, tmp_path / "one", train_batch_size=2, **options)))
     assert curve(tmp_path / "two", "lr") == curve(tmp_path / "one", "lr")
     assert curve(tmp_path / "two", "loss") == pytest.approx(curve(tmp_path / "one", "loss"), abs=1e-4)
