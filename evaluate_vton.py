@@ -248,7 +248,7 @@ def bootstrap(
 
 
 class Features(torch.nn.Module):
-    """Features that are there already, (N, d), handed on: torchmetrics' FID and KID then only compare them."""
+    """Features that are there already, (N, d), handed on: torchmetrics' FID and KID then only compare them, in one process."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -260,7 +260,9 @@ class Features(torch.nn.Module):
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """FID of features (N, d) and (M, d), in float64. Source: arXiv:1706.08500; torchmetrics."""
-    metric = metric_library("torchmetrics.image.fid").FrechetInceptionDistance(Features(real.shape[1]))
+    metric = metric_library("torchmetrics.image.fid").FrechetInceptionDistance(
+        Features(real.shape[1]), sync_on_compute=False
+    )
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
     return metric.compute().item()
@@ -272,7 +274,7 @@ def kernel_distance(real: Tensor, fake: Tensor, seed: int = 0) -> tuple[float, f
     Source: arXiv:1801.01401; torchmetrics, whose subsets come from torch's global generator, which is put back.
     """
     size = min(KID_SUBSET_SIZE, min(len(real), len(fake)) // 2)
-    options = {"subsets": KID_SUBSETS, "subset_size": size}
+    options = {"subsets": KID_SUBSETS, "subset_size": size, "sync_on_compute": False}
     metric = metric_library("torchmetrics.image.kid").KernelInceptionDistance(Features(real.shape[1]), **options)
     metric.update(real.double().cpu(), real=True)
     metric.update(fake.double().cpu(), real=False)
@@ -320,7 +322,7 @@ def load_lpips(net: str, weights: Path | None) -> torch.nn.Module:
     """torchmetrics' LPIPS; `weights` stands in torch's own cache, where torchvision would download the backbone to."""
     measure = metric_library("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity
     if weights is None:
-        return measure(net, normalize=True)
+        return measure(net, normalize=True, sync_on_compute=False)
     names = {"squeeze": "squeezenet1_1", "alex": "alexnet", "vgg": "vgg16"}
     url = metric_library("torchvision.models").get_model_weights(names[net]).DEFAULT.url
     before = torch.hub.get_dir()
@@ -329,7 +331,7 @@ def load_lpips(net: str, weights: Path | None) -> torch.nn.Module:
         (Path(folder) / "checkpoints" / Path(url).name).symlink_to(weights.resolve())
         torch.hub.set_dir(folder)
         try:
-            return measure(net, normalize=True)
+            return measure(net, normalize=True, sync_on_compute=False)
         finally:
             torch.hub.set_dir(before)
 
@@ -1019,12 +1021,13 @@ def plot_distributions(
         return
     columns = min(3, len(frames))
     lines = math.ceil(len(frames) / columns)
-    sheet = matplotlib_figure.Figure(figsize=(4 * columns, 2.6 * lines), layout="constrained")
+    sheet = matplotlib_figure.Figure(figsize=(4 * columns, 2.6 * lines), layout="tight")
     for place, (title, by_compositing) in enumerate(frames.items(), start=1):
         axes = sheet.add_subplot(lines, columns, place)
         edges = np.histogram_bin_edges(np.concatenate(list(by_compositing.values())), bins=24)
         for color, (compositing, found) in zip(("tab:blue", "tab:orange"), by_compositing.items()):
-            axes.hist(found, edges, alpha=0.55, color=color, label=f"{compositing}, median {np.median(found):.4g}")
+            shown = f"{compositing}, median {np.median(found):.4g}"
+            axes.hist(found, edges, histtype="stepfilled", alpha=0.55, color=color, label=shown)
             axes.axvline(np.median(found), color=color, linewidth=1)
         axes.set_title(title, fontsize=9)
         axes.set_ylabel("lines", fontsize=8)
