@@ -593,8 +593,69 @@ def refuse_sharding(kind: DistributedType) -> None:
         raise ValueError(f"accelerate is configured for {kind.value}, whose shards an adapter cannot hold: {enough}")
 
 
+def unet_target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the UNet is to see, by the base's scheduler: the noise, or the velocity."""
+    if scheduler.config.prediction_type == "epsilon":
+        return noise
+    return scheduler.get_velocity(clean, noise, timesteps)
+
+
+@torch.no_grad()
+def dream_noise(
+    scheduler: DDPMScheduler, predict: Callable, clean: Tensor, noise: Tensor, timesteps: Tensor, p: float
+) -> Tensor:
+    """The noise, moved by what the UNet gets wrong of it times (1 - alpha-bar)**(p / 2): DREAM, arXiv:2312.00210."""
+    alpha = scheduler.alphas_cumprod.to(clean.device)[timesteps].view(-1, 1, 1, 1)
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    noise_pred = predict(noisy)
+    if scheduler.config.prediction_type == "v_prediction":
+        noise_pred = alpha.sqrt() * noise_pred + (1 - alpha).sqrt() * noisy
+    return noise + (1 - alpha) ** (p / 2) * (noise - noise_pred)
+
+
+def noise_loss(
+    scheduler: DDPMScheduler, predicted: Tensor, target: Tensor, timesteps: Tensor, snr_gamma: float | None
+) -> Tensor:
+    """MSE; with `snr_gamma` every row weighs min(SNR, gamma) / SNR (+ 1 for velocities), arXiv:2303.09556."""
+    if snr_gamma is None:
+        return F.mse_loss(predicted, target)
+    snr = compute_snr(scheduler, timesteps)
+    weights = snr.clamp(max=snr_gamma) / (snr if scheduler.config.prediction_type == "epsilon" else snr + 1)
+    return (weights * (predicted - target).square().mean(dim=(1, 2, 3))).mean()
+
+
+def memory_gib(device: torch.device) -> float:
+    """The peak of the GPU's memory, or this process's now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM, however often, only asks for a stop while the context lasts; Ctrl-\\ still stops at once.
+
+    torchrun repeats a Ctrl-C that its workers have had, and reading processes get one too: neither may break a save.
+    """
+
+    def __init__(self) -> None:
+        self.made = False
+
+    def __enter__(self) -> "StopRequest":
+        self.before = {number: signal.signal(number, self.make) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def make(self, number: int, frame: FrameType | None) -> None:
+        self.made = True
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 class Trainer:
     """The models, the optimiser and the counters of one run; `run` is the loop."""
+
+    # ---- setting up
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -615,15 +676,14 @@ class Trainer:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         set_seed(args.seed)
         self.step, self.losses, self.grad_norm = 0, [], 0.0
-        self.asked_to_stop = self.stopping = False  # by a signal; as all processes know
+        self.stop, self.stopping = StopRequest(), False  # of this process; as all processes know
         self.load_base()
         self.load_settings()
         self.load_data()
-        self.load_validation()
+        self.validation = Validation(self)
         self.prepare_parameters()
         self.prepare_training()
-
-    # ---- setting up
+        self.checkpoints = Checkpoints(self)
 
     def load(self, cls: type, subfolder: str) -> torch.nn.Module:
         """A frozen model of the base, in the mixed precision's dtype."""
@@ -724,37 +784,6 @@ class Trainer:
         key = json.dumps([vae.hexdigest(), str(self.vae.dtype), settings, pairs.identity()])
         return self.args.cache_latents / hashlib.sha256(key.encode()).hexdigest()[:16]
 
-    def load_validation(self) -> None:
-        """`probes`: a batch of test persons with their own cloths; `tryons`: pictures of test persons and other cloths."""
-        pairs, self.tryons = self.test_rows() if self.args.dataset_name is not None else self.test_tree()
-        own = PairDataset(pairs, Preparation(self.height, self.width, self.args.seed))
-        probes = [own[i] for i in range(min(PROBED_PAIRS, len(pairs)))]
-        self.probes = default_collate(probes) if len(probes) > 1 else None  # one has no wrong cloth
-
-    def test_tree(self) -> tuple[TreePairs | list, list[dict]]:
-        args, root, paired = self.args, self.args.dataset_root, []
-        lists = [*root.glob("test_pairs*.txt"), *root.glob("*/test_pairs*.txt")]
-        if not any(file.read_text().strip() for file in lists):
-            return [], []
-        try:
-            paired = TreePairs(root, "test", True, self.roles, args.condition_column)
-        except FileNotFoundError as error:
-            if not args.mask_free:
-                raise
-            logger.info("the test persons are not there in other cloths, so nothing is probed: %s", error)
-        unpaired = TreePairs(root, "test", False, [r for r in self.roles if r != "condition"])
-        return paired, [unpaired.pictures(i) for i in range(min(args.num_validation_pairs, len(unpaired)))]
-
-    def test_rows(self) -> tuple[RowPairs | list, list[dict]]:
-        args, wanted = self.args, max(PROBED_PAIRS, self.args.num_validation_pairs)
-        splits = optional("datasets", "dataset_name").get_dataset_split_names
-        if "test" not in splits(args.dataset_name, args.dataset_config_name):
-            return [], []
-        pairs = RowPairs(list(load_rows(args, "test", self.columns).take(wanted)), self.columns, "test row")
-        shown = [pairs.pictures(i) for i in range(min(args.num_validation_pairs, len(pairs)))]
-        others = [pairs.pictures((i + 1) % len(pairs))["cloth"] for i in range(len(shown))]
-        return pairs, [pictures | {"cloth": cloth} for pictures, cloth in zip(shown, others)]
-
     def prepare_parameters(self) -> None:
         """What learns, in float32: the adapter's weights, or a LoRA of the same modules."""
         args = self.args
@@ -795,9 +824,6 @@ class Trainer:
             self.schedule = get_scheduler(args.lr_scheduler, self.optimizer.optimizer, **lengths)
         self.ema = EMAModel(self.trained, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
         self.ema.to(self.accelerator.device)
-        self.accelerator.register_for_checkpointing(self.schedule, self.ema)
-        self.accelerator.register_save_state_pre_hook(self.save_weights)
-        self.accelerator.register_load_state_pre_hook(self.load_weights)
 
     # ---- one step
 
@@ -852,12 +878,6 @@ class Trainer:
         canvas = conditioning.canvas
         return canvas(clean, conditioning.cloth), canvas(drawn["noise"], drawn["cloth_noise"])
 
-    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet is to see, by the base's scheduler: the noise, or the velocity."""
-        if self.noise_scheduler.config.prediction_type == "epsilon":
-            return noise
-        return self.noise_scheduler.get_velocity(clean, noise, timesteps)
-
     def train_step(self, batch: dict[str, Any]) -> Tensor:
         """MSE between the predicted and the actual noise, over the person (joint: over the canvas)."""
         with torch.no_grad():
@@ -871,36 +891,19 @@ class Trainer:
         def predict(noisy: Tensor) -> Tensor:
             return self.predict(conditioning, noisy, timesteps, seen, batch.get("caption"))
 
-        if self.args.dream_detail_preservation:
-            noise = self.dream(predict, clean, noise, timesteps)
-        noisy, target = self.noise_scheduler.add_noise(clean, noise, timesteps), self.target(clean, noise, timesteps)
-        return self.loss(predict(noisy), target, timesteps)
-
-    @torch.no_grad()
-    def dream(self, predict: Callable, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise, moved by what the UNet gets wrong of it times (1 - alpha-bar)**(p / 2): DREAM, arXiv:2312.00210."""
-        alpha = self.noise_scheduler.alphas_cumprod.to(clean.device)[timesteps].view(-1, 1, 1, 1)
-        noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
-        noise_pred = predict(noisy)
-        if self.noise_scheduler.config.prediction_type == "v_prediction":
-            noise_pred = alpha.sqrt() * noise_pred + (1 - alpha).sqrt() * noisy
-        return noise + (1 - alpha) ** (self.args.dream_detail_preservation / 2) * (noise - noise_pred)
-
-    def loss(self, predicted: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
-        """MSE; with --snr_gamma every row weighs min(SNR, gamma) / SNR (+ 1 for velocities), arXiv:2303.09556."""
-        if self.args.snr_gamma is None:
-            return F.mse_loss(predicted, target)
-        snr = compute_snr(self.noise_scheduler, timesteps)
-        weights = snr.clamp(max=self.args.snr_gamma)
-        weights = weights / (snr if self.noise_scheduler.config.prediction_type == "epsilon" else snr + 1)
-        return (weights * (predicted - target).square().mean(dim=(1, 2, 3))).mean()
+        scheduler, p = self.noise_scheduler, self.args.dream_detail_preservation
+        if p:
+            noise = dream_noise(scheduler, predict, clean, noise, timesteps, p)
+        predicted = predict(scheduler.add_noise(clean, noise, timesteps))
+        target = unet_target(scheduler, clean, noise, timesteps)
+        return noise_loss(scheduler, predicted, target, timesteps, self.args.snr_gamma)
 
     def update(self, batch: dict[str, Any]) -> float:
         """Forward, backward and, every `gradient_accumulation_steps` batches, one update; returns this batch's loss."""
         accelerator = self.accelerator
         with accelerator.accumulate(self.model):
             loss = self.train_step(batch)
-            both = torch.stack([loss.detach(), loss.new_tensor(float(self.asked_to_stop))])
+            both = torch.stack([loss.detach(), loss.new_tensor(float(self.stop.made))])
             mean, stopping = accelerator.reduce(both, reduction="mean").tolist()
             self.stopping = stopping > 0
             self.require_finite("loss", mean, batch)
@@ -922,8 +925,6 @@ class Trainer:
             names = ", ".join(gather_object(list(batch["name"])))
             raise FloatingPointError(f"the {what} is {value} at step {self.step + 1}; the pairs are {names}")
 
-    # ---- looking at it
-
     @contextlib.contextmanager
     def published_weights(self) -> Iterator[None]:
         """In the UNet, for as long as the context lasts: the averaged weights, rounded to fp16 as they are published."""
@@ -934,190 +935,6 @@ class Trainer:
             yield
         finally:
             assign(self.trained, before)
-
-    @torch.no_grad()
-    def probe(self) -> dict[str, float]:
-        """The masked noise error without a cloth, with the right one and with a wrong one, on the same test persons and noise.
-
-        While the cloth is being read, right < none < wrong.
-        """
-        conditioning, mean, _ = self.latents(self.probes)
-        mean = mean.float() * self.vae.config.scaling_factor
-        drawn = {name: noise.to(mean.device) for name, noise in draw(self.probes["seed"], mean.shape[1:]).items()}
-        other = {name: getattr(conditioning, name).roll(1, 0) for name in ("cloth", "cloth_condition")}
-        wrong = TryOnLatents(**vars(conditioning) | other)
-        seen, errors = torch.ones(len(mean), device=mean.device), {}
-        cloths = (("none", conditioning, 0 * seen), ("right", conditioning, seen), ("wrong", wrong, seen))
-        for t in PROBED_TIMESTEPS:
-            timesteps = torch.full((len(mean),), t, device=mean.device)
-            for name, shown, visible in cloths:
-                clean, noise = self.on_canvas(shown, mean, drawn)
-                noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
-                target = self.target(clean, noise, timesteps)
-                error = (self.predict(shown, noisy, timesteps, visible) - target).square()
-                error = error if self.args.cloth_conditioning == "reference" else conditioning.person_part(error)
-                error = (error * conditioning.mask).sum() / conditioning.mask.expand_as(error).sum()
-                errors[f"probe/t{t}_{name}"] = error.item()
-        return errors
-
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Probe the published weights, and try cloths on test persons; the grid goes to OUTPUT_DIR/validation and the trackers."""
-        logs = {}
-        was_training = self.unet.training
-        self.unet.eval()
-        with self.published_weights():
-            if self.probes is not None:
-                logs = self.probe()
-                shown = ", ".join(f"{name.removeprefix('probe/')} {error:.4f}" for name, error in logs.items())
-                logger.info("step %d, masked noise error: %s", self.step, shown)
-            if self.tryons and self.accelerator.is_main_process:
-                self.save_validation_grid()
-        self.unet.train(was_training)
-        self.accelerator.wait_for_everyone()
-        return logs
-
-    def save_validation_grid(self) -> None:
-        tiles, size = [], {"height": self.height, "width": self.width}
-        text = {"prompt_embeds": self.prompt_embeds, "negative_prompt_embeds": self.prompt_embeds}
-        for pictures in self.tryons:
-            person, cloth = pictures["person"], pictures["cloth"]
-            generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed)
-            with self.accelerator.autocast():
-                result = self.pipe(person, cloth, pictures.get("mask"), **size, **text, generator=generator)
-            shown = (person, fit_cloth(cloth, **size), result.images[0])
-            tiles += [picture.resize((self.width, self.height)) for picture in shown]
-        grid = make_image_grid(tiles, rows=len(self.tryons), cols=3)
-        folder = self.args.output_dir / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        grid.save(folder / f"step-{self.step:06d}.png")
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images({"validation": np.asarray(grid)[None]}, self.step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({"validation": [grid]}, self.step)
-            elif tracker.name == "trackio":
-                import trackio  # there, since it is the tracker
-
-                tracker.log({"validation": trackio.Image(np.asarray(grid))}, self.step)
-
-    def memory(self) -> float:
-        """The peak of the GPU's memory, or this process's, in GiB."""
-        if self.accelerator.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        return psutil.Process().memory_info().rss / 2**30
-
-    # ---- keeping it
-
-    def save_weights(self, models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
-        """accelerate's hook: a checkpoint holds the trained weights in fp32, not the whole UNet."""
-        if self.accelerator.is_main_process:
-            self.write_weights(Path(output_dir) / ADAPTER_NAME)
-        while weights:
-            weights.pop()
-
-    def load_weights(self, models: list[torch.nn.Module], input_dir: str) -> None:
-        weights, _ = read_adapter(Path(input_dir) / ADAPTER_NAME)
-        if weights.keys() != self.parameters.keys():
-            chosen = f"--trainable {self.args.trainable} --lora_rank {self.args.lora_rank}"
-            raise ValueError(f"--resume_from_checkpoint: {input_dir} was trained with other weights than {chosen}")
-        assign(self.trained, [weights[name] for name in self.parameters])
-        while models:
-            models.pop()
-
-    def write_weights(self, file: Path, dtype: torch.dtype | None = None) -> None:
-        weights = {name: parameter.detach().to(dtype) for name, parameter in self.parameters.items()}
-        write_adapter(file, weights, self.settings | {"trained_steps": self.step})
-
-    def write_lora(self, folder: Path) -> None:
-        """diffusers' own LoRA file; the settings are a metadata entry of their own, since diffusers reads its entry whole."""
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
-        layers = {name: layer.half() for name, layer in layers.items()}
-        described = {"unet_lora_adapter_metadata": self.unet.peft_config["default"].to_dict()}
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            StableDiffusionVTONPipeline.save_lora_weights(temporary, layers, weight_name=LORA_NAME, **described)
-            file = Path(temporary) / LORA_NAME
-            weights, metadata = read_safetensors(file)
-            settings = adapter_metadata(self.settings | {"trained_steps": self.step})
-            save_file(weights, file, metadata | {LORA_SETTINGS: json.dumps(settings)})
-            os.replace(file, folder / LORA_NAME)
-
-    def publish(self) -> None:
-        """The averaged weights in fp16, to OUTPUT_DIR."""
-        with self.published_weights():
-            if self.args.lora_rank:
-                self.write_lora(self.args.output_dir)
-            else:
-                self.write_weights(self.args.output_dir / ADAPTER_NAME, torch.float16)
-        logger.info("trained weights in %s", self.args.output_dir)
-
-    def push(self, attempts: int) -> None:
-        """Upload; what fails is logged and tried again, since neither training nor what is on disk depends on it."""
-        for attempt in range(1, attempts + 1):
-            try:
-                return self.upload(self.args.hub_model_id or self.args.output_dir.resolve().name)
-            except Exception as error:  # of many libraries; whatever it is, the run goes on
-                there = self.args.output_dir
-                logger.warning("upload %d of %d failed, all is still in %s: %s", attempt, attempts, there, error)
-                time.sleep(attempt)
-
-    def upload(self, repo_id: str) -> None:
-        """The published weights as the pipeline uploads them, and on the card how they were trained."""
-        self.pipe.register_to_config(trained_steps=self.step)
-        with self.published_weights():
-            private = self.args.hub_private_repo or None
-            self.pipe.push_to_hub(repo_id, f"Step {self.step}", private=private, adapter_only=True)
-        repo_id = create_repo(repo_id, exist_ok=True).repo_id  # with its owner
-        card = ModelCard.load(repo_id)
-        part = math.ceil(len(self.losses) / 10)
-        losses = [(i + part, self.losses[i : i + part]) for i in range(0, len(self.losses), part)]
-        pictures = sorted((self.args.output_dir / "validation").glob("*.png"))[-1:]
-        card.text += CARD_TEXT.format(
-            curve="\n".join(f"| {step} | {sum(some) / len(some):.4f} |" for step, some in losses),
-            flags="\n".join(f"| {name} | {value} |" for name, value in vars(self.args).items() if value is not None),
-            picture="".join(f"![Persons, cloths, results](validation/{picture.name})" for picture in pictures),
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            card.save(Path(folder) / "README.md")
-            for picture in pictures:
-                (Path(folder) / "validation").mkdir()
-                shutil.copy(picture, Path(folder) / "validation")
-            upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"How step {self.step} was trained")
-
-    def checkpoints(self) -> list[Path]:
-        """Finished checkpoints, oldest first."""
-        found = [p for p in self.args.output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-    def save_checkpoint(self) -> None:
-        """Write under another name, rename when whole, and only then delete the oldest."""
-        final = self.args.output_dir / f"checkpoint-{self.step}"
-        unfinished = final.with_name(f"unfinished-{final.name}")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(unfinished))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (unfinished / "progress.json").write_text(json.dumps({"step": self.step, "losses": self.losses}))
-            if final.exists():  # of an earlier run into the same folder
-                discard(final)
-            unfinished.rename(final)
-            for old in self.checkpoints()[: -(self.args.checkpoints_total_limit or len(self.checkpoints()))]:
-                discard(old)
-
-    def resume(self) -> None:
-        wanted = self.args.resume_from_checkpoint
-        if wanted is None:
-            return
-        found = self.checkpoints() if wanted == "latest" else [Path(wanted)]
-        if not found:
-            logger.info("--resume_from_checkpoint latest: no checkpoint in %s, starting fresh", self.args.output_dir)
-            return
-        self.accelerator.load_state(str(found[-1]))
-        progress = json.loads((found[-1] / "progress.json").read_text())
-        self.step, self.losses = progress["step"], progress["losses"]
-        logger.info("resumed from %s", found[-1])
 
     # ---- the loop
 
@@ -1135,30 +952,13 @@ class Trainer:
             yield from accelerate.skip_first_batches(self.loader, skip) if skip else self.loader
             epoch, skip = epoch + 1, 0
 
-    @contextlib.contextmanager
-    def gentle_stop(self) -> Iterator[None]:
-        """Ctrl-C or SIGTERM, however often, asks for a checkpoint after the running update; Ctrl-\\ still stops at once.
-
-        torchrun repeats a Ctrl-C that its workers have had, and reading processes get one too: neither may break the save.
-        """
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.asked_to_stop = True
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def run(self) -> bool:
         """Train to the end, or until asked to stop; returns whether it came to the end."""
         args, processor = self.args, ClothBesideAttnProcessor if self.args.cloth_conditioning == "reference" else None
-        self.resume()
+        self.checkpoints.resume()
         hidden = not self.accelerator.is_local_main_process
         bar = tqdm(total=self.total_steps, initial=self.step, desc="train", disable=hidden)
-        with bar, self.gentle_stop(), vton_attention(self.unet, processor, args.cross_attention):
+        with bar, self.stop, vton_attention(self.unet, processor, args.cross_attention):
             batches, losses, started = self.batches(), [], time.time()
             while self.step < self.total_steps:
                 before = self.step
@@ -1171,9 +971,9 @@ class Trainer:
                 if self.stopping:
                     break
         if self.step == self.total_steps and self.accelerator.is_main_process:
-            self.publish()
+            self.checkpoints.publish()
             if args.push_to_hub:
-                self.push(attempts=3)
+                self.checkpoints.push(attempts=3)
         return self.step == self.total_steps
 
     def after_update(self, bar: tqdm, losses: list[float], seconds: float) -> None:
@@ -1186,17 +986,248 @@ class Trainer:
             "lr": self.schedule.get_last_lr()[0],
             "grad_norm": self.grad_norm,
             "images_per_second": pairs / seconds,
-            "memory_gib": self.memory(),
+            "memory_gib": memory_gib(self.accelerator.device),
         }
         bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")})
         if self.step % args.validation_steps == 0 or last:
-            logs |= self.validate()
+            logs |= self.validation.run()
         self.accelerator.log(logs, step=self.step)
         if self.step % args.checkpointing_steps == 0 or last or self.stopping:
-            self.save_checkpoint()
+            self.checkpoints.save()
             if args.push_to_hub and args.hub_strategy == "every_save" and self.accelerator.is_main_process:
-                self.push(attempts=1)
+                self.checkpoints.push(attempts=1)
             self.accelerator.wait_for_everyone()
+
+
+class Validation:
+    """What a run shows of itself: the masked noise error on test persons, and a grid of test persons in other cloths.
+
+    `probes` is a batch of test persons with their own cloths, `tryons` are pictures of test persons and other cloths.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
+        pairs, self.tryons = self.test_rows() if self.args.dataset_name is not None else self.test_tree()
+        own = PairDataset(pairs, Preparation(trainer.height, trainer.width, self.args.seed))
+        probes = [own[i] for i in range(min(PROBED_PAIRS, len(pairs)))]
+        self.probes = default_collate(probes) if len(probes) > 1 else None  # one has no wrong cloth
+
+    def test_tree(self) -> tuple[TreePairs | list, list[dict]]:
+        args, root, paired = self.args, self.args.dataset_root, []
+        lists = [*root.glob("test_pairs*.txt"), *root.glob("*/test_pairs*.txt")]
+        if not any(file.read_text().strip() for file in lists):
+            return [], []
+        try:
+            paired = TreePairs(root, "test", True, self.trainer.roles, args.condition_column)
+        except FileNotFoundError as error:
+            if not args.mask_free:
+                raise
+            logger.info("the test persons are not there in other cloths, so nothing is probed: %s", error)
+        unpaired = TreePairs(root, "test", False, [r for r in self.trainer.roles if r != "condition"])
+        return paired, [unpaired.pictures(i) for i in range(min(args.num_validation_pairs, len(unpaired)))]
+
+    def test_rows(self) -> tuple[RowPairs | list, list[dict]]:
+        args, wanted = self.args, max(PROBED_PAIRS, self.args.num_validation_pairs)
+        splits = optional("datasets", "dataset_name").get_dataset_split_names
+        if "test" not in splits(args.dataset_name, args.dataset_config_name):
+            return [], []
+        pairs = RowPairs(
+            list(load_rows(args, "test", self.trainer.columns).take(wanted)), self.trainer.columns, "test row"
+        )
+        shown = [pairs.pictures(i) for i in range(min(args.num_validation_pairs, len(pairs)))]
+        others = [pairs.pictures((i + 1) % len(pairs))["cloth"] for i in range(len(shown))]
+        return pairs, [pictures | {"cloth": cloth} for pictures, cloth in zip(shown, others)]
+
+    @torch.no_grad()
+    def probe(self) -> dict[str, float]:
+        """The masked noise error without a cloth, with the right one and with a wrong one, on the same test persons and noise.
+
+        While the cloth is being read, right < none < wrong.
+        """
+        conditioning, mean, _ = self.trainer.latents(self.probes)
+        mean = mean.float() * self.trainer.vae.config.scaling_factor
+        drawn = {name: noise.to(mean.device) for name, noise in draw(self.probes["seed"], mean.shape[1:]).items()}
+        other = {name: getattr(conditioning, name).roll(1, 0) for name in ("cloth", "cloth_condition")}
+        wrong = TryOnLatents(**vars(conditioning) | other)
+        seen, errors = torch.ones(len(mean), device=mean.device), {}
+        cloths = (("none", conditioning, 0 * seen), ("right", conditioning, seen), ("wrong", wrong, seen))
+        for t in PROBED_TIMESTEPS:
+            timesteps = torch.full((len(mean),), t, device=mean.device)
+            for name, shown, visible in cloths:
+                clean, noise = self.trainer.on_canvas(shown, mean, drawn)
+                noisy = self.trainer.noise_scheduler.add_noise(clean, noise, timesteps)
+                target = unet_target(self.trainer.noise_scheduler, clean, noise, timesteps)
+                error = (self.trainer.predict(shown, noisy, timesteps, visible) - target).square()
+                error = error if self.args.cloth_conditioning == "reference" else conditioning.person_part(error)
+                error = (error * conditioning.mask).sum() / conditioning.mask.expand_as(error).sum()
+                errors[f"probe/t{t}_{name}"] = error.item()
+        return errors
+
+    @torch.no_grad()
+    def run(self) -> dict[str, float]:
+        """Probe the published weights, and try cloths on test persons; the grid goes to OUTPUT_DIR/validation and the trackers."""
+        logs = {}
+        was_training = self.trainer.unet.training
+        self.trainer.unet.eval()
+        with self.trainer.published_weights():
+            if self.probes is not None:
+                logs = self.probe()
+                shown = ", ".join(f"{name.removeprefix('probe/')} {error:.4f}" for name, error in logs.items())
+                logger.info("step %d, masked noise error: %s", self.trainer.step, shown)
+            if self.tryons and self.accelerator.is_main_process:
+                self.save_grid()
+        self.trainer.unet.train(was_training)
+        self.accelerator.wait_for_everyone()
+        return logs
+
+    def save_grid(self) -> None:
+        tiles, size = [], {"height": self.trainer.height, "width": self.trainer.width}
+        text = {"prompt_embeds": self.trainer.prompt_embeds, "negative_prompt_embeds": self.trainer.prompt_embeds}
+        for pictures in self.tryons:
+            person, cloth = pictures["person"], pictures["cloth"]
+            generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed)
+            with self.accelerator.autocast():
+                result = self.trainer.pipe(person, cloth, pictures.get("mask"), **size, **text, generator=generator)
+            shown = (person, fit_cloth(cloth, **size), result.images[0])
+            tiles += [picture.resize((self.trainer.width, self.trainer.height)) for picture in shown]
+        grid = make_image_grid(tiles, rows=len(self.tryons), cols=3)
+        folder = self.args.output_dir / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        grid.save(folder / f"step-{self.trainer.step:06d}.png")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"validation": np.asarray(grid)[None]}, self.trainer.step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"validation": [grid]}, self.trainer.step)
+            elif tracker.name == "trackio":
+                import trackio  # there, since it is the tracker
+
+                tracker.log({"validation": trackio.Image(np.asarray(grid))}, self.trainer.step)
+
+
+class Checkpoints:
+    """What is kept of a run: its checkpoints, the trained weights, and what is uploaded of them."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
+        self.folder = trainer.args.output_dir
+        self.accelerator.register_for_checkpointing(trainer.schedule, trainer.ema)
+        self.accelerator.register_save_state_pre_hook(self.save_weights)
+        self.accelerator.register_load_state_pre_hook(self.load_weights)
+
+    def save_weights(self, models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
+        """accelerate's hook: a checkpoint holds the trained weights in fp32, not the whole UNet."""
+        if self.accelerator.is_main_process:
+            self.write_weights(Path(output_dir) / ADAPTER_NAME)
+        while weights:
+            weights.pop()
+
+    def load_weights(self, models: list[torch.nn.Module], input_dir: str) -> None:
+        weights, _ = read_adapter(Path(input_dir) / ADAPTER_NAME)
+        if weights.keys() != self.trainer.parameters.keys():
+            chosen = f"--trainable {self.args.trainable} --lora_rank {self.args.lora_rank}"
+            raise ValueError(f"--resume_from_checkpoint: {input_dir} was trained with other weights than {chosen}")
+        assign(self.trainer.trained, [weights[name] for name in self.trainer.parameters])
+        while models:
+            models.pop()
+
+    def write_weights(self, file: Path, dtype: torch.dtype | None = None) -> None:
+        weights = {name: parameter.detach().to(dtype) for name, parameter in self.trainer.parameters.items()}
+        write_adapter(file, weights, self.trainer.settings | {"trained_steps": self.trainer.step})
+
+    def write_lora(self, folder: Path) -> None:
+        """diffusers' own LoRA file; the settings are a metadata entry of their own, since diffusers reads its entry whole."""
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.trainer.unet))
+        layers = {name: layer.half() for name, layer in layers.items()}
+        described = {"unet_lora_adapter_metadata": self.trainer.unet.peft_config["default"].to_dict()}
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            StableDiffusionVTONPipeline.save_lora_weights(temporary, layers, weight_name=LORA_NAME, **described)
+            file = Path(temporary) / LORA_NAME
+            weights, metadata = read_safetensors(file)
+            settings = adapter_metadata(self.trainer.settings | {"trained_steps": self.trainer.step})
+            save_file(weights, file, metadata | {LORA_SETTINGS: json.dumps(settings)})
+            os.replace(file, folder / LORA_NAME)
+
+    def publish(self) -> None:
+        """The averaged weights in fp16, to OUTPUT_DIR."""
+        with self.trainer.published_weights():
+            if self.args.lora_rank:
+                self.write_lora(self.folder)
+            else:
+                self.write_weights(self.folder / ADAPTER_NAME, torch.float16)
+        logger.info("trained weights in %s", self.folder)
+
+    def push(self, attempts: int) -> None:
+        """Upload; what fails is logged and tried again, since neither training nor what is on disk depends on it."""
+        for attempt in range(1, attempts + 1):
+            try:
+                return self.upload(self.args.hub_model_id or self.folder.resolve().name)
+            except Exception as error:  # of many libraries; whatever it is, the run goes on
+                there = self.folder
+                logger.warning("upload %d of %d failed, all is still in %s: %s", attempt, attempts, there, error)
+                time.sleep(attempt)
+
+    def upload(self, repo_id: str) -> None:
+        """The published weights as the pipeline uploads them, and on the card how they were trained."""
+        self.trainer.pipe.register_to_config(trained_steps=self.trainer.step)
+        with self.trainer.published_weights():
+            private = self.args.hub_private_repo or None
+            self.trainer.pipe.push_to_hub(repo_id, f"Step {self.trainer.step}", private=private, adapter_only=True)
+        repo_id = create_repo(repo_id, exist_ok=True).repo_id  # with its owner
+        card = ModelCard.load(repo_id)
+        part = math.ceil(len(self.trainer.losses) / 10)
+        losses = [(i + part, self.trainer.losses[i : i + part]) for i in range(0, len(self.trainer.losses), part)]
+        pictures = sorted((self.folder / "validation").glob("*.png"))[-1:]
+        card.text += CARD_TEXT.format(
+            curve="\n".join(f"| {step} | {sum(some) / len(some):.4f} |" for step, some in losses),
+            flags="\n".join(f"| {name} | {value} |" for name, value in vars(self.args).items() if value is not None),
+            picture="".join(f"![Persons, cloths, results](validation/{picture.name})" for picture in pictures),
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            card.save(Path(folder) / "README.md")
+            for picture in pictures:
+                (Path(folder) / "validation").mkdir()
+                shutil.copy(picture, Path(folder) / "validation")
+            upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=f"How step {self.trainer.step} was trained"
+            )
+
+    def finished(self) -> list[Path]:
+        """Finished checkpoints, oldest first."""
+        found = [p for p in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+    def save(self) -> None:
+        """Write under another name, rename when whole, and only then delete the oldest."""
+        final = self.folder / f"checkpoint-{self.trainer.step}"
+        unfinished = final.with_name(f"unfinished-{final.name}")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(unfinished))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            (unfinished / "progress.json").write_text(
+                json.dumps({"step": self.trainer.step, "losses": self.trainer.losses})
+            )
+            if final.exists():  # of an earlier run into the same folder
+                discard(final)
+            unfinished.rename(final)
+            for old in self.finished()[: -(self.args.checkpoints_total_limit or len(self.finished()))]:
+                discard(old)
+
+    def resume(self) -> None:
+        wanted = self.args.resume_from_checkpoint
+        if wanted is None:
+            return
+        found = self.finished() if wanted == "latest" else [Path(wanted)]
+        if not found:
+            logger.info("--resume_from_checkpoint latest: no checkpoint in %s, starting fresh", self.folder)
+            return
+        self.accelerator.load_state(str(found[-1]))
+        progress = json.loads((found[-1] / "progress.json").read_text())
+        self.trainer.step, self.trainer.losses = progress["step"], progress["losses"]
+        logger.info("resumed from %s", found[-1])
 
 
 @torch.no_grad()

@@ -235,7 +235,7 @@ def test_a_signal_leaves_a_checkpoint_and_goes_on_from_it(bases, data, tmp_path)
     assert not (tmp_path / ADAPTER_NAME).exists()
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer = Trainer(parse_args([*line, "--resume_from_checkpoint", "latest"]))
-    trainer.resume()
+    trainer.checkpoints.resume()
     assert [f"checkpoint-{trainer.step}"] == [
         path.name for path in tmp_path.glob("*checkpoint*")
     ] and trainer.step >= 2
@@ -265,7 +265,7 @@ def test_rotation_keeps_the_newest(finished):
 def test_latest_without_a_checkpoint_starts_fresh(bases, data, tmp_path, caplog):
     trainer = trainer_of(bases[9], data, tmp_path, resume_from_checkpoint="latest")
     with caplog.at_level("INFO"):
-        trainer.resume()
+        trainer.checkpoints.resume()
     assert trainer.step == 0 and "no checkpoint" in caplog.text
 
 
@@ -273,7 +273,7 @@ def test_other_weights_than_the_checkpoint(finished, bases, data, tmp_path):
     begun = str(finished / "checkpoint-8")
     trainer = trainer_of(bases[9], data, tmp_path, resume_from_checkpoint=begun, trainable="attention")
     with pytest.raises(ValueError, match="trained with other weights than --trainable attention"):
-        trainer.resume()
+        trainer.checkpoints.resume()
 
 
 # -------------------------------------------------------------------------------------------------------- what is left
@@ -1035,10 +1035,13 @@ def test_a_caption_goes_with_its_row(bases, parquet, tmp_path, options):
 def test_the_test_rows_are_probed_and_tried_on(bases, tested, parquet, tmp_path):
     of_rows = trainer_of(bases[9], None, tmp_path, dataset_name=parquet, num_validation_pairs=3)
     of_tree = trainer_of(bases[9], tested, tmp_path)
-    assert len(of_rows.probes["person"]) == TEST and len(of_rows.tryons) == 3
-    assert all(torch.equal(of_rows.probes[name], of_tree.probes[name]) for name in ("person", "cloth", "mask", "seed"))
-    persons = [pictures["person"] for pictures in of_rows.tryons]
-    assert of_rows.tryons[0]["cloth"] != of_rows.tryons[1]["cloth"] and persons[0] != persons[1]
+    assert len(of_rows.validation.probes["person"]) == TEST and len(of_rows.validation.tryons) == 3
+    assert all(
+        torch.equal(of_rows.validation.probes[name], of_tree.validation.probes[name])
+        for name in ("person", "cloth", "mask", "seed")
+    )
+    persons = [pictures["person"] for pictures in of_rows.validation.tryons]
+    assert of_rows.validation.tryons[0]["cloth"] != of_rows.validation.tryons[1]["cloth"] and persons[0] != persons[1]
 
 
 def rows_of(tested: Path, folder: Path, **changed) -> Path:
