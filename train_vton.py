@@ -115,6 +115,28 @@ WARMUP_EPOCHS, WARMUP_START, FINAL_RATE = 5, 0.1, 1e-6
 # ----------------------------------------------------------------------------------------------------------- arguments
 
 
+def number(kind: type, allowed: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A `type` for argparse: a finite number that `fits`."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not (fits(value) and value < math.inf):
+            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+POSITIVE_COUNT = number(int, "a positive whole number", lambda value: value > 0)
+COUNT = number(int, "a whole number from 0", lambda value: value >= 0)
+POSITIVE = number(float, "a positive number", lambda value: value > 0)
+NOT_NEGATIVE = number(float, "a number from 0", lambda value: value >= 0)
+SHARE = number(float, "at least 0 and at most 1", lambda value: 0 <= value <= 1)
+DECAY = number(float, "at least 0 and less than 1", lambda value: 0 <= value < 1)
+SEED = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for add_arguments in (add_data_arguments, add_model_arguments, add_optimisation_arguments, add_report_arguments):
@@ -140,11 +162,15 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mask_column", default="mask", help="the agnostic mask (default mask)")
     add("--caption_column", help="a text for every pair, with --cross_attention prompt (default: --prompt for all)")
     add("--condition_column", default="condition", help="--mask_free: column, or folder beside the persons', of the person in another cloth (default condition)")  # fmt: skip
-    add("--height", type=int, help="training height in pixels (default: the base's native size)")
-    add("--width", type=int, help="training width in pixels (default: the base's native size)")
+    add(
+        "--height",
+        type=POSITIVE_COUNT,
+        help="training height in pixels (default: the base's native area at the data's aspect)",
+    )
+    add("--width", type=POSITIVE_COUNT, help="training width in pixels, at the data's aspect")
     add("--augment", nargs="*", default=[], choices=("flip", "crop", "color"), help="mirror, zoom in, recolour (default none)")  # fmt: skip
     add("--cache_latents", nargs="?", type=Path, const=True, help="encode once into this folder (default OUTPUT_DIR/latents)")  # fmt: skip
-    add("--dataloader_num_workers", type=int, default=2, help="reading processes (default 2)")
+    add("--dataloader_num_workers", type=COUNT, default=2, help="reading processes (default 2)")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,40 +181,46 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--condition_latents", choices=CHOICES["condition_latents"], help="default: unscaled for 8-channel bases (instruct-pix2pix), else scaled")  # fmt: skip
     add("--mask_free", action="store_true", help="condition on the whole person, in another cloth, instead of a masked one")  # fmt: skip
     add("--trainable", choices=CHOICES["trainable"], default="self_attention", help="which UNet weights learn (default self_attention)")  # fmt: skip
-    add("--lora_rank", type=int, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
-    add("--cloth_dropout", type=float, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
-    add("--guidance_scale", type=float, default=7.5, help="recommended in the adapter, used in validation (default 7.5)")  # fmt: skip
-    add("--snr_gamma", type=float, help="Min-SNR weighting of the loss, arXiv:2303.09556; 5 is usual (default off)")
-    add("--dream_detail_preservation", type=float, help="DREAM's p, arXiv:2312.00210; CatVTON trained with 10 (default off)")  # fmt: skip
+    add("--lora_rank", type=POSITIVE_COUNT, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
+    add("--cloth_dropout", type=SHARE, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
+    add("--guidance_scale", type=NOT_NEGATIVE, help="recommended in the adapter (default: the best of seven on the test persons, else 7.5)")  # fmt: skip
+    add("--snr_gamma", type=POSITIVE, help="Min-SNR weighting of the loss, arXiv:2303.09556; 5 is usual (default off)")
+    add("--dream_detail_preservation", type=POSITIVE, help="DREAM's p, arXiv:2312.00210; CatVTON trained with 10 (default off)")  # fmt: skip
 
 
 def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimisation").add_argument
-    add("--train_batch_size", type=int, default=4, help="pairs a step and process (default 4)")
-    add("--gradient_accumulation_steps", type=int, default=1, help="batches an update (default 1)")
-    add("--num_train_epochs", type=int, default=100, help="passes over the pairs (default 100)")
-    add("--max_train_steps", type=int, help="updates; overrides --num_train_epochs")
-    add("--learning_rate", type=float, default=1e-4, help="AdamW's highest rate (default 1e-4)")
+    add("--train_batch_size", type=POSITIVE_COUNT, default=4, help="pairs a step and process (default 4)")
+    add("--gradient_accumulation_steps", type=POSITIVE_COUNT, default=1, help="batches an update (default 1)")
+    add("--num_train_epochs", type=POSITIVE_COUNT, default=100, help="passes over the pairs (default 100)")
+    add("--max_train_steps", type=POSITIVE_COUNT, help="updates; overrides --num_train_epochs")
+    add("--learning_rate", type=POSITIVE, default=1e-4, help="AdamW's highest rate (default 1e-4)")
     add("--lr_scheduler", default="default", choices=("default", *SCHEDULES), help="default: warm-up from a tenth of the rate, then cosine to 1e-6; or one of diffusers'")  # fmt: skip
-    add("--lr_warmup_steps", type=int, help="updates of warm-up (default: 5 epochs, at most the whole run)")
-    add("--adam_weight_decay", type=float, default=0.01, help="AdamW's; its betas are 0.9 and 0.999 (default 0.01)")
+    add("--lr_warmup_steps", type=COUNT, help="updates of warm-up (default: 5 epochs, at most a tenth of the run)")
+    add(
+        "--adam_weight_decay",
+        type=NOT_NEGATIVE,
+        default=0.01,
+        help="AdamW's; its betas are 0.9 and 0.999 (default 0.01)",
+    )
     add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW: a quarter of the optimiser's memory")
-    add("--max_grad_norm", type=float, default=1.0, help="gradient clipping (default 1.0)")
-    add("--ema_decay", type=float, default=0.9999, help="averages the published weights (default 0.9999, 0 is off)")
+    add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradient clipping (default 1.0)")
+    add("--ema_decay", type=DECAY, default=0.9999, help="averages the published weights (default 0.9999, 0 is off)")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
     add("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later GPUs")
     add("--torch_compile", action="store_true", help="compile the UNet with inductor")
-    add("--seed", type=int, default=0, help="seed of order, noise, dropout and augmentation (default 0)")
+    add("--seed", type=SEED, default=0, help="seed of order, noise, dropout and augmentation (default 0)")
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("checkpoints and reports").add_argument
-    add("--checkpointing_steps", type=int, default=500, help="updates between checkpoints (default 500)")
-    add("--checkpoints_total_limit", type=int, help="how many checkpoints stay (default all)")
+    add("--checkpointing_steps", type=POSITIVE_COUNT, default=500, help="updates between checkpoints (default 500)")
+    add("--checkpoints_total_limit", type=COUNT, default=3, help="how many checkpoints stay (default 3, 0 keeps all)")
     add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
-    add("--validation_steps", type=int, default=500, help="updates between validations (default 500)")
-    add("--num_validation_pairs", type=int, default=4, help="unpaired test lines drawn at a validation (default 4)")
+    add("--overwrite_output_dir", action="store_true", help="discard what an earlier run left in --output_dir")
+    add("--validation_steps", type=POSITIVE_COUNT, default=500, help="updates between validations (default 500)")
+    add("--num_validation_pairs", type=COUNT, default=4, help="unpaired test lines drawn at a validation (default 4)")
     add("--report_to", default="tensorboard", help="tensorboard (default), wandb, trackio, another of accelerate's, or none")  # fmt: skip
     add("--push_to_hub", action="store_true", help="upload the adapter with its code and a card")
     add("--hub_model_id", help="the repository (default: named as the output folder)")
@@ -198,27 +230,16 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """One sentence for what argparse cannot see by itself."""
-    positive = (
-        "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "checkpointing_steps",
-        "checkpoints_total_limit", "validation_steps", "height", "width", "learning_rate", "max_grad_norm", "lora_rank",
-        "snr_gamma", "dream_detail_preservation",
-    )  # fmt: skip
-    for name in positive:
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name} must be positive, got {value}")
-    if not 0 <= args.cloth_dropout <= 1:
-        parser.error(f"--cloth_dropout must be at least 0 and at most 1, got {args.cloth_dropout}")
-    if not 0 <= args.ema_decay < 1:
-        parser.error(f"--ema_decay must be at least 0 and less than 1, got {args.ema_decay}")
     if (args.height is None) != (args.width is None):
         parser.error(f"--height and --width go together, got {args.height} and {args.width}")
     if args.resume_from_checkpoint not in {None, "latest"} and not Path(args.resume_from_checkpoint).is_dir():
         parser.error(f"--resume_from_checkpoint must be latest or a folder, got {args.resume_from_checkpoint}")
     if (args.dataset_root is None) == (args.dataset_name is None):
         parser.error(f"give --dataset_root or --dataset_name, got {args.dataset_root} and {args.dataset_name}")
-    if args.streaming and (args.dataset_name is None or args.max_train_steps is None or args.lr_warmup_steps is None):
-        parser.error("--streaming needs --dataset_name and, its length being unknown, --max_train_steps and --lr_warmup_steps")  # fmt: skip
+    if args.overwrite_output_dir and args.resume_from_checkpoint == "latest":
+        parser.error("--overwrite_output_dir would discard what --resume_from_checkpoint latest looks for: give one of them")  # fmt: skip
+    if args.streaming and (args.dataset_name is None or args.max_train_steps is None):
+        parser.error("--streaming needs --dataset_name and, its length being unknown, --max_train_steps")
     if args.caption_column and (args.dataset_name is None or args.cross_attention != "prompt"):
         parser.error(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
     if args.cache_latents and (args.augment or args.streaming or args.caption_column):
