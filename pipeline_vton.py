@@ -19,14 +19,22 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, __version__
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    __version__,
+)
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
@@ -56,14 +64,6 @@ PictureInput = (
     Image.Image | np.ndarray | torch.Tensor | list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
 )  # one picture, a batch, or a list
 
-# What a setting may say; the first is the default of a file that is silent.
-CHOICES = {
-    "cloth_conditioning": ("reference", "joint"),
-    "canvas_axis": ("height", "width"),
-    "cross_attention": ("skip", "prompt", "identity"),
-    "condition_latents": ("scaled", "unscaled"),
-    "trainable": ("self_attention", "attention", "attention_norms", "all"),
-}
 # The parts of a parameter's name that make it trainable; None takes every parameter.
 TRAINABLE_PARTS = {
     "self_attention": {"attn1"},
@@ -583,6 +583,157 @@ def vton_attention(
         unet.set_attn_processor(before)
 
 
+# -------------------------------------------------------------------------------------------------------- the settings
+
+
+def _choice(*choices: Any) -> Any:
+    """A setting that is one of few; the first is its default."""
+    return field(default=choices[0], metadata={"choices": choices, "rule": f"one of {', '.join(map(_text, choices))}"})
+
+
+def _number(default: Any, kind: type, rule: str, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A setting that is a finite number from `low` to `high`, whole where `kind` is int."""
+    return field(default=default, metadata={"kind": kind, "rule": rule, "low": low, "high": high})
+
+
+def _free(rule: str, valid: Callable[[str], bool] = lambda text: True) -> Any:
+    """A setting that is a text, None by default."""
+    return field(default=None, metadata={"rule": rule, "valid": valid})
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _is_scheduler(name: str) -> bool:
+    scheduler = getattr(diffusers, name, None)
+    return isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What has to be known of an adapter's weights to use them as they were trained.
+
+    The settings travel as text in the metadata of the adapter's file, live in the pipeline's config and are keywords of its
+    `__init__`. This class is their only list: defaults, choices, checks and texts.
+
+    Args:
+        base_in_channels: input channels of the base's UNet before any widening, 4, 8 or 9; `in_channels` in a file.
+        cloth_conditioning: `"reference"` (the cloth is read once, its keys and values stand in every `attn1`) or `"joint"`
+            (person and cloth on one canvas).
+        canvas_axis: `"height"` or `"width"`, where joint mode puts the cloth.
+        cross_attention: `"skip"` (no text), `"prompt"` or `"identity"` (CatVTON's).
+        condition_latents: `"scaled"` by the VAE's factor, or `"unscaled"`.
+        mask_free: the condition is the whole person, and a mask is not needed.
+        guidance_scale: what `guidance_scale=None` means in a call.
+        scheduler_class: the diffusers scheduler to sample with; None leaves the base's.
+        eta: what `eta=None` means in a call, 0 to 1; None is 0.
+        prompt: the text that `cross_attention="prompt"` was trained with, used where a call gives none.
+        height, width: the native size in pixels; None takes the UNet's.
+        trainable: which weights an adapter holds.
+        base_model, trained_steps: where the weights come from.
+
+    Raises:
+        ValueError: a value is none of its setting's; the sentence names both.
+    """
+
+    base_in_channels: int | None = _number(None, int, "a positive whole number", low=1)
+    cloth_conditioning: str = _choice("reference", "joint")
+    canvas_axis: str = _choice("height", "width")
+    cross_attention: str = _choice("skip", "prompt", "identity")
+    condition_latents: str = _choice("scaled", "unscaled")
+    mask_free: bool = _choice(False, True)
+    guidance_scale: float = _number(7.5, float, "a finite number")
+    scheduler_class: str | None = _free("the name of a diffusers scheduler", _is_scheduler)
+    eta: float | None = _number(None, float, "a number from 0 to 1", low=0, high=1)
+    prompt: str | None = _free("a text")
+    height: int | None = _number(None, int, "a positive whole number", low=1)
+    width: int | None = _number(None, int, "a positive whole number", low=1)
+    trainable: str = _choice(*TRAINABLE_PARTS)
+    base_model: str | None = _free("a text")
+    trained_steps: int | None = _number(None, int, "a whole number from 0", low=0)
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            try:
+                object.__setattr__(self, setting.name, self._check(setting, value))
+            except ValueError as error:
+                raise ValueError(f"`{setting.name}` must be {error}, got {value!r}") from None
+
+    @staticmethod
+    def _check(setting: Field, value: Any) -> Any:
+        """The value in its setting's own type; ValueError, with what it must be, where it is none."""
+        about = setting.metadata
+        if value is None and setting.default is None:
+            return None
+        if "choices" in about:
+            valid = isinstance(value, type(setting.default)) and value in about["choices"]
+        elif "kind" in about:
+            number = numbers.Integral if about["kind"] is int else numbers.Real
+            valid = isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+            valid = valid and about["low"] <= value <= about["high"]
+        else:
+            valid = isinstance(value, str) and about["valid"](value)
+        if not valid:
+            raise ValueError(about["rule"])
+        return about["kind"](value) if "kind" in about else value
+
+    @classmethod
+    def choices(cls, name: str) -> tuple:
+        """What a setting may be, the default first."""
+        return cls.__dataclass_fields__[name].metadata["choices"]
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str], file: str | os.PathLike) -> "AdapterSettings":
+        """The settings in the metadata of an adapter's `file`, with defaults for those that it leaves out.
+
+        Raises:
+            ValueError: the file is of another format or a later version, or has an unknown setting.
+        """
+        if metadata.get("format") != ADAPTER_FORMAT:
+            raise ValueError(
+                f"the adapter {file} must say format={ADAPTER_FORMAT!r} in its metadata, got {metadata.get('format')!r}"
+            )
+        if metadata.get("format_version") != ADAPTER_FORMAT_VERSION:
+            version = metadata.get("format_version")
+            raise ValueError(
+                f"the adapter {file} has format_version {version!r}; this pipeline reads {ADAPTER_FORMAT_VERSION!r}"
+            )
+        if "in_channels" not in metadata:
+            raise ValueError(f"the adapter {file} must say in_channels (4, 8 or 9) in its metadata")
+        known = {"in_channels" if s.name == "base_in_channels" else s.name: s for s in fields(cls)}
+        settings = {}
+        for name, text in metadata.items():
+            if name in {"format", "format_version"}:
+                continue
+            if name not in known:
+                raise ValueError(f"the adapter {file} has the unknown setting {name}={text!r}")
+            try:
+                settings[known[name].name] = cls._check(known[name], cls._parse(known[name], text))
+            except ValueError as error:
+                raise ValueError(f"the adapter {file} has the setting {name}={text!r}, not {error}") from None
+        return cls(**settings)
+
+    @staticmethod
+    def _parse(setting: Field, text: str) -> Any:
+        """A text as its setting's type, or as it is where it is none."""
+        about = setting.metadata
+        if "choices" in about:
+            return {_text(choice): choice for choice in about["choices"]}.get(text, text)
+        try:
+            return about.get("kind", str)(text)
+        except ValueError:
+            return text
+
+    def metadata(self) -> dict[str, str]:
+        """The settings as an adapter's metadata, without those that are None; `from_metadata` reads it."""
+        texts = {name: _text(value) for name, value in asdict(self).items() if value is not None}
+        if "base_in_channels" in texts:
+            texts["in_channels"] = texts.pop("base_in_channels")
+        return {"format": ADAPTER_FORMAT, "format_version": ADAPTER_FORMAT_VERSION, **texts}
+
+
 # --------------------------------------------------------------------------------------------------------- the adapter
 
 
@@ -620,38 +771,6 @@ def widen_conv_in(unet: UNet2DConditionModel) -> torch.nn.Conv2d:
     return old
 
 
-def _parse_setting(name: str, text: str) -> Any:
-    """A metadata string to the config's value; ValueError where it is none."""
-    if name in CHOICES:
-        if text not in CHOICES[name]:
-            raise ValueError(f"one of {', '.join(CHOICES[name])}")
-        return text
-    if name == "mask_free":
-        if text not in {"true", "false"}:
-            raise ValueError("true or false")
-        return text == "true"
-    if name == "guidance_scale":
-        if not math.isfinite(float(text)):
-            raise ValueError("a finite number")
-        return float(text)
-    if name in {"in_channels", "height", "width", "trained_steps"}:
-        if int(text) < (0 if name == "trained_steps" else 1):
-            raise ValueError("a positive whole number")
-        return int(text)
-    return text  # base_model
-
-
-# The settings that travel in an adapter's metadata and live in the pipeline's config, with the defaults of both.
-ADAPTER_SETTINGS = {name: choices[0] for name, choices in CHOICES.items()} | {
-    "mask_free": False,
-    "guidance_scale": 7.5,
-    "base_model": None,
-    "height": None,
-    "width": None,
-    "trained_steps": None,
-}
-
-
 def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Weights and metadata of a file; ValueError where it is none, or not whole."""
     try:
@@ -661,52 +780,30 @@ def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
         raise ValueError(f"the adapter {file} is not a whole safetensors file: {error}") from error
 
 
-def read_adapter(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read an adapter: its weights, and its settings (`ADAPTER_SETTINGS` and `in_channels`) with defaults filled in.
+def read_adapter(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], AdapterSettings]:
+    """Read an adapter: its weights and its settings.
 
     Raises:
         ValueError: the file is no safetensors file, of another format or a later version, or has an unknown setting.
     """
     weights, metadata = read_safetensors(file)
-    return weights, parse_settings(file, metadata)
+    return weights, AdapterSettings.from_metadata(metadata, file)
 
 
-def parse_settings(file: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]:
-    """The settings that an adapter's metadata holds; ValueError where it is of another format or has an unknown one."""
-    if metadata.get("format") != ADAPTER_FORMAT:
-        raise ValueError(
-            f"the adapter {file} must say format={ADAPTER_FORMAT!r} in its metadata, got {metadata.get('format')!r}"
-        )
-    if metadata.get("format_version") != ADAPTER_FORMAT_VERSION:
-        version = metadata.get("format_version")
-        raise ValueError(
-            f"the adapter {file} has format_version {version!r}; this pipeline reads {ADAPTER_FORMAT_VERSION!r}"
-        )
-    if "in_channels" not in metadata:
-        raise ValueError(f"the adapter {file} must say in_channels (4, 8 or 9) in its metadata")
-    settings = dict(ADAPTER_SETTINGS)
-    for name, text in metadata.items():
-        if name in {"format", "format_version"}:
-            continue
-        if name not in settings and name != "in_channels":
-            raise ValueError(f"the adapter {file} has the unknown setting {name}={text!r}")
-        try:
-            settings[name] = _parse_setting(name, text)
-        except ValueError as error:
-            raise ValueError(f"the adapter {file} has the setting {name}={text!r}: {error}") from error
-    return settings
+def write_adapter(file: str | os.PathLike, weights: dict[str, torch.Tensor], settings: AdapterSettings) -> None:
+    """Write weights and settings to a temporary name, then rename: never half a file."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    try:
+        save_file(weights, temporary, settings.metadata())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 CATVTON_KEY = re.compile(r"(\d+)\.(to_[qkv]\.weight|to_out\.0\.weight|to_out\.0\.bias)")
-# How CatVTON's two kinds of weights were trained; neither file says so.
-CATVTON_SETTINGS = {
-    False: {
-        "in_channels": 9,
-        "canvas_axis": "height",
-        "base_model": "stable-diffusion-v1-5/stable-diffusion-inpainting",
-    },
-    True: {"in_channels": 8, "canvas_axis": "width", "base_model": "timbrooks/instruct-pix2pix"},
-}
 
 
 def name_catvton_weights(
@@ -730,36 +827,221 @@ def name_catvton_weights(
     return {prefixes[int(place)] + part: weights[name] for name, (place, part) in keys.items()}
 
 
-def catvton_settings(source: str, mask_free: bool | None, in_channels: int) -> dict[str, Any]:
-    """The settings of CatVTON's weights, whose kind is given, or in the repository's name, or follows from the base."""
+def catvton_settings(source: str, mask_free: bool | None, base_in_channels: int) -> AdapterSettings:
+    """The settings of CatVTON's weights, whose kind is given, or in the repository's name, or follows from the base.
+
+    Neither file says how it was trained: masked ones on SD1.5 inpainting with the cloth below the person, mask-free ones on
+    instruct-pix2pix with the cloth beside.
+    """
     if mask_free is None:
         named = re.search(r"(?:^|[/\\]|--)CatVTON(-MaskFree)?(?:$|[/\\])", source)
-        mask_free = named[1] is not None if named else in_channels == 8
-    joint = {"cloth_conditioning": "joint", "cross_attention": "identity", "guidance_scale": 2.5}
-    return ADAPTER_SETTINGS | joint | CATVTON_SETTINGS[mask_free] | {"mask_free": mask_free}
+        mask_free = named[1] is not None if named else base_in_channels == 8
+    return AdapterSettings(
+        base_in_channels=8 if mask_free else 9,
+        cloth_conditioning="joint",
+        canvas_axis="width" if mask_free else "height",
+        cross_attention="identity",
+        mask_free=mask_free,
+        guidance_scale=2.5,
+        base_model="timbrooks/instruct-pix2pix" if mask_free else "stable-diffusion-v1-5/stable-diffusion-inpainting",
+    )
 
 
-def adapter_metadata(settings: dict[str, Any]) -> dict[str, str]:
-    """Settings as an adapter's metadata, without those that are None; `parse_settings` reads it."""
-    texts = {
-        name: str(value).lower() if isinstance(value, bool) else str(value)
-        for name, value in settings.items()
-        if value is not None
-    }
-    return {"format": ADAPTER_FORMAT, "format_version": ADAPTER_FORMAT_VERSION, **texts}
+class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
+    """Loads, unloads and saves try-on adapters, and LoRAs that bring settings, in a pipeline's `unet` and config."""
 
+    def load_vton_adapter(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        mask_free: bool | None = None,
+    ) -> None:
+        """Put a try-on adapter's weights into the UNet, and its settings into the pipeline's config.
 
-def write_adapter(file: str | os.PathLike, weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
-    """Write weights and settings to a temporary name, then rename: never half a file."""
-    metadata = adapter_metadata(settings)
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, temporary, metadata)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        Everything in the file is checked before anything changes. A second adapter replaces the first. CatVTON's published
+        weights (`zhengchong/CatVTON`, subfolder `mix-48k-1024/attention`) load too.
+
+        Args:
+            pretrained_model_name_or_path: a Hub repository, a folder or a file.
+            weight_name: the file's name; None tries `vton_adapter.safetensors`, then `model.safetensors`.
+            subfolder, revision, token, cache_dir, force_download, local_files_only: as in `from_pretrained`.
+            mask_free: which kind CatVTON's weights are, where the repository's name does not tell (`CatVTON-MaskFree` is
+                mask-free, another `CatVTON` is not; with neither in the name, a base with 8 channels means mask-free).
+
+        Raises:
+            ValueError: the file is damaged, of another format or a later version, or does not fit this UNet.
+            OSError: there is no such file.
+        """
+        options = {
+            "subfolder": subfolder,
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+        }
+        self._refuse_scattered_unet()
+        file = self._find_adapter(pretrained_model_name_or_path, weight_name, options)
+        weights, metadata = read_safetensors(file)
+        if weights and all(map(CATVTON_KEY.fullmatch, weights)):
+            weights = name_catvton_weights(file, weights, self.unet)
+            settings = catvton_settings(str(pretrained_model_name_or_path), mask_free, self.config.base_in_channels)
+        else:
+            settings = AdapterSettings.from_metadata(metadata, file)
+            if mask_free not in {None, settings.mask_free}:
+                raise ValueError(f"`mask_free`={mask_free} is not what the adapter {file} says: {settings.mask_free}")
+        self._check_adapter(file, weights, settings)
+        self._refuse_lora_on_conv_in(widened=settings.base_in_channels == 4)
+        if self._adapter_backup is not None:
+            self.unload_vton_adapter()
+        backup = {"settings": self._settings(), "conv_in": None}
+        if self.unet.config.in_channels == 4:
+            backup["conv_in"] = widen_conv_in(self.unet)
+        parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
+        backup["weights"] = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+        self.register_to_config(**asdict(settings))
+        self._adapter_backup = backup
+
+    def unload_vton_adapter(self) -> None:
+        """Put the base's weights back, bit for bit, and the settings from before the adapter."""
+        if self._adapter_backup is None:
+            raise ValueError(
+                "unload_vton_adapter: no adapter was loaded with load_vton_adapter; weights saved by save_pretrained are merged"
+            )
+        self._refuse_scattered_unet()
+        backup = self._adapter_backup
+        self._refuse_lora_on_conv_in(widened=backup["conv_in"] is not None)
+        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.base_in_channels == 4)
+        with torch.no_grad():
+            for name, weight in backup["weights"].items():
+                parameters[name].copy_(weight)
+        if backup["conv_in"] is not None:
+            device_and_dtype = self.unet.conv_in.weight
+            self.unet.conv_in = backup["conv_in"].to(device_and_dtype)
+            self.unet.register_to_config(in_channels=4)
+        self.register_to_config(**asdict(backup["settings"]))
+        self._adapter_backup = None
+
+    def save_vton_adapter(self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+        """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings."""
+        if self.unet.config.in_channels == 4:
+            raise ValueError(
+                "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
+            )
+        self._refuse_scattered_unet()
+        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.base_in_channels == 4)
+        weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
+        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, self._settings())
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        **kwargs,
+    ) -> None:
+        """As diffusers loads a LoRA; one that `train_vton.py` trained brings its settings too, until `unload_lora_weights`.
+
+        Raises:
+            ValueError: the LoRA was trained on a UNet with other input channels, or its settings are damaged.
+        """
+        settings = self._find_lora_settings(pretrained_model_name_or_path_or_dict, **kwargs)
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
+        if settings is not None:
+            self._lora_backup = self._lora_backup or self._settings()
+            self.register_to_config(**asdict(settings))
+
+    def unload_lora_weights(self, **kwargs) -> None:
+        """As diffusers unloads LoRAs, and the settings from before the first one that brought its own."""
+        super().unload_lora_weights(**kwargs)
+        if self._lora_backup is not None:
+            self.register_to_config(**asdict(self._lora_backup))
+            self._lora_backup = None
+
+    def _find_lora_settings(
+        self, path: str | os.PathLike | dict, weight_name: str | None = None, **kwargs
+    ) -> AdapterSettings | None:
+        """The settings in a LoRA's metadata; None for a LoRA of another kind."""
+        if isinstance(path, dict):
+            return None
+        known = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
+        options = {name: kwargs[name] for name in known if name in kwargs}
+        try:
+            file = _get_model_file(path, weights_name=weight_name or LORA_NAME, **options)
+        except OSError:  # under another name: diffusers looks further, or says what is missing
+            return None
+        metadata = read_safetensors(file)[1] if file.endswith(".safetensors") else {}
+        if LORA_SETTINGS not in metadata:
+            return None
+        settings = AdapterSettings.from_metadata(json.loads(metadata[LORA_SETTINGS]), file)
+        if settings.base_in_channels != self.unet.config.in_channels:
+            raise ValueError(
+                f"the LoRA {file} is for a UNet with {settings.base_in_channels} input channels, this one has {self.unet.config.in_channels}"
+            )
+        return settings
+
+    def _settings(self) -> AdapterSettings:
+        """What the config says."""
+        return AdapterSettings(**{setting.name: self.config[setting.name] for setting in fields(AdapterSettings)})
+
+    def _refuse_scattered_unet(self) -> None:
+        if _is_group_offload_enabled(self.unet) or any(p.device.type == "meta" for p in self.unet.parameters()):
+            raise ValueError(
+                "the UNet's weights are spread by sequential or group offloading: load, save or unload the adapter before it is enabled"
+            )
+
+    def _refuse_lora_on_conv_in(self, widened: bool) -> None:
+        if widened and hasattr(self.unet.conv_in, "base_layer"):
+            raise ValueError(
+                "the UNet's `conv_in` carries a LoRA and is to be widened or narrowed: call unload_lora_weights first"
+            )
+
+    @staticmethod
+    def _find_adapter(path: str | os.PathLike, weight_name: str | None, options: dict[str, Any]) -> str:
+        names = [weight_name] if weight_name else [ADAPTER_NAME, "model.safetensors"]
+        if not all(name.endswith(".safetensors") for name in names):
+            raise ValueError(f"`weight_name` must end in .safetensors, got {weight_name!r}")
+        for name in names[:-1]:
+            try:
+                return _get_model_file(path, weights_name=name, **options)
+            except OSError as error:  # a folder without the file is no cause; a wrong token or a lost connection is
+                offline = options["local_files_only"] or is_offline_mode()
+                if not (offline or isinstance(error.__cause__, (RemoteEntryNotFoundError, type(None)))):
+                    raise
+        return _get_model_file(path, weights_name=names[-1], **options)
+
+    def _check_adapter(self, file: str, weights: dict[str, torch.Tensor], settings: AdapterSettings) -> None:
+        """ValueError unless the file's weights are exactly those of this UNet."""
+        if settings.base_in_channels != self.config.base_in_channels:
+            raise ValueError(
+                f"the adapter {file} is for a base with {settings.base_in_channels} input channels "
+                f"(base_model={settings.base_model!r}), this UNet has {self.config.base_in_channels}"
+            )
+        parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
+        missing, unexpected = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
+        if missing or unexpected:
+            example = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
+            raise ValueError(
+                f"the adapter {file} does not fit this UNet: {len(missing)} weights missing, {len(unexpected)} unexpected ({example})"
+            )
+        for name, weight in weights.items():
+            shape = list(parameters[name].shape)
+            if name == "conv_in.weight" and settings.base_in_channels == 4:
+                shape[1] = 8
+            if list(weight.shape) != shape:
+                raise ValueError(
+                    f"the adapter {file} does not fit this UNet: {name} has shape {list(weight.shape)}, not {shape}"
+                )
+            if not weight.is_floating_point() or not torch.isfinite(weight.float()).all():
+                raise ValueError(f"the adapter {file} is damaged: {name} is not all finite floating-point numbers")
 
 
 # ------------------------------------------------------------------------------------------------------ the model card
@@ -818,308 +1100,8 @@ people, its biases included, is still there.
 """
 
 
-# -------------------------------------------------------------------------------------------------------- the pipeline
-
-
-@dataclass
-class Job:
-    """What `check_inputs` learnt of a call: the pictures, where in them to work, and at which size."""
-
-    persons: list[torch.Tensor]  # N of (3, H, W) in [0, 1]
-    cloths: list[torch.Tensor]  # 1 or N of (3, H, W)
-    masks: list[torch.Tensor] | None  # N of (1, H, W), 0 or 1
-    regions: list[tuple[int, int, int, int]]  # N of (left, top, right, bottom)
-    profiles: list[bytes | None]  # N ICC profiles of the persons, which the results carry
-    height: int
-    width: int
-
-
-class StableDiffusionVTONPipeline(
-    DiffusionPipeline,
-    StableDiffusionMixin,
-    TextualInversionLoaderMixin,
-    StableDiffusionLoraLoaderMixin,
-    FromSingleFileMixin,
-):
-    r"""Virtual try-on: put the cloth of one photograph on the person of another.
-
-    Args:
-        vae: encodes and decodes pictures.
-        unet: an SD1.5-shaped UNet with 9 input channels (inpainting), 8 (instruct-pix2pix) or 4 (widened by the adapter).
-        scheduler: any diffusers scheduler; `DDPMScheduler` is the one that the figures are measured with.
-        text_encoder, tokenizer: used where `cross_attention` is `"prompt"`.
-        safety_checker, feature_extractor: looks at the finished pictures, if there is one.
-        human_parser, human_parser_processor: a Segformer human parser that draws the mask where none is given.
-        cloth_conditioning: `"reference"` (the cloth is read once, its keys and values stand in every `attn1`) or
-            `"joint"` (person and cloth on one canvas).
-        canvas_axis: `"height"` or `"width"`, where joint mode puts the cloth.
-        cross_attention: `"skip"` (no text), `"prompt"` or `"identity"` (CatVTON's).
-        condition_latents: `"scaled"` by the VAE's factor, or `"unscaled"`.
-        mask_free: the condition is the whole person, and a mask is not needed.
-        guidance_scale: what `guidance_scale=None` means in a call.
-        in_channels: input channels of the UNet before any widening (4, 8 or 9); None takes the UNet's.
-        height, width: the native size in pixels; None takes the UNet's.
-        trainable: which weights an adapter holds.
-        base_model, trained_steps: where the weights come from; for information.
-
-    An adapter's settings (`load_vton_adapter`) replace the settings here, until it is unloaded.
-    """
-
-    model_cpu_offload_seq = "human_parser->text_encoder->unet->vae"
-    _optional_components = [
-        "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "human_parser", "human_parser_processor",
-    ]  # fmt: skip
-    _exclude_from_cpu_offload = ["safety_checker"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-
-    encode_prompt = StableDiffusionPipeline.encode_prompt
-    run_safety_checker = StableDiffusionPipeline.run_safety_checker
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
-        text_encoder: CLIPTextModel | None = None,
-        tokenizer: CLIPTokenizer | None = None,
-        safety_checker: StableDiffusionSafetyChecker | None = None,
-        feature_extractor: CLIPImageProcessor | None = None,
-        human_parser: SegformerForSemanticSegmentation | None = None,
-        human_parser_processor: BaseImageProcessor | None = None,
-        cloth_conditioning: str = "reference",
-        canvas_axis: str = "height",
-        cross_attention: str = "skip",
-        condition_latents: str = "scaled",
-        mask_free: bool = False,
-        guidance_scale: float = 7.5,
-        in_channels: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        trainable: str = "self_attention",
-        base_model: str | None = None,
-        trained_steps: int | None = None,
-    ) -> None:
-        super().__init__()
-        settings = {name: value for name, value in locals().items() if name in ADAPTER_SETTINGS}
-        for name, choices in CHOICES.items():
-            if settings[name] not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {settings[name]!r}")
-        self.register_modules(
-            vae=vae,
-            unet=unet,
-            scheduler=scheduler,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-            human_parser=human_parser,
-            human_parser_processor=human_parser_processor,
-        )
-        in_channels = in_channels if in_channels is not None or unet is None else unet.config.in_channels
-        self.register_to_config(in_channels=in_channels, **settings)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self.mask_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-        )
-        self._adapter_backup: dict[str, Any] | None = None  # what unload_vton_adapter puts back
-        self._lora_backup: dict[str, Any] | None = None  # and unload_lora_weights
-
-    # ---- the adapter
-
-    def load_vton_adapter(
-        self,
-        pretrained_model_name_or_path: str | os.PathLike,
-        weight_name: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        mask_free: bool | None = None,
-    ) -> None:
-        """Put a try-on adapter's weights into the UNet, and its settings into the pipeline's config.
-
-        Everything in the file is checked before anything changes. A second adapter replaces the first. CatVTON's published
-        weights (`zhengchong/CatVTON`, subfolder `mix-48k-1024/attention`) load too.
-
-        Args:
-            pretrained_model_name_or_path: a Hub repository, a folder or a file.
-            weight_name: the file's name; None tries `vton_adapter.safetensors`, then `model.safetensors`.
-            subfolder, revision, token, cache_dir, force_download, local_files_only: as in `from_pretrained`.
-            mask_free: which kind CatVTON's weights are, where the repository's name does not tell (`CatVTON-MaskFree` is
-                mask-free, another `CatVTON` is not; with neither in the name, a base with 8 channels means mask-free).
-
-        Raises:
-            ValueError: the file is damaged, of another format or a later version, or does not fit this UNet.
-            OSError: there is no such file.
-        """
-        options = {
-            "subfolder": subfolder,
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-        }
-        self._refuse_scattered_unet()
-        file = self._find_adapter(pretrained_model_name_or_path, weight_name, options)
-        weights, metadata = read_safetensors(file)
-        if weights and all(map(CATVTON_KEY.fullmatch, weights)):
-            weights = name_catvton_weights(file, weights, self.unet)
-            settings = catvton_settings(str(pretrained_model_name_or_path), mask_free, self.config.in_channels)
-        else:
-            settings = parse_settings(file, metadata)
-            if mask_free not in {None, settings["mask_free"]}:
-                raise ValueError(
-                    f"`mask_free`={mask_free} is not what the adapter {file} says: {settings['mask_free']}"
-                )
-        self._check_adapter(file, weights, settings)
-        self._refuse_lora_on_conv_in(widened=settings["in_channels"] == 4)
-        if self._adapter_backup is not None:
-            self.unload_vton_adapter()
-        backup = {"settings": {name: self.config[name] for name in ADAPTER_SETTINGS}, "conv_in": None}
-        if self.unet.config.in_channels == 4:
-            backup["conv_in"] = widen_conv_in(self.unet)
-        parameters = adapter_parameters(self.unet, settings["trainable"], settings["in_channels"] == 4)
-        backup["weights"] = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
-        self.register_to_config(**settings)
-        self._adapter_backup = backup
-
-    def unload_vton_adapter(self) -> None:
-        """Put the base's weights back, bit for bit, and the settings from before the adapter."""
-        if self._adapter_backup is None:
-            raise ValueError(
-                "unload_vton_adapter: no adapter was loaded with load_vton_adapter; weights saved by save_pretrained are merged"
-            )
-        self._refuse_scattered_unet()
-        backup = self._adapter_backup
-        self._refuse_lora_on_conv_in(widened=backup["conv_in"] is not None)
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.in_channels == 4)
-        with torch.no_grad():
-            for name, weight in backup["weights"].items():
-                parameters[name].copy_(weight)
-        if backup["conv_in"] is not None:
-            device_and_dtype = self.unet.conv_in.weight
-            self.unet.conv_in = backup["conv_in"].to(device_and_dtype)
-            self.unet.register_to_config(in_channels=4)
-        self.register_to_config(**backup["settings"])
-        self._adapter_backup = None
-
-    def save_vton_adapter(self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-        """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings."""
-        if self.unet.config.in_channels == 4:
-            raise ValueError(
-                "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
-            )
-        self._refuse_scattered_unet()
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.in_channels == 4)
-        settings = {name: self.config[name] for name in ("in_channels", *ADAPTER_SETTINGS)}
-        weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
-        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, settings)
-
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
-        adapter_name: str | None = None,
-        **kwargs,
-    ) -> None:
-        """As diffusers loads a LoRA; one that `train_vton.py` trained brings its settings too, until `unload_lora_weights`.
-
-        Raises:
-            ValueError: the LoRA was trained on a UNet with other input channels, or its settings are damaged.
-        """
-        settings = self._find_lora_settings(pretrained_model_name_or_path_or_dict, **kwargs)
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
-        if settings is not None:
-            self._lora_backup = self._lora_backup or {name: self.config[name] for name in settings}
-            self.register_to_config(**settings)
-
-    def unload_lora_weights(self, **kwargs) -> None:
-        """As diffusers unloads LoRAs, and the settings from before the first one that brought its own."""
-        super().unload_lora_weights(**kwargs)
-        if self._lora_backup is not None:
-            self.register_to_config(**self._lora_backup)
-            self._lora_backup = None
-
-    def _find_lora_settings(
-        self, path: str | os.PathLike | dict, weight_name: str | None = None, **kwargs
-    ) -> dict[str, Any] | None:
-        """The settings in a LoRA's metadata; None for a LoRA of another kind."""
-        if isinstance(path, dict):
-            return None
-        known = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
-        options = {name: kwargs[name] for name in known if name in kwargs}
-        try:
-            file = _get_model_file(path, weights_name=weight_name or LORA_NAME, **options)
-        except OSError:  # under another name: diffusers looks further, or says what is missing
-            return None
-        metadata = read_safetensors(file)[1] if file.endswith(".safetensors") else {}
-        if LORA_SETTINGS not in metadata:
-            return None
-        settings = parse_settings(file, json.loads(metadata[LORA_SETTINGS]))
-        if settings["in_channels"] != self.unet.config.in_channels:
-            raise ValueError(
-                f"the LoRA {file} is for a UNet with {settings['in_channels']} input channels, this one has {self.unet.config.in_channels}"
-            )
-        return settings
-
-    def _refuse_scattered_unet(self) -> None:
-        if _is_group_offload_enabled(self.unet) or any(p.device.type == "meta" for p in self.unet.parameters()):
-            raise ValueError(
-                "the UNet's weights are spread by sequential or group offloading: load, save or unload the adapter before it is enabled"
-            )
-
-    def _refuse_lora_on_conv_in(self, widened: bool) -> None:
-        if widened and hasattr(self.unet.conv_in, "base_layer"):
-            raise ValueError(
-                "the UNet's `conv_in` carries a LoRA and is to be widened or narrowed: call unload_lora_weights first"
-            )
-
-    @staticmethod
-    def _find_adapter(path: str | os.PathLike, weight_name: str | None, options: dict[str, Any]) -> str:
-        names = [weight_name] if weight_name else [ADAPTER_NAME, "model.safetensors"]
-        if not all(name.endswith(".safetensors") for name in names):
-            raise ValueError(f"`weight_name` must end in .safetensors, got {weight_name!r}")
-        for name in names[:-1]:
-            try:
-                return _get_model_file(path, weights_name=name, **options)
-            except OSError as error:  # a folder without the file is no cause; a wrong token or a lost connection is
-                offline = options["local_files_only"] or is_offline_mode()
-                if not (offline or isinstance(error.__cause__, (RemoteEntryNotFoundError, type(None)))):
-                    raise
-        return _get_model_file(path, weights_name=names[-1], **options)
-
-    def _check_adapter(self, file: str, weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
-        """ValueError unless the file's weights are exactly those of this UNet."""
-        if settings["in_channels"] != self.config.in_channels:
-            raise ValueError(
-                f"the adapter {file} is for a base with {settings['in_channels']} input channels "
-                f"(base_model={settings['base_model']!r}), this UNet has {self.config.in_channels}"
-            )
-        parameters = adapter_parameters(self.unet, settings["trainable"], settings["in_channels"] == 4)
-        missing, unexpected = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
-        if missing or unexpected:
-            example = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
-            raise ValueError(
-                f"the adapter {file} does not fit this UNet: {len(missing)} weights missing, {len(unexpected)} unexpected ({example})"
-            )
-        for name, weight in weights.items():
-            shape = list(parameters[name].shape)
-            if name == "conv_in.weight" and settings["in_channels"] == 4:
-                shape[1] = 8
-            if list(weight.shape) != shape:
-                raise ValueError(
-                    f"the adapter {file} does not fit this UNet: {name} has shape {list(weight.shape)}, not {shape}"
-                )
-            if not weight.is_floating_point() or not torch.isfinite(weight.float()).all():
-                raise ValueError(f"the adapter {file} is damaged: {name} is not all finite floating-point numbers")
-
-    # ---- saving and loading whole pipelines
+class VTONHubMixin:
+    """Saves, publishes and describes a whole pipeline, its code included."""
 
     def save_pretrained(
         self,
@@ -1219,7 +1201,7 @@ class StableDiffusionVTONPipeline(
 
     def _lossless_dtype(self) -> torch.dtype | None:
         """float16 where that changes no weight (trainers write so), else None: the UNet's own."""
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.in_channels == 4).values()
+        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.base_in_channels == 4).values()
         return torch.float16 if all(torch.equal(p, p.half().to(p.dtype)) for p in parameters) else None
 
     def _published_base(self) -> str | None:
@@ -1262,9 +1244,7 @@ class StableDiffusionVTONPipeline(
             adapter=f'pipe.load_vton_adapter("{name}")\n' if adapter_only else "",
             mask="None" if self.config.mask_free else 'load_image("mask.png")',
         )
-        settings = {
-            name: self.config[name] for name in ("in_channels", *ADAPTER_SETTINGS) if self.config[name] is not None
-        }
+        settings = {name: value for name, value in asdict(self._settings()).items() if value is not None}
         measured = [
             f"| {r.dataset_name} | {r.metric_name or r.metric_type} | {r.metric_value} |" for r in eval_results
         ]
@@ -1294,6 +1274,115 @@ class StableDiffusionVTONPipeline(
             config["_class_name"] = config["_class_name"][-1]
         return loaded
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple:
+        """As diffusers', but reads pipelines that were saved when `base_in_channels` was called `in_channels`, too."""
+        renamed = {"base_in_channels" if name == "in_channels" else name: value for name, value in config_dict.items()}
+        return super().extract_init_dict(renamed, **kwargs)
+
+
+# -------------------------------------------------------------------------------------------------------- the pipeline
+
+
+@dataclass
+class TryOnInputs:
+    """What `check_inputs` learnt of a call: the pictures, where in them to work, and at which size."""
+
+    persons: list[torch.Tensor]  # N of (3, H, W) in [0, 1]
+    cloths: list[torch.Tensor]  # 1 or N of (3, H, W)
+    masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none
+    regions: list[tuple[int, int, int, int]]  # N of (left, top, right, bottom)
+    profiles: list[bytes | None]  # N ICC profiles of the persons, which the results carry
+    height: int
+    width: int
+
+
+class StableDiffusionVTONPipeline(
+    VTONAdapterMixin,
+    VTONHubMixin,
+    DiffusionPipeline,
+    StableDiffusionMixin,
+    TextualInversionLoaderMixin,
+    FromSingleFileMixin,
+):
+    r"""Virtual try-on: put the cloth of one photograph on the person of another.
+
+    Args:
+        vae: encodes and decodes pictures.
+        unet: an SD1.5-shaped UNet with 9 input channels (inpainting), 8 (instruct-pix2pix) or 4 (widened by the adapter).
+        scheduler: any diffusers scheduler; `DDPMScheduler` is the one that the figures are measured with.
+        text_encoder, tokenizer: used where `cross_attention` is `"prompt"`.
+        safety_checker, feature_extractor: looks at the finished pictures, if there is one.
+        human_parser, human_parser_processor: a Segformer human parser that draws the mask where none is given.
+        base_in_channels, cloth_conditioning, ...: the settings, as `AdapterSettings` describes them; None takes their defaults,
+            and the UNet's input channels.
+
+    An adapter's settings (`load_vton_adapter`) replace the settings here, until it is unloaded.
+    """
+
+    model_cpu_offload_seq = "human_parser->text_encoder->unet->vae"
+    _optional_components = [
+        "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "human_parser", "human_parser_processor",
+    ]  # fmt: skip
+    _exclude_from_cpu_offload = ["safety_checker"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    encode_prompt = StableDiffusionPipeline.encode_prompt
+    run_safety_checker = StableDiffusionPipeline.run_safety_checker
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        text_encoder: CLIPTextModel | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        human_parser: SegformerForSemanticSegmentation | None = None,
+        human_parser_processor: BaseImageProcessor | None = None,
+        base_in_channels: int | None = None,
+        cloth_conditioning: str | None = None,
+        canvas_axis: str | None = None,
+        cross_attention: str | None = None,
+        condition_latents: str | None = None,
+        mask_free: bool | None = None,
+        guidance_scale: float | None = None,
+        scheduler_class: str | None = None,
+        eta: float | None = None,
+        prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        trainable: str | None = None,
+        base_model: str | None = None,
+        trained_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        if base_in_channels is None and unet is not None:
+            base_in_channels = unet.config.in_channels
+        given = locals()
+        given = {s.name: given[s.name] for s in fields(AdapterSettings) if given[s.name] is not None}
+        settings = AdapterSettings(**given)
+        self.register_modules(
+            vae=vae,
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            human_parser=human_parser,
+            human_parser_processor=human_parser_processor,
+        )
+        self.register_to_config(**asdict(settings))
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.mask_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+        )
+        self._adapter_backup: dict[str, Any] | None = None  # what unload_vton_adapter puts back
+        self._lora_backup: dict[str, Any] | None = None  # and unload_lora_weights
+
     # ---- what a call is asked for
 
     @property
@@ -1321,7 +1410,7 @@ class StableDiffusionVTONPipeline(
         height: int | None,
         width: int | None,
         padding_mask_crop: int | None,
-    ) -> Job:
+    ) -> TryOnInputs:
         """Check the pictures and sizes of a call; returns them as the rest of the call uses them."""
         if self.unet.config.in_channels not in {8, 9}:
             raise ValueError(
@@ -1341,16 +1430,16 @@ class StableDiffusionVTONPipeline(
             masks = as_masks(mask_image, "mask_image")
         elif self.human_parser is not None:
             masks = [self.prepare_mask(person, cloth_type) for person in persons]
-        elif self.config.mask_free:
-            masks = None
-        else:
+        elif not self.config.mask_free:
             raise ValueError(
                 "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
             )
-        if padding_mask_crop is not None and masks is None:
+        elif padding_mask_crop is not None:
             raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding_mask_crop!r} without one")
-        count = max(len(persons), len(cloths), len(masks or ()))
-        for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks or persons)):
+        else:
+            masks = [None]
+        count = max(len(persons), len(cloths), len(masks))
+        for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks)):
             if len(pictures) not in {1, count}:
                 raise ValueError(f"`{name}` must number 1 or {count}, as the other pictures do, got {len(pictures)}")
         if len(persons) == 1:
@@ -1361,13 +1450,12 @@ class StableDiffusionVTONPipeline(
             convert_profile(cloth, before, after)
             for cloth, before, after in zip(cloths, cloth_profiles, person_profiles)
         ]
-        if masks is not None:
-            masks = masks * count if len(masks) == 1 else masks
-            for person, mask in zip(persons, masks):
-                if person.shape[1:] != mask.shape[1:]:
-                    raise ValueError(
-                        f"`mask_image` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(mask.shape[1:])}"
-                    )
+        masks = masks * count if len(masks) == 1 else masks
+        for person, mask in zip(persons, masks):
+            if mask is not None and person.shape[1:] != mask.shape[1:]:
+                raise ValueError(
+                    f"`mask_image` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(mask.shape[1:])}"
+                )
         sizes = {self.resolve_size(*person.shape[1:], height, width) for person in persons}
         if len(sizes) > 1:
             raise ValueError(
@@ -1378,7 +1466,7 @@ class StableDiffusionVTONPipeline(
             regions = [(0, 0, person.shape[2], person.shape[1]) for person in persons]
         else:
             regions = [crop_region(mask, height, width, int(padding_mask_crop)) for mask in masks]
-        return Job(persons, cloths, masks, regions, person_profiles, height, width)
+        return TryOnInputs(persons, cloths, masks, regions, person_profiles, height, width)
 
     def _check_sampling(
         self,
@@ -1477,16 +1565,16 @@ class StableDiffusionVTONPipeline(
 
     # ---- the way through the model
 
-    def encode_pictures(self, job: Job) -> TryOnLatents:
+    def encode_pictures(self, inputs: TryOnInputs) -> TryOnLatents:
         """Stretch persons and masks to height x width, fit the cloths on white, and encode all three."""
-        size = {"height": job.height, "width": job.width}
+        size = {"height": inputs.height, "width": inputs.width}
         device, dtype = self._execution_device, self.unet.dtype
-        persons = [as_pil(person).crop(region) for person, region in zip(job.persons, job.regions)]
-        cloths = [fit_cloth(as_pil(cloth), **size) for cloth in job.cloths]
-        if job.masks is None:
-            mask = torch.ones(len(persons), 1, job.height, job.width)
+        persons = [as_pil(person).crop(region) for person, region in zip(inputs.persons, inputs.regions)]
+        cloths = [fit_cloth(as_pil(cloth), **size) for cloth in inputs.cloths]
+        if inputs.masks[0] is None:
+            mask = torch.ones(len(persons), 1, inputs.height, inputs.width)
         else:
-            masks = [as_pil(mask).crop(region) for mask, region in zip(job.masks, job.regions)]
+            masks = [as_pil(mask).crop(region) for mask, region in zip(inputs.masks, inputs.regions)]
             mask = self.mask_processor.preprocess(masks, **size)
         return TryOnLatents.encode(
             self.vae,
@@ -1752,8 +1840,8 @@ class StableDiffusionVTONPipeline(
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             prompts=prompts,
         )
-        job = self.check_inputs(person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop)
-        sizes = {tuple(person.shape[1:]) for person in job.persons}
+        inputs = self.check_inputs(person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop)
+        sizes = {tuple(person.shape[1:]) for person in inputs.persons}
         if composite and output_type in {"np", "pt"} and len(sizes) > 1:
             raise ValueError(
                 f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(sizes)}: use 'pil'"
@@ -1763,7 +1851,7 @@ class StableDiffusionVTONPipeline(
         self._cross_attention_kwargs = cross_attention_kwargs
         self._interrupt = False
         reference = self.config.cloth_conditioning == "reference"
-        device, count = self._execution_device, len(job.persons)
+        device, count = self._execution_device, len(inputs.persons)
 
         # 2. Text encoder: the prompt, for adapters that use one
         prompt_embeds, negative_prompt_embeds = self.encode_prompts(
@@ -1775,7 +1863,7 @@ class StableDiffusionVTONPipeline(
         )
 
         # 3. VAE: person, mask and cloth to latents
-        conditioning = self.encode_pictures(job)
+        conditioning = self.encode_pictures(inputs)
         one_cloth_each = prompt_embeds is not None or not reference  # text changes how a cloth is read
         if one_cloth_each and len(conditioning.cloth) < count:
             conditioning.cloth = conditioning.cloth.expand(count, -1, -1, -1)
@@ -1832,11 +1920,11 @@ class StableDiffusionVTONPipeline(
             index = [i // num_images_per_prompt for i in range(len(images))]
             if composite:
                 images = [
-                    composite_result(image, job.persons[i], job.masks and job.masks[i], job.regions[i])
+                    composite_result(image, inputs.persons[i], inputs.masks[i], inputs.regions[i])
                     for image, i in zip(images, index)
                 ]
             images, flags = self.check_safety(images)
-            images = self._convert_output(images, output_type, [job.profiles[i] for i in index])
+            images = self._convert_output(images, output_type, [inputs.profiles[i] for i in index])
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, flags
