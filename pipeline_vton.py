@@ -38,6 +38,7 @@ from diffusers import (
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, StableDiffusionSafetyChecker
@@ -449,17 +450,30 @@ class TryOnLatents:
 
 
 def _project(attn: Attention, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Queries, keys and values, each (B, heads, N, head_dim)."""
+    """Queries, keys and values, each (B, N, heads, head_dim)."""
     for layer in (attn.to_q, attn.to_k, attn.to_v):
-        yield layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        yield layer(hidden_states).unflatten(-1, (attn.heads, -1))
 
 
 def _output(attn: Attention, attended: torch.Tensor) -> torch.Tensor:
-    """(B, heads, N, head_dim) to (B, N, C), through `to_out`."""
-    return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+    """(B, N, heads, head_dim) to (B, N, C), through `to_out`."""
+    return attn.to_out[1](attn.to_out[0](attended.flatten(2)))
 
 
-class ClothCacheAttnProcessor:
+class ClothAttnProcessor:
+    """`attn1` that computes attention where `set_attention_backend` says, as diffusers' own processors do."""
+
+    _attention_backend = None  # class attributes: diffusers looks for them, and sets them on an instance
+    _parallel_config = None
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """(B, N, heads, head_dim), of as many tokens as the queries have."""
+        return dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+
+
+class ClothCacheAttnProcessor(ClothAttnProcessor):
     """`attn1` at inference: the first call reads the cloths and keeps their keys and values, later ones look at them too.
 
     In later calls the last rows are the conditional ones, a whole number for every cloth; rows before them (the
@@ -467,7 +481,7 @@ class ClothCacheAttnProcessor:
     """
 
     def __init__(self) -> None:
-        self.cloth: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values, (C, heads, N, head_dim)
+        self.cloth: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values, (C, N, heads, head_dim)
         self.rows = 0  # conditional rows of a denoising batch
 
     def __call__(
@@ -481,22 +495,20 @@ class ClothCacheAttnProcessor:
         query, key, value = _project(attn, hidden_states)
         if self.cloth is None:
             self.cloth = key, value
-            return _output(attn, F.scaled_dot_product_attention(query, key, value))
+            return _output(attn, self.attend(query, key, value))
         cloth_key, cloth_value = (x.repeat_interleave(self.rows // len(x), dim=0) for x in self.cloth)
         without = len(query) - self.rows
-        attended = F.scaled_dot_product_attention(
+        attended = self.attend(
             query[without:],
-            torch.cat([key[without:], cloth_key], dim=2),
-            torch.cat([value[without:], cloth_value], dim=2),
+            torch.cat([key[without:], cloth_key], dim=1),
+            torch.cat([value[without:], cloth_value], dim=1),
         )
         if without:
-            attended = torch.cat(
-                [F.scaled_dot_product_attention(query[:without], key[:without], value[:without]), attended]
-            )
+            attended = torch.cat([self.attend(query[:without], key[:without], value[:without]), attended])
         return _output(attn, attended)
 
 
-class ClothBesideAttnProcessor:
+class ClothBesideAttnProcessor(ClothAttnProcessor):
     """`attn1` in training: the batch is `[person rows ; cloth rows]`, and nothing is kept between calls.
 
     Person queries see `[person ; cloth]`, cloth queries the cloth alone. A person row whose `attention_mask` is 0 (the UNet
@@ -515,13 +527,11 @@ class ClothBesideAttnProcessor:
         (query, cloth_query), (key, cloth_key), (value, cloth_value) = (
             x.chunk(2) for x in _project(attn, hidden_states)
         )
-        cloth_attended = F.scaled_dot_product_attention(cloth_query, cloth_key, cloth_value)
+        cloth_attended = self.attend(cloth_query, cloth_key, cloth_value)
         if attention_mask is not None:
             hidden = (attention_mask.chunk(2)[0] < 0)[..., None]  # (B, 1, 1, 1)
             cloth_key, cloth_value = torch.where(hidden, key, cloth_key), torch.where(hidden, value, cloth_value)
-        attended = F.scaled_dot_product_attention(
-            query, torch.cat([key, cloth_key], dim=2), torch.cat([value, cloth_value], dim=2)
-        )
+        attended = self.attend(query, torch.cat([key, cloth_key], dim=1), torch.cat([value, cloth_value], dim=1))
         return _output(attn, torch.cat([attended, cloth_attended]))
 
 
@@ -573,6 +583,8 @@ def vton_attention(
     for name in before:
         if ".attn1." in name and self_attention is not None:
             during[name] = self_attention()
+            if hasattr(before[name], "_attention_backend"):
+                during[name]._attention_backend = before[name]._attention_backend
             installed.append(during[name])
         elif ".attn2." in name and cross_processor is not None:
             during[name] = cross_processor()
