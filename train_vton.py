@@ -86,8 +86,11 @@ from pipeline_vton import (
     StableDiffusionVTONPipeline,
     TryOnLatents,
     adapter_parameters,
+    as_masks,
     as_pil,
     as_tensors,
+    colour_profiles,
+    convert_profile,
     fit_cloth,
     read_adapter,
     read_safetensors,
@@ -312,14 +315,25 @@ class Preparation:
 
 
 def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> Image.Image:
-    """A whole picture; ValueError where it cannot be read, or where it should be a mask and is none."""
+    """A whole picture, with its colour profile; ValueError where it cannot be read, or should be a mask and is none."""
     try:
-        picture = as_pil(as_tensors(open_file(), name, 1 if role == "mask" else 3)[0])
+        picture = open_file()
+        if role == "mask":
+            return as_pil(as_masks(picture, name)[0])
+        return as_pil(as_tensors(picture, name)[0], colour_profiles(picture)[0])
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: some broken PNGs
         raise ValueError(f"{name} cannot be read: {error}") from error
-    if role == "mask" and picture.getextrema()[1] < 128:
-        raise ValueError(f"{name} must be white where the cloth goes, and is black everywhere")
-    return picture
+
+
+def in_persons_colours(pictures: dict[str, Image.Image]) -> dict[str, Image.Image]:
+    """The same pictures by role, all in the colour profile of the person, as a call has them."""
+    profile = pictures["person"].info.get("icc_profile")
+    for role in pictures.keys() - {"person", "mask"}:
+        before = pictures[role].info.get("icc_profile")
+        if before != profile:
+            converted = convert_profile(as_tensors(pictures[role], role)[0], before, profile)
+            pictures[role] = as_pil(converted, profile)
+    return pictures
 
 
 def picture_size(file: Path, where: str) -> tuple[int, int]:
@@ -520,9 +534,9 @@ class TreePairs:
     def pictures(self, index: int) -> dict[str, Image.Image]:
         """Person, cloth, and mask or condition, at their own sizes."""
         _, where, files = self.pairs[index]
-        return {
-            role: open_picture(partial(Image.open, file), f"{where}: {file}", role) for role, file in files.items()
-        }
+        return in_persons_colours(
+            {role: open_picture(partial(Image.open, file), f"{where}: {file}", role) for role, file in files.items()}
+        )
 
     def person_sizes(self) -> list[tuple[int, int]]:
         """Widths and heights."""
@@ -666,7 +680,7 @@ def row_pictures(row: dict[str, Any], columns: dict[str, str], name: str) -> dic
         cell = filled(row[column], f"{name}: the column {column}")
         opened[role] = open_picture(partial(decode, cell), f"{name}, column {column}", role)
     check_sizes({role: picture.size for role, picture in opened.items()}, name)
-    return opened
+    return in_persons_colours(opened)
 
 
 @dataclass(eq=False)

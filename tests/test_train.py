@@ -911,7 +911,7 @@ def test_files_are_opened_once(own_data, tmp_path, monkeypatch):
 def test_black_masks_are_found_at_the_start(bases, own_data, tmp_path, split):
     mask = own_data / split / "agnostic-mask/00001_00_mask.png"
     Image.new("L", Image.open(mask).size).save(mask)
-    with pytest.raises(ValueError, match=f"_pairs.txt, line 2: .*{mask.name} must be white where the cloth goes"):
+    with pytest.raises(ValueError, match=f"_pairs.txt, line 2: .*{mask.name}` must be white where the cloth goes"):
         trainer_of(bases[9], own_data, tmp_path)
 
 
