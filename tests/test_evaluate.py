@@ -1,5 +1,6 @@
 """evaluate_vton.py on a tiny base and a tiny tree: figures against the libraries' own, and against each other."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -22,6 +23,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from evaluate_vton import (
     Features,
+    Inception,
+    Line,
     bootstrap,
     clean_resize,
     compare,
@@ -29,10 +32,12 @@ from evaluate_vton import (
     find_duplicates,
     frechet_distance,
     kernel_distance,
+    load_lpips,
     main,
     masked_psnr,
     metric_library,
     parse_args,
+    seed_of,
     ssim,
 )
 from pipeline_vton import StableDiffusionVTONPipeline, as_tensors
@@ -267,8 +272,6 @@ def persons(tree: Path) -> torch.Tensor:
 
 def test_composited_pictures_are_the_pipelines(finished, tree, model):
     """Pixel by pixel what a call with the line's seed returns."""
-    from evaluate_vton import Line, seed_of
-
     out, _ = finished
     pipe = StableDiffusionVTONPipeline.from_pretrained(model)
     pipe.load_vton_adapter(model)
@@ -609,22 +612,14 @@ def test_reports_side_by_side(tree, tmp_path, capsys):
     overlapping = figure(nearer, "unpaired", "bare", "psnr", "mask")["low"] <= high
     assert ("≈" in cells[5]) == overlapping and "≈" not in cells[6]
 
-    changes = {
-        "size": {"eval_height": 32, "eval_width": 24},
-        "compositing": {"masks": "none"},
-        "list": {"num_samples": 5},
-    }
-    changes["list"] = {"list": reversed_list(tmp_path)}
-    for name, changed in changes.items():
-        evaluate(tmp_path / name, tree, pred_dir=tmp_path / "near", **PREDICTED, **changed)
-        with pytest.raises(ValueError, match=f"were measured differently: {name} is "):
-            compare([reports[0], tmp_path / name / "report.json"])
-
-
-def reversed_list(folder: Path) -> Path:
-    lines = (folder / "near_out/list.txt").read_text().splitlines(keepends=True)
-    (folder / "reversed.txt").write_text("".join(reversed(lines)))
-    return folder / "reversed.txt"
+    evaluate(tmp_path / "smaller", tree, pred_dir=tmp_path / "near", **PREDICTED, eval_height=32, eval_width=24)
+    with pytest.raises(ValueError, match="were measured differently: size is 64x48 and 32x24"):
+        compare([reports[0], tmp_path / "smaller/report.json"])
+    for name in near["protocol"]:
+        other = near | {"protocol": near["protocol"] | {name: "another"}}
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=f"measured differently: {name} is {near['protocol'][name]} and another"):
+            compare([reports[0], tmp_path / "other.json"])
 
 
 def test_figures_stand_in_the_adapters_card(finished, tree, model, tmp_path, hub, monkeypatch):
@@ -657,3 +652,75 @@ def test_arguments(capsys, line, said):
     with pytest.raises(SystemExit):
         parse_args(line)
     assert said in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- the classes that need torchvision: make test-eval
+
+real_classes = pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is None, reason="needs make test-eval")
+
+
+@pytest.fixture(scope="session")
+def random_weights(tmp_path_factory) -> dict[str, Path]:
+    """Files as torch-fidelity's and torchvision's, with random weights."""
+    import torchvision
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    files = {name: tmp_path_factory.mktemp("weights") / f"{name}.pth" for name in ("inception", "squeeze")}
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), files["squeeze"])
+    torch.save({}, files["inception"])
+    with pytest.MonkeyPatch.context() as patch:  # it can only be made of a file
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(files["inception"]))
+    torch.save(net.state_dict(), files["inception"])
+    return files
+
+
+@real_classes
+def test_inception_is_torch_fidelitys(random_weights):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    pictures = torch.stack([(as_tensors(picture(i, 80, 60), "p")[0] * 255).round().to(torch.uint8) for i in range(2)])
+    net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(random_weights["inception"]))
+    legacy, clean = (Inception(mode, random_weights["inception"]).eval() for mode in ("legacy", "clean"))
+    with torch.no_grad():
+        assert torch.allclose(legacy(pictures), net(pictures)[0], atol=1e-6)
+        assert not torch.allclose(clean(pictures), legacy(pictures), atol=1e-4)
+        square = clean_resize(pictures.float(), (299, 299)).round().to(torch.uint8)  # nothing left to resize
+        assert torch.allclose(clean(square), net(square)[0], atol=1e-6)
+
+
+@real_classes
+@pytest.mark.parametrize("net", ["squeeze"])
+def test_lpips_is_torchmetrics(random_weights, tmp_path, net):
+    """From a file, without a download; torch's own cache is left alone."""
+    from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
+
+    one, other = (as_tensors(picture(i, 64, 48), "p")[0][None] for i in (1, 2))
+    before = torch.hub.get_dir()
+    measured = load_lpips(net, random_weights[net])(one, other).item()
+    assert torch.hub.get_dir() == before
+    torch.hub.set_dir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(random_weights[net], tmp_path / "checkpoints/squeezenet1_1-b8a52dc0.pth")
+    try:
+        direct = learned_perceptual_image_patch_similarity(one, other, net, normalize=True).item()
+    finally:
+        torch.hub.set_dir(before)
+    assert measured == pytest.approx(direct, abs=1e-6) and measured > 0
+
+
+@real_classes
+def test_a_perfect_prediction_by_the_real_classes(own_tree, random_weights, tmp_path):
+    for i in range(COUNT):
+        shutil.copy(own_tree / f"test/image/{i:02d}.png", own_tree / f"test/tryon/{i:02d}__{(i + 2) % COUNT:02d}.png")
+    options = {"pred_dir": predict(own_tree, tmp_path / "pictures"), "setting": "unpaired", "pred_composited": True}
+    options |= {"inception_weights": random_weights["inception"], "lpips_weights": random_weights["squeeze"]}
+    options["metrics"] = ["ssim", "psnr", "lpips", "fid", "kid"]
+    main(parse_args(flags(tmp_path / "out", own_tree, **options)))
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert figure(report, "unpaired", "composited", "fid")["value"] == pytest.approx(0, abs=1e-3)
+    assert figure(report, "unpaired", "composited", "lpips")["value"] == pytest.approx(0, abs=1e-6)
+    assert report["protocol"]["lpips_net"] == "squeeze" and len(report["protocol"]["inception_weights"]) == 16
+    text = (tmp_path / "out/report.md").read_text()
+    assert "LPIPS (squeeze) ↓" in text and "FID (clean) ↓" in text and "KID × 1000 ↓" in text
