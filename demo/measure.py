@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Measure the demo model against the drawn truth: PSNR inside the mask, squared error pooled over all masked pixels.
 
 The lines are unpaired and held out: people and cloths of another seed than the training's, 50 DDPM steps.
@@ -12,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionInpaintPipeline
-from make_dataset import UNIT_HEIGHT, UNIT_WIDTH, UPPER_CLOTHES, draw_person, draw_sample, make_dataset
 from PIL import Image
-from try_on import DEMO, load_pipeline, read_test_split, try_on
+
+from demo.make_dataset import make_dataset
+from demo.try_on import DEMO, load_pipeline, read_test_split, try_on
+from demo.world import LIP, UNIT_HEIGHT, draw_person, draw_sample
 
 
 def as_array(pictures: list[Image.Image]) -> np.ndarray:
@@ -36,9 +37,9 @@ class HeldOut:
     mean_colors: np.ndarray
 
     @classmethod
-    def draw(cls, lines: int, seed: int) -> "HeldOut":
+    def draw(cls, lines: int, seed: int, height: int = UNIT_HEIGHT) -> "HeldOut":
         with tempfile.TemporaryDirectory() as folder:
-            make_dataset(Path(folder), train=0, test=lines, seed=seed)
+            make_dataset(Path(folder), train=0, test=lines, seed=seed, height=height)
             pictures = read_test_split(Path(folder))
             truth = as_array(pictures["truth"])
             masks = np.stack([np.asarray(mask) >= 128 for mask in pictures["mask"]])
@@ -72,10 +73,12 @@ def mean_color(root: Path, truth: np.ndarray, cloths: np.ndarray, seed: int) -> 
     """The truth, with the cloth's mean colour all over the region that the cloth truly covers."""
     painted = truth.copy()
     for i, line in enumerate((root / "test_pairs.txt").read_text().splitlines()):
-        person, cloth = (draw_sample(seed, "test", int(name.split("_")[0])) for name in line.split())
-        _, _, labels = draw_person(person[0], cloth[1], UNIT_HEIGHT, UNIT_WIDTH)
+        (person, _), (_, cloth) = (
+            draw_sample(seed, "test", int(name.split("_")[0]), "upper") for name in line.split()
+        )
+        _, _, labels = draw_person(person, cloth, *truth.shape[1:3])
         flat = cloths[i][(cloths[i] < 0.98).any(axis=-1)]  # all that is not the white behind it
-        painted[i][np.asarray(labels) == UPPER_CLOTHES] = flat.mean(axis=0)
+        painted[i][labels == LIP["top"]] = flat.mean(axis=0)
     return painted
 
 

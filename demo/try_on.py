@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Draw people that the demo model has never seen, try cloths on them, and show it all on one sheet."""
 
 import argparse
@@ -8,8 +7,9 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from make_dataset import make_dataset
 from PIL import Image, ImageDraw
+
+from demo.make_dataset import make_dataset
 
 
 DEMO = Path(__file__).resolve().parent
