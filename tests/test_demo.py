@@ -148,8 +148,14 @@ def test_the_label_maps_have_the_numbers_of_their_dataset(drawn, all_drawn):
 
     assert {5, 13} <= numbers(drawn / "train" / "image-parse-v3" / "00000_00.png") <= set(LIP.values())
     assert {4, 11} <= numbers(all_drawn / "upper_body" / "label_maps" / "000000_4.png")
-    assert {5, 6} & numbers(all_drawn / "lower_body" / "label_maps" / "000001_4.png")
-    assert {7, 9, 10, 11} <= numbers(all_drawn / "dresses" / "label_maps" / "000002_4.png")
+    assert {9, 10, 11} <= numbers(all_drawn / "dresses" / "label_maps" / "000002_4.png")
+    kinds = set()
+    for line in (line for line in described(all_drawn) if line["paired"]):
+        folder, kind = make_dataset.DRESS_CODE_FOLDERS[line["category"]], line["attributes"]["kind"]
+        file = all_drawn / folder / "label_maps" / line["person"].replace("_0.", "_4.")
+        assert {"top": 4, "skirt": 5, "trousers": 6, "dress": 7}[kind] in numbers(file)
+        kinds.add(kind)
+    assert len(kinds) == 4
 
 
 def test_every_line_says_its_levels_and_what_can_be_recognised(all_drawn):
