@@ -264,7 +264,6 @@ def make_dataset(
     layout(root, category).prepare()
     unpaired = [(i, world.partner(i, test)) for i in range(test)]
     lines = [("train", i, i) for i in range(train)] + [("test", i, i) for i in range(test)]
-    write_lists(root, world, lines + [("test", *pair) for pair in unpaired])
     jobs = [
         ("train", partial(write_sample, root=root, split="train", world=world), range(train)),
         ("test", partial(write_sample, root=root, split="test", world=world), range(test)),
@@ -273,6 +272,7 @@ def make_dataset(
     with ProcessPoolExecutor() as pool:
         for name, job, items in jobs:
             list(tqdm(pool.map(job, items, chunksize=16), total=len(items), desc=name, disable=not len(items)))
+    write_lists(root, world, lines + [("test", *pair) for pair in unpaired])  # last: without lists, a set is not read
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

@@ -5,7 +5,7 @@ that what it looks like on a person is exactly known. A unit is about 1/144 of a
 points down, and a side of -1 is the picture's left, which is the person's right.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -447,16 +447,10 @@ def logo(cloth: Cloth, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if cloth.logo == "word":
         if cloth.kind == "trousers":  # along the leg
             x, y = y, -x
-        letters = written(cloth.word)
-        half = 0.72, 0.72 * letters.shape[1] / letters.shape[0]
-        inside = (np.abs(y) < half[0]) & (np.abs(x) < half[1])
-        row, column = (
-            ((y / half[0] + 1) / 2 * letters.shape[0]).astype(int),
-            ((x / half[1] + 1) / 2 * letters.shape[1]),
-        )
-        column = column.astype(int)
-        row, column = row.clip(0, letters.shape[0] - 1), column.clip(0, letters.shape[1] - 1)
-        return inside & letters[row, column]
+        letters = np.pad(written(cloth.word), 1)  # the rim stands for all that is outside
+        sides = np.array(letters.shape)[:, None] - 2
+        places = np.floor((np.stack([y, x]) / 0.72 * sides[0] + sides) / 2).astype(int) + 1
+        return letters[tuple(places.clip(0, sides + 1))]
     distance = np.hypot(x, y)
     return {
         "disc": distance < 1,
@@ -501,29 +495,25 @@ def folds(cloth: Cloth, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return 0.99 + 0.07 * waves - 0.035 * waves**2
 
 
-def paint_cloth(canvas: Canvas, panel: Panel, cloth: Cloth, paint, round: float, front: bool = True) -> None:
-    """Paint a piece; `round` tells how much darker its edges are than its middle."""
-    shade = 1.03 - 0.05 * panel.turn - round * panel.turn**2 - 0.12 * (np.abs(panel.region.across) > 0.94)
+def paint_panel(panel: Panel, cloth: Cloth, paint: Callable, depth: float, front: bool = True) -> None:
+    """Paint a piece with `Canvas.paint` or `Canvas.paint_kept`; its edges are `depth` darker than its middle."""
+    shade = 1.03 - 0.05 * panel.turn - depth * panel.turn**2 - 0.12 * (np.abs(panel.region.across) > 0.94)
     if cloth.fold == "folds":
         shade = shade * folds(cloth, panel.u, panel.v)
     paint(panel.region, cloth_colors(cloth, panel.u, panel.v, front), LIP[cloth.kind], shade)
 
 
-def paint_seams(canvas: Canvas, panels: list[Panel], figure: Figure, cloth: Cloth, paint) -> None:
-    """What is sewn on: waistband, fly, waist seam and the hem's shadow."""
-    body = panels[-1].region
+def paint_seams(body: Region, figure: Figure, cloth: Cloth, paint: Callable) -> None:
+    """What is sewn on the piece around the body: collar, waistband and fly."""
     dark = 0.8 * cloth.color
+    if cloth.kind in ("top", "dress"):
+        paint(body.where(neckline(body, cloth.neckline, 1.3)), 0.84 * cloth.color)
     if cloth.kind in ("trousers", "skirt"):
         band = body.where(body.along < WAIST + 3.4)
         paint(band, dark, None, 1 - 0.15 * band.across**2 - 0.3 * (band.along > WAIST + 2.8))
     if cloth.kind == "trousers":
         fly = np.abs(body.x - np.interp(body.y, *figure.middle())) < 0.45
         paint(body.where(fly & (body.along > WAIST + 3)), dark)
-
-
-def paint_collar(canvas: Canvas, region: Region, cloth: Cloth, paint) -> None:
-    rim = neckline(region, cloth.neckline, 1.3) & ~neckline(region, cloth.neckline)
-    paint(region.where(rim), 0.84 * cloth.color, LIP[cloth.kind])
 
 
 def cloth_panels(canvas: Canvas, figure: Figure, cloth: Cloth) -> list[Panel]:
@@ -535,22 +525,20 @@ def cloth_panels(canvas: Canvas, figure: Figure, cloth: Cloth) -> list[Panel]:
     return [upright_panel(canvas, figure, cloth, body_outline, -1.8, 1.5)]
 
 
-def wear(canvas: Canvas, figure: Figure, cloth: Cloth, paint, round: float) -> None:
+def wear(canvas: Canvas, figure: Figure, cloth: Cloth, paint: Callable, depth: float) -> None:
     """Paint a cloth's pieces, sleeves aside."""
     panels = cloth_panels(canvas, figure, cloth)
     if cloth.kind in ("top", "dress"):
         panels = [panel.where(~neckline(panel.region, cloth.neckline)) for panel in panels]
     for panel in panels:
-        paint_cloth(canvas, panel, cloth, paint, round)
-    if cloth.kind in ("top", "dress"):
-        paint_collar(canvas, panels[0].region, cloth, paint)
-    paint_seams(canvas, panels, figure, cloth, paint)
+        paint_panel(panel, cloth, paint, depth)
+    paint_seams(panels[-1].region, figure, cloth, paint)
 
 
-def sleeve(canvas: Canvas, figure: Figure, cloth: Cloth, side: int, paint, round: float) -> None:
+def wear_sleeve(canvas: Canvas, figure: Figure, cloth: Cloth, side: int, paint: Callable, depth: float) -> None:
     """Paint a sleeve and its cuff."""
     for panel in sleeve_panels(canvas, figure, cloth, side):
-        paint_cloth(canvas, panel, cloth, paint, round, front=False)
+        paint_panel(panel, cloth, paint, depth, front=False)
         end = SLEEVES[cloth.sleeve] * 44
         paint(panel.region.where(panel.v > end - 1.6), 0.82 * cloth.color)
 
@@ -566,7 +554,7 @@ def draw_cloth(cloth: Cloth, height: int, width: int) -> Image.Image:
     canvas = Canvas(height, width, scale * pixel, (width / 2, height / 2 - center * scale * pixel))
     if cloth.kind in ("top", "dress"):
         for side in (-1, 1):
-            sleeve(canvas, FLAT, cloth, side, canvas.paint, 0.08)
+            wear_sleeve(canvas, FLAT, cloth, side, canvas.paint, 0.08)
         region = cloth_panels(canvas, FLAT, cloth)[0].region
         back = neckline(region, cloth.neckline) & (region.y > 0.4 - 0.02 * region.x**2)
         canvas.paint(region.where(back), 0.6 * cloth.color)
@@ -585,17 +573,17 @@ def envelopes(category: str) -> list[Cloth]:
     return [replace(anything, kind=kind, sleeve="long", length="long", fit="loose") for kind in kinds]
 
 
-def person_canvas(person: Person, height: int, width: int) -> Canvas:
-    """The canvas that frames a person."""
+def frame(person: Person, height: int, width: int) -> tuple[float, tuple[float, float]]:
+    """How a person is framed: pixels to a unit, and where the base of the neck is, (x, y) in pixels."""
     pixel = height / UNIT_HEIGHT
     scale, top = FRAMES[person.category][person.levels["distance"]]
     x, y = person.place
-    return Canvas(height, width, scale * pixel, (width / 2 + x * pixel, (top + y) * pixel))
+    return scale * pixel, (width / 2 + x * pixel, (top + y) * pixel)
 
 
 def draw_person(person: Person, cloth: Cloth, height: int, width: int) -> tuple[Image.Image, Image.Image, np.ndarray]:
     """The person wearing the cloth: picture, agnostic mask (the same for every cloth) and label map (H, W) of `LIP`'s numbers."""
-    canvas, figure = person_canvas(person, height, width), person.figure
+    canvas, figure = Canvas(height, width, *frame(person, height, width)), person.figure
     paint_background(canvas, person)
     if person.levels["hair"] != "short":
         paint_hair_behind(canvas, person)
@@ -615,11 +603,11 @@ def draw_person(person: Person, cloth: Cloth, height: int, width: int) -> tuple[
     for side in (-1, 1):
         paint_arm(canvas, person, side)
         if person.category == "lower":
-            sleeve(canvas, figure, person.other, side, canvas.paint_kept, 0.2)
+            wear_sleeve(canvas, figure, person.other, side, canvas.paint_kept, 0.2)
         else:
             for panel in sleeve_panels(canvas, figure, widest[0], side):
                 canvas.may_change(panel.region)
-            sleeve(canvas, figure, cloth, side, canvas.paint, 0.2)
+            wear_sleeve(canvas, figure, cloth, side, canvas.paint, 0.2)
         paint_hand(canvas, person, side)
     return canvas.image(), canvas.mask(round(2 * height / UNIT_HEIGHT)), canvas.label_map()
 
@@ -673,7 +661,7 @@ def paint_clutter(canvas: Canvas, person: Person, floor: float) -> None:
             )
 
 
-def paint_limb(canvas: Canvas, joints, radii, color: np.ndarray, label: int, paint) -> None:
+def paint_limb(canvas: Canvas, joints, radii, color: np.ndarray, label: int, paint: Callable) -> None:
     for part in range(len(joints) - 1):
         region = canvas.limb(joints[part], joints[part + 1], radii[part], radii[part + 1])
         paint(region, color, label, rounded(region))
@@ -837,15 +825,8 @@ def keypoints(person: Person, height: int, width: int) -> dict[str, tuple[float,
             f"{name}_small_toe": (ankle[0] + side * 4.5, ankle[1] + 8),
             f"{name}_heel": (ankle[0], ankle[1] + 5),
         }
-    canvas_scale, top = FRAMES[person.category][person.levels["distance"]]
-    pixel = height / UNIT_HEIGHT
-    at = {
-        name: (
-            width / 2 + (person.place[0] + px * canvas_scale) * pixel,
-            (top + person.place[1] + py * canvas_scale) * pixel,
-        )
-        for name, (px, py) in points.items()
-    }
+    scale, (left, top) = frame(person, height, width)
+    at = {name: (left + scale * x, top + scale * y) for name, (x, y) in points.items()}
     return {name: point for name, point in at.items() if 0 <= point[0] < width and 0 <= point[1] < height}
 
 
