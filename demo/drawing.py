@@ -15,24 +15,31 @@ SUPERSAMPLING = 3
 
 @dataclass(frozen=True)
 class Region:
-    """N pixels of a canvas with coordinates of their own; all fields are (N,).
+    """N pixels of a canvas with coordinates of their own.
 
     Args:
-        pixels: their numbers in the canvas.
-        x, y: where they are, in units.
-        across: from -1 at the shape's left edge to 1 at the right one.
-        along: down a column in units, or from 0 to 1 along a limb.
+        canvas: where they are.
+        pixels: their numbers in the canvas, (N,).
+        across: from -1 at the shape's left edge to 1 at the right one, (N,).
+        along: down a column in units, or from 0 to 1 along a limb, (N,).
     """
 
+    canvas: "Canvas"
     pixels: np.ndarray
-    x: np.ndarray
-    y: np.ndarray
     across: np.ndarray
     along: np.ndarray
 
+    @property
+    def x(self) -> np.ndarray:
+        return self.canvas.x[self.pixels % len(self.canvas.x)]
+
+    @property
+    def y(self) -> np.ndarray:
+        return self.canvas.y[self.pixels // len(self.canvas.x)]
+
     def where(self, condition: np.ndarray) -> "Region":
         """Those pixels for which a condition (N,) holds."""
-        return Region(*(values[condition] for values in vars(self).values()))
+        return Region(self.canvas, self.pixels[condition], self.across[condition], self.along[condition])
 
 
 def profile(*knots: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +64,7 @@ class Canvas:
         rows, columns = height * SUPERSAMPLING, width * SUPERSAMPLING
         self.y = (((np.arange(rows) + 0.5) / SUPERSAMPLING - origin[1]) / scale).astype(np.float32)
         self.x = (((np.arange(columns) + 0.5) / SUPERSAMPLING - origin[0]) / scale).astype(np.float32)
-        self.numbers = np.arange(rows * columns, dtype=np.int64).reshape(rows, columns)
+        self.numbers = np.arange(rows * columns).reshape(rows, columns)
         self.rgb = np.ones((3, rows * columns), np.float32)
         self.labels = np.zeros(rows * columns, np.uint8)
         self.changing = np.zeros(rows * columns, np.uint8)
@@ -69,6 +76,8 @@ class Canvas:
         self, region: Region, color: np.ndarray, label: int | None = None, shade: np.ndarray | float = 1.0
     ) -> None:
         """Fill a region with one colour (3,) or a colour for each of its pixels (3, N); `shade` (N,) multiplies it."""
+        if not region.pixels.size:
+            return
         for plane, values in zip(self.rgb, color):
             plane[region.pixels] = values * shade
         if label is not None:
@@ -89,14 +98,13 @@ class Canvas:
 
     def box(self, left: float, top: float, right: float, bottom: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The pixels of a rectangle that are on the canvas: their x (1, W) and y (H, 1), and their numbers (H, W)."""
-        rows, columns = slice(*np.searchsorted(self.y, (top, bottom))), slice(*np.searchsorted(self.x, (left, right)))
+        rows, columns = slice(*self.y.searchsorted((top, bottom))), slice(*self.x.searchsorted((left, right)))
         return self.x[None, columns], self.y[rows, None], self.numbers[rows, columns]
 
     def region(self, box, inside: np.ndarray | None, across: np.ndarray, along: np.ndarray) -> Region:
         """The pixels of a box that are inside, (H, W), None for all; coordinates may have a side of 1."""
-        x, y, numbers = box
-        values = np.broadcast_arrays(numbers, x, y, across, along)
-        return Region(*(value.ravel() if inside is None else value[inside] for value in values))
+        values = (box[2], *(np.broadcast_to(values, box[2].shape) for values in (across, along)))
+        return Region(self, *(value.ravel() if inside is None else value[inside] for value in values))
 
     def rectangle(self, left: float, top: float, right: float, bottom: float) -> Region:
         x, y, _ = box = self.box(left, top, right, bottom)
@@ -137,9 +145,11 @@ class Canvas:
     def limb(self, start, end, start_radius: float, end_radius: float) -> Region:
         """A tapered bar with round ends; along is 0 and 1 at its joints and goes beyond them."""
         (x0, y0), (x1, y1), radius = start, end, max(start_radius, end_radius)
-        x, y, _ = box = self.box(
+        x, y, numbers = box = self.box(
             min(x0, x1) - radius, min(y0, y1) - radius, max(x0, x1) + radius, max(y0, y1) + radius
         )
+        if not numbers.size:
+            return self.region(box, None, x, y)
         dx, dy = np.float32(x1 - x0), np.float32(y1 - y0)
         squared = dx**2 + dy**2
         along = (x - np.float32(x0)) * (dx / squared) + (y - np.float32(y0)) * (dy / squared)

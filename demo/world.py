@@ -78,7 +78,9 @@ HEMS = {
 HEM_ODDS = {"top": (0.2, 0.5, 0.3), "trousers": (0.3, 0.2, 0.5), "skirt": (0.35, 0.35, 0.3), "dress": (0.3, 0.4, 0.3)}
 SKIN_TONES = np.array([(255, 222, 196), (240, 196, 162), (216, 162, 122), (176, 120, 84), (128, 84, 58), (88, 58, 43)])
 HAIR_COLORS = np.array([(38, 30, 27), (84, 54, 34), (142, 94, 50), (216, 180, 112), (152, 66, 38), (134, 134, 138)])
-MUTED = np.array([(44, 62, 96), (36, 38, 44), (206, 202, 192), (92, 96, 104), (88, 92, 62), (226, 224, 218), (104, 44, 56)])
+MUTED = np.array(
+    [(44, 62, 96), (36, 38, 44), (206, 202, 192), (92, 96, 104), (88, 92, 62), (226, 224, 218), (104, 44, 56)]
+)
 WALLS = np.array([(226, 224, 220), (205, 214, 222), (222, 212, 198), (200, 212, 200), (214, 202, 212), (176, 186, 196), (190, 178, 166)])  # fmt: skip
 
 # Pixels to a unit, and where the base of the neck is, in a picture of 128 x 96, near and far.
@@ -209,7 +211,9 @@ def draw_sample(
     seed: int, split: str, index: int, category: str, factors: Collection[str] = FACTORS
 ) -> tuple[Person, Cloth]:
     """Sample `index` of a split, the same whatever the number of samples; `factors` outside stay at their first level."""
-    people, cloths = (np.random.default_rng([seed, SPLITS.index(split), CATEGORIES.index(category), index, part]) for part in (0, 1))
+    people, cloths = (
+        np.random.default_rng([seed, SPLITS.index(split), CATEGORIES.index(category), index, part]) for part in (0, 1)
+    )
     return random_person(people, category, factors), random_cloth(cloths, category, factors)
 
 
@@ -446,7 +450,10 @@ def logo(cloth: Cloth, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         letters = written(cloth.word)
         half = 0.72, 0.72 * letters.shape[1] / letters.shape[0]
         inside = (np.abs(y) < half[0]) & (np.abs(x) < half[1])
-        row, column = ((y / half[0] + 1) / 2 * letters.shape[0]).astype(int), ((x / half[1] + 1) / 2 * letters.shape[1])
+        row, column = (
+            ((y / half[0] + 1) / 2 * letters.shape[0]).astype(int),
+            ((x / half[1] + 1) / 2 * letters.shape[1]),
+        )
         column = column.astype(int)
         row, column = row.clip(0, letters.shape[0] - 1), column.clip(0, letters.shape[1] - 1)
         return inside & letters[row, column]
@@ -491,7 +498,7 @@ def folds(cloth: Cloth, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     else:
         first = np.sin(0.62 * u + 0.03 * v + a) * (0.65 + 0.35 * np.sin(0.06 * v + b))
         waves = first + 0.6 * np.sin(0.3 * v + 0.3 * u + c) * (0.5 + 0.5 * np.sin(0.11 * v - 0.2 * u + d))
-    return 0.98 + 0.095 * waves - 0.05 * waves**2
+    return 0.99 + 0.07 * waves - 0.035 * waves**2
 
 
 def paint_cloth(canvas: Canvas, panel: Panel, cloth: Cloth, paint, round: float, front: bool = True) -> None:
@@ -624,8 +631,8 @@ def rounded(region: Region, depth: float = 0.22) -> np.ndarray:
 
 def paint_background(canvas: Canvas, person: Person) -> None:
     left, right, top, bottom = canvas.x[0], canvas.x[-1], canvas.y[0], canvas.y[-1]
-    wall = canvas.rectangle(left, top, right + 1, bottom + 1)
-    canvas.paint(wall, person.wall, None, 1.04 - 0.1 * wall.along)
+    light = np.repeat(1.04 - 0.1 * (canvas.y - top) / (bottom - top), len(canvas.x))
+    np.multiply(person.wall[:, None], light, out=canvas.rgb)
     floor = 101.0
     if person.levels["background"] == "clutter":
         paint_clutter(canvas, person, floor)
@@ -647,7 +654,9 @@ def paint_clutter(canvas: Canvas, person: Person, floor: float) -> None:
         x, y = side + rng.uniform(-6, 6), top + rng.uniform(0.05, 0.4) * (bottom - top)
         w, h = rng.uniform(9, 20), rng.uniform(9, 20)
         canvas.paint(canvas.rectangle(x - w, y - h, x + w, y + h), pick(rng, MUTED))
-        canvas.paint(canvas.rectangle(x - w + 2, y - h + 2, x + w - 2, y + h - 2), pick(rng, WALLS) * rng.uniform(0.7, 1))
+        canvas.paint(
+            canvas.rectangle(x - w + 2, y - h + 2, x + w - 2, y + h - 2), pick(rng, WALLS) * rng.uniform(0.7, 1)
+        )
         x, h, color = side + rng.uniform(-6, 6), rng.uniform(18, 52), pick(rng, MUTED)
         w = rng.uniform(8, 22)
         if rng.random() < 0.5:
@@ -659,7 +668,9 @@ def paint_clutter(canvas: Canvas, person: Person, floor: float) -> None:
                 tip = (x + 26 * np.sin(angle), bottom - 20 - 26 * np.cos(angle))
                 leaf = canvas.limb((x, bottom - 16), tip, 2.2, 3.6)
                 canvas.paint(leaf, np.array([0.25, 0.45, 0.27]) * rng.uniform(0.8, 1.15), None, rounded(leaf))
-            canvas.paint(canvas.polygon((x - 9, bottom - 18), (x + 9, bottom - 18), (x + 6, bottom), (x - 6, bottom)), color)
+            canvas.paint(
+                canvas.polygon((x - 9, bottom - 18), (x + 9, bottom - 18), (x + 6, bottom), (x - 6, bottom)), color
+            )
 
 
 def paint_limb(canvas: Canvas, joints, radii, color: np.ndarray, label: int, paint) -> None:
@@ -674,7 +685,9 @@ def paint_legs(canvas: Canvas, person: Person) -> None:
     for i, side in enumerate((-1, 1)):
         joints = (figure.hip(side), figure.knees[i], figure.ankles[i])
         foot = (figure.ankles[i][0], figure.ankles[i][1] + 4)
-        paint_limb(canvas, (*joints, foot), (*radii, 3.4), person.skin, LIP[("right_leg", "left_leg")[i]], canvas.paint)
+        paint_limb(
+            canvas, (*joints, foot), (*radii, 3.4), person.skin, LIP[("right_leg", "left_leg")[i]], canvas.paint
+        )
 
 
 def paint_shoes(canvas: Canvas, person: Person) -> None:
@@ -740,13 +753,14 @@ def paint_head(canvas: Canvas, person: Person) -> None:
         paint(cheek, skin * np.array([1.0, 0.9, 0.88]))
         paint(canvas.ellipse(middle + side * 3.4, -17.3, 1.75, 1.15), np.array([0.95, 0.94, 0.92]))
         paint(canvas.ellipse(middle + side * 3.3 + turn * 0.3, -17.2, 1.05, 1.2), person.eyes * 0.8)
-        paint(canvas.limb((middle + side * 1.9, -19.9), (middle + side * 5.0, -20.1), 0.6, 0.42), person.hair * 0.7)
-        paint(canvas.limb((middle + side * 1.6, -18.4), (middle + side * 5.0, -18.2), 0.34, 0.3), skin * 0.4)
+        paint(canvas.limb((middle + side * 2.0, -20.3), (middle + side * 5.2, -20.5), 0.5, 0.35), person.hair * 0.8)
+        paint(canvas.limb((middle + side * 2.0, -18.5), (middle + side * 5.0, -18.1), 0.3, 0.26), skin * 0.45)
     paint(canvas.limb((middle + 0.9, -16.2), (middle + 1.3, -13.6), 0.4, 0.7), skin * 0.84)
     paint(canvas.ellipse(middle, -13.3, 1.5, 0.6), skin * 0.78)
     lips = skin * np.array([0.82, 0.5, 0.5])
-    paint(canvas.ellipse(middle, -10.2, 2.5, 1.05), lips)
-    paint(canvas.limb((middle - 2.2, -10.4), (middle + 2.2, -10.4), 0.3, 0.3), lips * 0.65)
+    smile = canvas.ellipse(middle, -11.6, 2.9, 2.5)
+    paint(smile.where(smile.along > 0.2), lips)
+    paint(smile.where((smile.along > 0.2) & (smile.along < 0.5 - 0.3 * smile.across**2)), lips * 0.7)
     cap = canvas.column(profile((-31, 1.5), (-29.5, 5.5), (-26, 8.8), (-21, 9.6), (-14, 9.3), (-12, 8.6)), profile((-40, x), (0, x)), -31, -13)  # fmt: skip
     xs, ys = cap.x, cap.y
     part = -2.5 if turn > 0 else 2.5
@@ -771,10 +785,17 @@ def paint_hair_before(canvas: Canvas, person: Person) -> None:
     """Two locks that fall over the shoulders, before the cloth."""
     x = person.head[0]
     for side in (-1, 1):
-        joints = [(x + side * 9.0, -17), (x + side * 9.9, -4), (x + side * 10.6, 8), (side * 9.6, 22 + 3 * side * person.head[1])]
+        joints = [
+            (x + side * 9.0, -17),
+            (x + side * 9.9, -4),
+            (x + side * 10.6, 8),
+            (side * 9.6, 22 + 3 * side * person.head[1]),
+        ]
         for part, (start, end) in enumerate(((2.0, 3.0), (3.0, 3.5), (3.5, 1.3))):
             lock = canvas.limb(joints[part], joints[part + 1], start, end)
-            canvas.paint_kept(lock, person.hair, LIP["hair"], 1.04 - 0.22 * lock.across**2 + 0.08 * np.sin(7 * lock.across))
+            canvas.paint_kept(
+                lock, person.hair, LIP["hair"], 1.04 - 0.22 * lock.across**2 + 0.08 * np.sin(7 * lock.across)
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------------ the pose
@@ -819,7 +840,10 @@ def keypoints(person: Person, height: int, width: int) -> dict[str, tuple[float,
     canvas_scale, top = FRAMES[person.category][person.levels["distance"]]
     pixel = height / UNIT_HEIGHT
     at = {
-        name: (width / 2 + (person.place[0] + px * canvas_scale) * pixel, (top + person.place[1] + py * canvas_scale) * pixel)
+        name: (
+            width / 2 + (person.place[0] + px * canvas_scale) * pixel,
+            (top + person.place[1] + py * canvas_scale) * pixel,
+        )
         for name, (px, py) in points.items()
     }
     return {name: point for name, point in at.items() if 0 <= point[0] < width and 0 <= point[1] < height}
