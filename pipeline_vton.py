@@ -17,6 +17,8 @@ import numbers
 import os
 import re
 import tempfile
+import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -575,6 +577,13 @@ def widen_conv_in(unet: UNet2DConditionModel) -> torch.nn.Conv2d:
     return old
 
 
+def hub_repository(name: str | os.PathLike | None) -> str | None:
+    """The Hub repository that a name, or a folder in the Hub's cache, stands for; None for any other folder."""
+    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", str(name)):
+        return f"{cached[1]}/{cached[2]}"
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists() else None
+
+
 def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Weights and metadata of a file; ValueError where it is none, or not whole."""
     try:
@@ -647,6 +656,8 @@ def catvton_settings(source: str, mask_free: bool | None, base_in_channels: int)
         cross_attention="identity",
         mask_free=mask_free,
         guidance_scale=2.5,
+        scheduler_class="DDIMScheduler",
+        eta=1.0,
         base_model="timbrooks/instruct-pix2pix" if mask_free else "stable-diffusion-v1-5/stable-diffusion-inpainting",
     )
 
@@ -668,6 +679,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
     def config(self) -> FrozenDict:
         """As diffusers'; the settings in it are the stack's top, whatever happened to the UNet since one looked last."""
         if "_said" in self.__dict__:
+            self._follow_scheduler()
             settings = asdict(self._settings())
             if not settings.items() <= self._internal_dict.items():  # set past __setattr__, which asks for `config`
                 self.__dict__["_internal_dict"] = FrozenDict({**self._internal_dict, **settings})
@@ -683,9 +695,9 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             said = {name: checked[name] for name in names}
             if "base_in_channels" in said:
                 self._stack["base_in_channels"] = said.pop("base_in_channels")
-            number = self._layers()[-1]["number"]
+            top = self._layers()[-1]["id"]
             for known in (self._said, self._stack["said"]):
-                known[number] = known.get(number, {}) | said
+                known[top] = known.get(top, {}) | said
 
     def _begin_settings(self, **given: Any) -> None:
         """The settings of a new pipeline: as given, else what was last said of this UNet, else the defaults."""
@@ -694,38 +706,37 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         if not stack["said"]:  # nobody has seen this UNet
             settings = asdict(AdapterSettings(**{"base_in_channels": stack["base_in_channels"]} | given))
             stack["base_in_channels"] = settings.pop("base_in_channels")
-            stack["said"][0] = settings
+            stack["said"]["base"] = settings
             given = {}
-        self._said = copy.deepcopy(stack["said"])  # by the numbers of the layers; by this pipeline alone from now on
-        number, checked = self._layers()[-1]["number"], asdict(AdapterSettings(**asdict(self._settings()) | given))
-        self._said[number] = self._said.get(number, {}) | {name: checked[name] for name in given}
+        self._layers_sampled = {layer["id"] for layer in self._layers()}  # whose schedulers had their turn
+        self._said = copy.deepcopy(stack["said"])  # by the layers' ids; by this pipeline alone from now on
+        top, checked = self._layers()[-1]["id"], asdict(AdapterSettings(**asdict(self._settings()) | given))
+        self._said[top] = self._said.get(top, {}) | {name: checked[name] for name in given}
 
     @property
     def _stack(self) -> dict[str, Any]:
         """What the UNet carries."""
         unet = getattr(self.unet, "_orig_mod", self.unet)
         if unet is None:
-            return {"base_in_channels": None, "said": {}, "fixed": [], "adapter": None, "loras": {}, "layers": 0}
+            return {"base_in_channels": None, "said": {}, "fixed": [], "adapter": None, "loras": {}}
         if "vton_stack" not in vars(unet):
             unet.vton_stack = {
                 "base_in_channels": unet.config.in_channels,
-                "said": {0: self._said[0]} if "_said" in self.__dict__ else {},  # by the numbers of the layers
+                "said": {"base": self._said["base"]} if "_said" in self.__dict__ else {},  # by the layers' ids
                 "fixed": [],  # layers that were fused into the base
                 "adapter": None,  # its layer, with the base's weights
                 "loras": {},  # layers by the names of LoRAs
-                "layers": 0,  # so far
             }
         return unet.vton_stack
 
-    def _new_layer(self, settings: AdapterSettings) -> dict[str, Any]:
-        stack = self._stack
-        stack["layers"] += 1
-        return {"number": stack["layers"], "settings": asdict(settings)}
+    @staticmethod
+    def _new_layer(settings: AdapterSettings) -> dict[str, Any]:
+        return {"id": uuid.uuid4().hex, "settings": asdict(settings)}
 
     def _layers(self, loras: bool = True) -> list[dict[str, Any]]:
         """The layers in force, from the base up; without `loras` only what the UNet's own weights are."""
         stack = self._stack
-        layers = [{"number": 0, "settings": {}}, *stack["fixed"]]
+        layers = [{"id": "base", "settings": {}}, *stack["fixed"]]
         if stack["adapter"] is not None:
             layers.append(stack["adapter"])
         if loras and stack["loras"]:
@@ -741,8 +752,33 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         settings = {}
         for layer in self._layers(loras):
             settings |= {name: value for name, value in layer["settings"].items() if value is not None}
-            settings |= self._said.get(layer["number"], {})
+            settings |= self._said.get(layer["id"], {})
         return AdapterSettings(**settings | {"base_in_channels": self._stack["base_in_channels"]})
+
+    def _follow_scheduler(self) -> None:
+        """Sample as the layers in force ask for: a new one puts its scheduler in, and one that went takes its own out.
+
+        The scheduler is built from the one before; betas and prediction type stay. A scheduler that somebody else put in is
+        theirs, and stays.
+        """
+        layers = {layer["id"]: layer["settings"].get("scheduler_class") for layer in self._layers()}
+        new = [identity for identity, name in layers.items() if name and identity not in self._layers_sampled]
+        if self.scheduler is None or layers.keys() == self._layers_sampled:
+            return
+        self._layers_sampled.clear()
+        self._layers_sampled.update(layers)
+        scheduler = self.scheduler
+        while getattr(scheduler, "vton_layer", "base") not in {"base", *layers}:
+            scheduler = scheduler.vton_replaced
+        for identity in new:
+            cls, config, options = getattr(diffusers, layers[identity]), scheduler.config, {}
+            silent = "clip_sample" not in config or "clip_sample" in config.get("_use_default_values", [])
+            if silent and "clip_sample" in inspect.signature(cls).parameters:
+                options["clip_sample"] = False  # latents are not pictures in [-1, 1]
+            replaced, scheduler = scheduler, cls.from_config(config, **options)
+            scheduler.vton_layer, scheduler.vton_replaced = identity, replaced
+        if scheduler is not self.scheduler:
+            self.scheduler = scheduler
 
     def load_vton_adapter(
         self,
@@ -797,11 +833,18 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self.unload_vton_adapter()
         conv_in = widen_conv_in(self.unet) if self.unet.config.in_channels == 4 else None
         parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
-        base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        stack["adapter"] = self._new_layer(settings) | {"weights": base, "conv_in": conv_in}
+        stack["adapter"] = self._new_layer(settings) | {"weights": before, "conv_in": conv_in}
+        self._follow_scheduler()
+        meant = hub_repository(settings.base_model)
+        base = hub_repository(self._said["base"].get("base_model")) or hub_repository(self.name_or_path)
+        if meant is not None and base is not None and meant != base:
+            warnings.warn(
+                f"the adapter {file} was trained on {meant}, and its weights replace those of {base}", stacklevel=2
+            )
 
     def unload_vton_adapter(self) -> None:
         """Put the base's weights back, bit for bit, and the settings that lie below the adapter's."""
@@ -822,6 +865,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self.unet.conv_in = adapter["conv_in"].to(self.unet.conv_in.weight)  # its device and dtype
             self.unet.register_to_config(in_channels=4)
         self._stack["adapter"] = None
+        self._follow_scheduler()
 
     def save_vton_adapter(self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings.
@@ -863,12 +907,14 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self._stack["loras"].pop(name, None)
             if brought is not None:
                 self._stack["loras"][name] = self._new_layer(brought)
+        self._follow_scheduler()
 
     def unload_lora_weights(self) -> None:
         """As diffusers unloads LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
         self._keep_fused(set(self._stack["loras"]))
         super().unload_lora_weights()
         self._stack["loras"].clear()
+        self._follow_scheduler()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """As diffusers deletes LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
@@ -877,6 +923,22 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         super().delete_adapters(adapter_names)
         for name in names:
             self._stack["loras"].pop(name, None)
+        self._follow_scheduler()
+
+    def set_adapters(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers sets the active LoRAs; their settings and scheduler follow."""
+        super().set_adapters(*args, **kwargs)
+        self._follow_scheduler()
+
+    def enable_lora(self) -> None:
+        """As diffusers enables LoRAs; their settings and scheduler follow."""
+        super().enable_lora()
+        self._follow_scheduler()
+
+    def disable_lora(self) -> None:
+        """As diffusers disables LoRAs; the settings and the scheduler below them follow."""
+        super().disable_lora()
+        self._follow_scheduler()
 
     def _keep_fused(self, names: set[str]) -> None:
         """Of LoRAs that are about to go: those that are merged become the base's for good, and an adapter under them too."""
@@ -884,7 +946,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         merged = {name for module in _lora_modules(self.unet) for name in module.merged_adapters}
         if merged & names:
             if stack["adapter"] is not None:
-                stack["fixed"].append({name: stack["adapter"][name] for name in ("number", "settings")})
+                stack["fixed"].append({name: stack["adapter"][name] for name in ("id", "settings")})
                 stack["adapter"] = None
             stack["fixed"] += [layer for name, layer in stack["loras"].items() if name in merged & names]
 
@@ -1144,10 +1206,7 @@ class VTONHubMixin:
 
     def _published_base(self) -> str | None:
         """The base's repository on the Hub, as the adapter or the loading says, unless it is a folder."""
-        for base in (self.config.base_model, self.name_or_path):
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not Path(base).exists():
-                return base
-        return None
+        return hub_repository(self.config.base_model) or hub_repository(self.name_or_path)
 
     def _write_card(
         self, folder: Path, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult] | None
@@ -1731,7 +1790,7 @@ class StableDiffusionVTONPipeline(
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int = 1,
-        eta: float = 0.0,
+        eta: float | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -1752,7 +1811,7 @@ class StableDiffusionVTONPipeline(
                 draws it with the human parser, or needs a mask-free adapter.
             cloth_type: `"upper"`, `"lower"` or `"dress"`, for the human parser.
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as in `StableDiffusionPipeline`; used by adapters
-                with `cross_attention="prompt"`.
+                with `cross_attention="prompt"`, which may bring a prompt for calls that give none.
             height, width: the size to work at, multiples of 64 for SD1.5. None keeps the person's aspect at about the native
                 area; one alone takes the other from the aspect.
             num_inference_steps: denoising steps, 50 by default.
@@ -1763,7 +1822,7 @@ class StableDiffusionVTONPipeline(
             guidance_interval: [start, end) in fractions of the steps; outside it the conditional branch runs alone
                 (arXiv:2404.07724).
             num_images_per_prompt: results for every person.
-            eta: for DDIM.
+            eta: noise that DDIM adds again at every step, 0 to 1 (arXiv:2010.02502); None takes the adapter's own.
             cross_attention_kwargs: `{"scale": ...}` of a LoRA.
             generator: one, or a list with one for every result.
             latents: the first noise (N * num_images_per_prompt, 4, h, w), before the scheduler's scale; the whole canvas in
@@ -1784,6 +1843,8 @@ class StableDiffusionVTONPipeline(
             ValueError, TypeError: an argument is wrong; the sentence names it and its value.
         """
         # 1. Check, and learn what there is to do
+        prompt = self.config.prompt if prompt is None and prompt_embeds is None else prompt
+        eta = (self.config.eta or 0.0) if eta is None else eta
         prompts = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
