@@ -17,6 +17,8 @@ import math
 import numbers
 import os
 import re
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -1240,6 +1242,27 @@ people, its biases included, is still there.
 """
 
 
+@contextmanager
+def written_whole(directory: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder whose files end in `directory` when all of them are written, and nowhere where an error ends it."""
+    directory = Path(directory)
+    new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".unfinished-") as unfinished:
+            yield Path(unfinished)
+            for file in sorted(Path(unfinished).rglob("*")):
+                place = directory / file.relative_to(unfinished)
+                if file.is_dir():
+                    place.mkdir(exist_ok=True)
+                else:
+                    os.replace(file, place)
+    except BaseException:
+        if new:
+            directory.rmdir()
+        raise
+
+
 class VTONHubMixin:
     """Saves, publishes and describes a whole pipeline, its code included."""
 
@@ -1275,20 +1298,22 @@ class VTONHubMixin:
                 )
         if self.unet.config.in_channels != 4:
             self._refuse_changed_unet()
-        super().save_pretrained(save_directory, *args, **kwargs)
-        folder = Path(save_directory)
-        index = json.loads((folder / self.config_name).read_text())
-        index["_class_name"] = ["pipeline_vton", type(self).__name__]
-        for (
-            component
-        ) in index.values():  # transformers' name where torchvision is missing; the plain one loads anywhere
-            if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
-                component[-1] = component[-1].removesuffix("Pil")
-        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        self._write_code(folder)
-        if self.unet.config.in_channels != 4:
-            self.save_vton_adapter(folder, dtype=self._lossless_dtype())
-        self._write_card(folder, folder.resolve().name, False, license, eval_results)
+        with written_whole(save_directory) as folder:
+            super().save_pretrained(folder, *args, **kwargs)
+            index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
+            index["_class_name"] = ["pipeline_vton", StableDiffusionVTONPipeline.__name__]
+            for component in index.values():
+                # transformers' name where torchvision is missing; the plain one loads anywhere
+                if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
+                    component[-1] = component[-1].removesuffix("Pil")
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / self.config_name).write_text(text, encoding="utf-8")
+            self._write_code(folder)
+            if self.unet.config.in_channels != 4:
+                self.save_vton_adapter(folder, dtype=self._lossless_dtype())
+            if (own := Path(save_directory, "README.md")).is_file():
+                shutil.copy(own, folder)
+            self._write_card(folder, Path(save_directory).resolve().name, False, license, eval_results)
 
     def push_to_hub(
         self,
@@ -1338,15 +1363,21 @@ class VTONHubMixin:
             f"{repo_id} holds a try-on adapter, not a whole pipeline: load its base with DiffusionPipeline.from_pretrained("
             f"{base!r}, custom_pipeline={repo_id!r}, trust_remote_code=True), then pipe.load_vton_adapter({repo_id!r})"
         )
-        (folder / "vton.py").write_text(f"raise ValueError({message!r})\n")
-        index = {"_class_name": ["vton", type(self).__name__], "_diffusers_version": __version__}
-        (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "vton.py").write_text(f"raise ValueError({message!r})\n", encoding="utf-8")
+        name = StableDiffusionVTONPipeline.__name__
+        index = {"_class_name": ["vton", name], "_diffusers_version": __version__}
+        (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _write_code(self, folder: Path) -> None:
-        """This file, and one line under each of the two names that `custom_pipeline` looks for."""
-        (folder / "pipeline_vton.py").write_text(Path(inspect.getfile(type(self))).read_text())
-        for name in ("pipeline.py", "vton.py"):
-            (folder / name).write_text(f"from .pipeline_vton import {type(self).__name__}  # noqa: F401\n")
+    @staticmethod
+    def _write_code(folder: Path) -> None:
+        """This file, and one line under each of the two names that `custom_pipeline` looks for; of a subclass nothing."""
+        name = StableDiffusionVTONPipeline.__name__
+        if __name__ == "__main__":
+            raise ValueError(f"{name} has no file of its own that could be saved: import it from pipeline_vton.py")
+        code = inspect.getsource(sys.modules[__name__])
+        (folder / "pipeline_vton.py").write_text(code, encoding="utf-8")
+        for file in ("pipeline.py", "vton.py"):
+            (folder / file).write_text(f"from .pipeline_vton import {name}  # noqa: F401\n", encoding="utf-8")
 
     def _lossless_dtype(self) -> torch.dtype | None:
         """float16 where that changes no weight (trainers write so), else None: the UNet's own."""
@@ -1365,7 +1396,7 @@ class VTONHubMixin:
     ) -> None:
         """README.md: a new one, or with the measurements added where somebody wrote one."""
         file = folder / "README.md"
-        if file.exists() and CARD_NOTE not in file.read_text():
+        if file.exists() and CARD_NOTE not in file.read_text(encoding="utf-8"):
             card = ModelCard.load(file)
         else:
             card = self._new_card(name, adapter_only, license, eval_results or [])
