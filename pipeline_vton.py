@@ -10,6 +10,7 @@ file, and the pipeline. `train_vton.py` imports the same pieces.
 """
 
 import copy
+import functools
 import inspect
 import io
 import json
@@ -20,8 +21,10 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -51,7 +54,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.hub_utils import _get_model_file, populate_model_card
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 from PIL import Image, ImageCms, ImageFilter, ImageOps
@@ -1464,6 +1467,45 @@ class VTONHubMixin:
 # -------------------------------------------------------------------------------------------------------- the pipeline
 
 
+class Turn:
+    """Whose turn it is with a UNet or a scheduler: a lock, and the pipelines whose calls hold it, with their schedulers."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.held: list[Any] = []
+
+
+# By UNet and by scheduler, which stay free to be copied and pickled. Kept in diffusers, for all copies of this file: whoever
+# loads a `custom_pipeline` twice has executed it twice.
+TURNS = vars(diffusers).setdefault("_vton_turns", weakref.WeakKeyDictionary())
+
+
+def in_turn(call: Callable) -> Callable:
+    """Let the calls of pipelines that share a UNet or a scheduler run one after the other, from whatever threads they come.
+
+    A callback may call another pipeline, on the same UNet too, that has a scheduler of its own.
+    """
+
+    @functools.wraps(call)
+    def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as turns:
+            for part in (unwrap_module(self.unet), self.scheduler):
+                if part is None:
+                    continue
+                turn = TURNS.setdefault(part, Turn())
+                turns.enter_context(turn.lock)
+                if any(held is self or held is self.scheduler for held in turn.held):
+                    raise RuntimeError(
+                        "a callback of a running call must not call the same pipeline, or one with its scheduler, whose state would "
+                        "be overwritten: give the inner pipeline a scheduler of its own"
+                    )
+                turns.callback(setattr, turn, "held", turn.held)
+                turn.held = [*turn.held, self, self.scheduler]
+            return call(self, *args, **kwargs)
+
+    return waiting
+
+
 @dataclass
 class TryOnInputs:
     """What `check_inputs` learnt of a call: the pictures, where in them to work, and at which size."""
@@ -1921,6 +1963,7 @@ class StableDiffusionVTONPipeline(
     def interrupt(self) -> bool:
         return self._interrupt
 
+    @in_turn
     @torch.no_grad()
     def __call__(
         self,
