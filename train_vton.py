@@ -31,7 +31,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -70,16 +70,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipeline_vton import (
     ADAPTER_NAME,
-    ADAPTER_SETTINGS,
-    CHOICES,
     LORA_NAME,
     LORA_SETTINGS,
     TRAINABLE_PARTS,
+    AdapterSettings,
     ClothBesideAttnProcessor,
     StableDiffusionVTONPipeline,
     TryOnLatents,
-    adapter_metadata,
     adapter_parameters,
+    as_masks,
     as_pil,
     as_tensors,
     fit_cloth,
@@ -149,12 +148,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how the cloth is shown, and what learns").add_argument
-    add("--cloth_conditioning", choices=CHOICES["cloth_conditioning"], default="reference", help="cloth tokens in every attn1 (default), or one canvas")  # fmt: skip
+    add("--cloth_conditioning", choices=AdapterSettings.choices("cloth_conditioning"), default="reference", help="cloth tokens in every attn1 (default), or one canvas")  # fmt: skip
     add("--cross_attention", choices=("skip", "prompt"), default="skip", help="leave attn2 out (default), or feed it text")  # fmt: skip
     add("--prompt", default="", help="the text of every picture with --cross_attention prompt (default empty)")
-    add("--condition_latents", choices=CHOICES["condition_latents"], help="default: unscaled for 8-channel bases (instruct-pix2pix), else scaled")  # fmt: skip
+    add("--condition_latents", choices=AdapterSettings.choices("condition_latents"), help="default: unscaled for 8-channel bases (instruct-pix2pix), else scaled")  # fmt: skip
     add("--mask_free", action="store_true", help="condition on the whole person, in another cloth, instead of a masked one")  # fmt: skip
-    add("--trainable", choices=CHOICES["trainable"], default="self_attention", help="which UNet weights learn (default self_attention)")  # fmt: skip
+    add("--trainable", choices=AdapterSettings.choices("trainable"), default="self_attention", help="which UNet weights learn (default self_attention)")  # fmt: skip
     add("--lora_rank", type=int, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
     add("--cloth_dropout", type=float, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
     add("--guidance_scale", type=float, default=7.5, help="recommended in the adapter, used in validation (default 7.5)")  # fmt: skip
@@ -288,7 +287,7 @@ class Preparation:
 
 def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> Image.Image:
     try:
-        return as_pil(as_tensors(open_file(), name, 1 if role == "mask" else 3)[0])
+        return as_pil((as_masks if role == "mask" else as_tensors)(open_file(), name)[0])
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: some broken PNGs
         raise ValueError(f"{name} cannot be read: {error}") from error
 
@@ -664,23 +663,23 @@ class Trainer:
         args, size = self.args, self.unet.config.sample_size
         size = size if isinstance(size, (list, tuple)) else (size, size)
         parts = (self.vae, self.unet, self.noise_scheduler)
-        self.pipe = StableDiffusionVTONPipeline(*parts, in_channels=self.in_channels)
+        self.pipe = StableDiffusionVTONPipeline(*parts, base_in_channels=self.in_channels)
         self.height = args.height or size[0] * self.pipe.vae_scale_factor
         self.width = args.width or size[1] * self.pipe.vae_scale_factor
         self.pipe.resolve_size(self.height, self.width, self.height, self.width)  # an error names a bad side
-        self.settings = ADAPTER_SETTINGS | {
-            "in_channels": self.in_channels,
-            "cloth_conditioning": args.cloth_conditioning,
-            "cross_attention": args.cross_attention,
-            "condition_latents": args.condition_latents or ("unscaled" if self.in_channels == 8 else "scaled"),
-            "mask_free": args.mask_free,
-            "trainable": args.trainable,
-            "guidance_scale": args.guidance_scale,
-            "base_model": args.pretrained_model_name_or_path,
-            "height": self.height,
-            "width": self.width,
-        }
-        self.pipe.register_to_config(**self.settings)
+        self.settings = AdapterSettings(
+            base_in_channels=self.in_channels,
+            cloth_conditioning=args.cloth_conditioning,
+            cross_attention=args.cross_attention,
+            condition_latents=args.condition_latents or ("unscaled" if self.in_channels == 8 else "scaled"),
+            mask_free=args.mask_free,
+            trainable=args.trainable,
+            guidance_scale=args.guidance_scale,
+            base_model=args.pretrained_model_name_or_path,
+            height=self.height,
+            width=self.width,
+        )
+        self.pipe.register_to_config(**asdict(self.settings))
         self.pipe.set_progress_bar_config(disable=True)
         self.prepare = Preparation(self.height, self.width, args.seed, args.augment)
         self.roles = ("person", "cloth", "condition" if args.mask_free else "mask")
@@ -720,7 +719,9 @@ class Trainer:
         vae = hashlib.sha256(json.dumps(dict(self.vae.config), default=str).encode())
         for name, weight in self.vae.state_dict().items():
             vae.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        settings = {name: self.settings[name] for name in ("height", "width", "condition_latents", "mask_free")}
+        settings = {
+            name: getattr(self.settings, name) for name in ("height", "width", "condition_latents", "mask_free")
+        }
         key = json.dumps([vae.hexdigest(), str(self.vae.dtype), settings, pairs.identity()])
         return self.args.cache_latents / hashlib.sha256(key.encode()).hexdigest()[:16]
 
@@ -806,7 +807,7 @@ class Trainer:
         """What the VAE makes of a batch: the tensors of `TryOnLatents`, and the posterior of the person to paint."""
         pictures = {name: batch[name].to(self.accelerator.device) for name in {*self.roles, "mask"}}
         shown = pictures["condition" if self.args.mask_free else "person"], pictures["mask"], pictures["cloth"]
-        settings = {name: self.settings[name] for name in ("mask_free", "condition_latents")}
+        settings = {name: getattr(self.settings, name) for name in ("mask_free", "condition_latents")}
         channels = self.unet.config.in_channels
         conditioning = TryOnLatents.encode(self.vae, *shown, channels=channels, **settings, dtype=torch.float32)
         posterior = self.vae.encode(pictures["person"].to(self.vae.dtype)).latent_dist
@@ -1027,7 +1028,7 @@ class Trainer:
 
     def write_weights(self, file: Path, dtype: torch.dtype | None = None) -> None:
         weights = {name: parameter.detach().to(dtype) for name, parameter in self.parameters.items()}
-        write_adapter(file, weights, self.settings | {"trained_steps": self.step})
+        write_adapter(file, weights, replace(self.settings, trained_steps=self.step))
 
     def write_lora(self, folder: Path) -> None:
         """diffusers' own LoRA file; the settings are a metadata entry of their own, since diffusers reads its entry whole."""
@@ -1038,7 +1039,7 @@ class Trainer:
             StableDiffusionVTONPipeline.save_lora_weights(temporary, layers, weight_name=LORA_NAME, **described)
             file = Path(temporary) / LORA_NAME
             weights, metadata = read_safetensors(file)
-            settings = adapter_metadata(self.settings | {"trained_steps": self.step})
+            settings = replace(self.settings, trained_steps=self.step).metadata()
             save_file(weights, file, metadata | {LORA_SETTINGS: json.dumps(settings)})
             os.replace(file, folder / LORA_NAME)
 

@@ -19,7 +19,7 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
-from tiny import box_mask, picture, run, seeded, tiny_pipe
+from tiny import box_mask, picture, run, seeded, tiny_pipe, tiny_text
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -40,6 +40,20 @@ def hooked_inputs(pipe):
     inputs = []
     pipe.unet.register_forward_pre_hook(lambda unet, args: inputs.append(args[0]))
     return inputs
+
+
+def models_run(pipe):
+    """The names of the models that run from now on."""
+    names = []
+    for name, model in (
+        ("unet", pipe.unet),
+        ("vae", pipe.vae.encoder),
+        ("text", pipe.text_encoder),
+        ("parser", pipe.human_parser),
+    ):
+        if model is not None:
+            model.register_forward_pre_hook(lambda model, args, name=name: names.append(name))
+    return names
 
 
 def unet_rows(pipe, **options):
@@ -84,7 +98,7 @@ def test_a_given_size_is_the_size_that_the_unet_works_at():
 
 
 @pytest.mark.parametrize("name", ["height", "width"])
-@pytest.mark.parametrize("value", [0, -8, 12, 32.0, "32"])
+@pytest.mark.parametrize("value", [0, -8, 12, 32.5, "32", True, float("nan"), float("inf")])
 def test_a_side_that_is_no_multiple_is_an_error(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be a positive multiple of 8, got {value!r}"):
         run(tiny_pipe(9), **{name: value})
@@ -135,7 +149,8 @@ def test_inputs_are_left_as_they_were():
 
 
 def test_a_mask_is_cut_at_one_half():
-    soft = Image.fromarray(np.where(np.asarray(box_mask()) > 0, 128, 127).astype(np.uint8))
+    soft = np.array(box_mask())
+    soft[:3], soft[12:15, 6:18] = 127, 128
     pipe = tiny_pipe(9)
     assert (run(pipe, mask=soft) == run(pipe)).all()
 
@@ -696,7 +711,7 @@ BAD_CALLS = {
     "masks": ({"person": [picture(1)] * 3, "mask": [box_mask()] * 2}, "`mask_image` must number 1 or 3.*2"),
     "mask of another size": ({"mask": box_mask(24, 32)}, r"`mask_image`.*\(32, 24\).*\(24, 32\)"),
     "black mask": ({"mask": Image.new("L", (24, 32))}, "`mask_image`.*black"),
-    "one black mask of two": ({"mask": [box_mask(), Image.new("L", (24, 32), 127)]}, "`mask_image`.*black"),
+    "one black mask of two": ({"mask": [box_mask(), Image.new("L", (24, 32), 20)]}, "`mask_image`.*black everywhere"),
     "persons of two sizes": (
         {"person": [picture(1), picture(1, 24, 32)], "mask": [box_mask(), box_mask(24, 32)], "output_type": "pil"},
         "`person_image`.*height",
@@ -713,6 +728,10 @@ BAD_CALLS = {
     "guidance in words": ({"guidance_scale": "7.5"}, "`guidance_scale`.*'7.5'"),
     "rescale NaN": ({"guidance_rescale": float("nan")}, "`guidance_rescale`.*nan"),
     "rescale None": ({"guidance_rescale": None}, "`guidance_rescale`.*None"),
+    "rescale too large": ({"guidance_rescale": 1.5}, "`guidance_rescale`.*from 0 to 1, got 1.5"),
+    "eta too large": ({"eta": 7.5}, "`eta`.*from 0 to 1, got 7.5"),
+    "eta negative": ({"eta": -0.1}, "`eta`.*from 0 to 1, got -0.1"),
+    "steps of truth": ({"num_inference_steps": True}, "`num_inference_steps`.*True"),
     "eta in words": ({"eta": "1"}, "`eta`.*'1'"),
     "interval reversed": ({"guidance_interval": (0.8, 0.2)}, r"`guidance_interval`.*\(0.8, 0.2\)"),
     "interval too long": ({"guidance_interval": (0.0, 1.5)}, "`guidance_interval`.*1.5"),
@@ -738,13 +757,13 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("options, message", BAD_CALLS.values(), ids=BAD_CALLS.keys())
-def test_a_bad_argument_is_one_clear_error(options, message):
+def test_a_bad_argument_is_one_clear_error_before_any_model_runs(options, message):
     pipe = tiny_pipe(9)
-    inputs = hooked_inputs(pipe)
+    ran = models_run(pipe)
     with pytest.raises((ValueError, TypeError), match=message) as raised:
         run(pipe, **options)
     assert "\n" not in str(raised.value)
-    assert not inputs
+    assert not ran
 
 
 BAD_PROMPTS = {
@@ -762,9 +781,34 @@ BAD_PROMPTS = {
 
 
 @pytest.mark.parametrize("options, message", BAD_PROMPTS.values(), ids=BAD_PROMPTS.keys())
-def test_a_bad_prompt_is_one_clear_error(options, message):
+def test_a_bad_prompt_is_one_clear_error_before_any_model_runs(options, message):
+    pipe = tiny_pipe(9, text=True, cross_attention="prompt")
+    ran = models_run(pipe)
     with pytest.raises(ValueError, match=message):
-        run(tiny_pipe(9, text=True, cross_attention="prompt"), **options)
+        run(pipe, **options)
+    assert not ran
+
+
+def test_bad_latents_are_an_error_before_the_parser_and_the_text_encoder_run():
+    pipe = parser_pipe(FASHN_LABELS, only="top")
+    pipe.register_modules(**dict(zip(("text_encoder", "tokenizer"), tiny_text())))
+    pipe.register_to_config(cross_attention="prompt")
+    ran = models_run(pipe)
+    for options in ({"latents": torch.zeros(1, 4, 8, 8)}, {"generator": [seeded()] * 2}, {"timesteps": [10, 400]}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}"):
+            pipe(picture(1), picture(2), prompt="a shirt", **options)
+    assert not ran
+    pipe(picture(1), [picture(2), picture(4)], num_inference_steps=1)
+    assert ran == ["parser", "text", "text", "vae", "vae", "unet", "unet"]  # one person is parsed once
+
+
+def test_whole_numbers_of_any_kind_count():
+    pipe = tiny_pipe(9)
+    expected = run(pipe, num_images_per_prompt=2)
+    for number in (float, np.float32, np.int64):
+        options = {"num_inference_steps": number(3), "num_images_per_prompt": number(2), "guidance_scale": number(7.5)}
+        options |= {} if number is not np.int64 else {"guidance_scale": np.float64(7.5)}
+        assert (run(pipe, **options) == expected).all()
 
 
 def test_an_adapter_that_reads_text_says_what_is_missing():

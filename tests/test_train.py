@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -30,8 +31,8 @@ from tiny import ROOT, picture, seeded, tiny_pipe
 from demo.make_dataset import make_dataset
 from pipeline_vton import (
     ADAPTER_NAME,
-    ADAPTER_SETTINGS,
     LORA_NAME,
+    AdapterSettings,
     ClothBesideAttnProcessor,
     ClothCacheAttnProcessor,
     TryOnLatents,
@@ -303,7 +304,9 @@ def test_what_is_validated_is_what_is_published(bases, data, tmp_path):
 def test_metadata_is_complete(finished, bases):
     with safe_open(finished / ADAPTER_NAME, "pt") as file:
         metadata = file.metadata()
-    assert metadata.keys() == {"format", "format_version", "in_channels", *ADAPTER_SETTINGS}
+    unsaid = {"scheduler_class", "eta", "prompt"}
+    known = {setting.name for setting in fields(AdapterSettings)} - {"base_in_channels", *unsaid}
+    assert metadata.keys() == {"format", "format_version", "in_channels", *known}
     assert metadata["base_model"] == str(bases[9]) and metadata["trained_steps"] == "8"
     assert (metadata["height"], metadata["width"], metadata["in_channels"]) == ("32", "24", "9")
 
@@ -442,7 +445,7 @@ def test_loss_is_the_pipelines_noise_error(bases, data, tmp_path, channels):
         pipe.read_cloth(conditioning, None, processors)
         noise_pred = pipe.predict_noise(noisy, timesteps, conditioning, None, None, guided=False)
     assert loss.item() == pytest.approx((noise_pred - drawn["noise"]).square().mean().item(), rel=1e-5)
-    assert trainer.settings["condition_latents"] == pipe.config.condition_latents
+    assert trainer.settings.condition_latents == pipe.config.condition_latents
 
 
 def test_cloth_dropout_hides_the_cloth_alone(bases, data, tmp_path):
