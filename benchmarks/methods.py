@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Compare ways of showing the cloth and of learning, on the demo's base: one budget, one seed, held-out unpaired lines.
 
-Every row is one run of `accelerate launch train_vton.py`, and the PSNR inside the mask as demo/measure.py measures it. A row
+Every row is one run of `accelerate launch train_vton.py`, and the PSNR inside the mask as `demo.measure` measures it. A row
 that `--output_dir` holds of the same arguments is not trained again (of another base: take another folder). A second seed of
 reference and joint tells what of a difference is luck.
 """
@@ -17,15 +16,13 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
+from demo.make_dataset import make_dataset
+from demo.measure import HeldOut, as_array, without_cloth
+from demo.try_on import try_on
+from pipeline_vton import LORA_NAME, StableDiffusionVTONPipeline
+
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
-
-from make_dataset import make_dataset  # noqa: E402
-from measure import HeldOut, as_array, without_cloth  # noqa: E402
-from try_on import try_on  # noqa: E402
-
-from pipeline_vton import LORA_NAME, StableDiffusionVTONPipeline  # noqa: E402
 
 
 @dataclass
@@ -121,8 +118,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     names = [method.name for method in METHODS]
     parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="NAME", help="default: all")
     parser.add_argument("--train", type=int, default=3000, help="drawn training pairs (default 3000)")
-    parser.add_argument("--height", type=int, default=64, help="default 64")
-    parser.add_argument("--width", type=int, default=48, help="default 48")
+    parser.add_argument("--height", type=int, default=128, help="default 128")
+    parser.add_argument("--width", type=int, default=96, help="default 96")
     parser.add_argument("--max_train_steps", type=int, default=500, help="updates of every row (default 500)")
     parser.add_argument("--train_batch_size", type=int, default=8, help="pairs a step (default 8)")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="highest rate of every row (default 2e-3)")
@@ -134,10 +131,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     dataset, four_channels = args.output_dir / "dataset", args.output_dir / "four-channels"
-    make_dataset(dataset, train=args.train, test=16, seed=0)
+    make_dataset(dataset, train=args.train, test=16, seed=0, height=args.height)
     shutil.rmtree(four_channels, ignore_errors=True)
     write_four_channel_base(args.base, four_channels)
-    held_out = HeldOut.draw(args.lines, seed=1)
+    held_out = HeldOut.draw(args.lines, seed=1, height=args.height)
     rows, budget = [], {name: str(value) for name, value in vars(args).items() if name not in {"rows", "output_dir"}}
     for method in (method for method in METHODS if method.name in args.rows):
         folder, base = args.output_dir / method.folder, four_channels if method.channels == 4 else args.base

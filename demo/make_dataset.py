@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Draw a dataset of people and cloths in VITON-HD's layout, or with `--category all` in DressCode's.
 
 Photograph sets never show the same person, in the same pose, in another cloth. This drawn world does: for every unpaired line of

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Measure the demo model against the drawn truth, on people and cloths of a seed that it was never trained on.
 
 Printed are PSNR and SSIM inside the mask, and the share of results in which a small network (`demo.recognition`) sees the

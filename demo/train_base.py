@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Train the demo's stand-in for Stable Diffusion 1.5 inpainting: the same classes, seven million weights, a drawn world.
 
 Like SD1.5, it sees people and flat cloths, in whole and through masks, but never a person beside their cloth: what it learns

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Train the network that recognises cloths on people (`demo.recognition`), on drawn truths of seeds that nothing else uses.
 
 The result is an ordinary transformers folder of less than a megabyte; printed is the share of held-out truths of another seed

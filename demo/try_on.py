@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Draw people that the demo model has never seen, try cloths on them, and show it all on one sheet."""
 
 import argparse

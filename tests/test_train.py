@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import ROOT, picture, seeded, tiny_pipe
 
+from demo.make_dataset import make_dataset
 from pipeline_vton import (
     ADAPTER_NAME,
     ADAPTER_SETTINGS,
@@ -76,10 +77,8 @@ def bases(tmp_path_factory) -> dict[int, Path]:
 
 @pytest.fixture(scope="session")
 def tested(tmp_path_factory) -> Path:
-    from make_dataset import make_dataset  # `tiny` puts demo/ on the path
-
     root = tmp_path_factory.mktemp("tested")
-    make_dataset(root, TRAIN, TEST, seed=0)
+    make_dataset(root, TRAIN, TEST, seed=0, height=64)
     return root
 
 
