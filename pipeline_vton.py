@@ -9,26 +9,40 @@ The file reads in the order of the data: pictures, latents in the UNet's slots, 
 file, and the pipeline. `train_vton.py` imports the same pieces.
 """
 
+import copy
 import inspect
+import io
 import json
 import math
+import numbers
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, __version__
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    __version__,
+)
+from diffusers.configuration_utils import FrozenDict
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
-from diffusers.models.attention_processor import Attention
+from diffusers.loaders.lora_base import _best_guess_weight_name
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, StableDiffusionSafetyChecker
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
@@ -38,7 +52,7 @@ from diffusers.utils.hub_utils import _get_model_file, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageCms, ImageFilter, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -54,14 +68,6 @@ PictureInput = (
     Image.Image | np.ndarray | torch.Tensor | list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
 )  # one picture, a batch, or a list
 
-# What a setting may say; the first is the default of a file that is silent.
-CHOICES = {
-    "cloth_conditioning": ("reference", "joint"),
-    "canvas_axis": ("height", "width"),
-    "cross_attention": ("skip", "prompt", "identity"),
-    "condition_latents": ("scaled", "unscaled"),
-    "trainable": ("self_attention", "attention", "attention_norms", "all"),
-}
 # The parts of a parameter's name that make it trainable; None takes every parameter.
 TRAINABLE_PARTS = {
     "self_attention": {"attn1"},
@@ -85,51 +91,110 @@ REPAINTED_LABELS["dress"] = REPAINTED_LABELS["upper"] | REPAINTED_LABELS["lower"
 KEPT_LABELS = {"face", "hair", "hat", "glasses", "sunglasses", "hands", "feet", "left-shoe", "right-shoe", "bag"}
 
 
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite real number, numpy's included; truth values are none."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number; a page's 2.0 is one, True is none."""
+    return is_number(value) and value == int(value)
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def as_tensors(pictures: PictureInput, name: str, channels: int) -> list[torch.Tensor]:
-    """Turn whatever shows pictures into a list of float tensors (channels, H, W) in [0, 1].
+PROFILE_SPACES = {"GRAY": ("1", "L", "LA", "La"), "CMYK": ("CMYK",)}  # profiles that no RGB picture can carry
+
+
+def as_tensors(pictures: PictureInput, name: str) -> list[torch.Tensor]:
+    """Turn whatever shows pictures into a list of float tensors (3, H, W) in [0, 1].
 
     Args:
-        pictures: PIL images of any mode (EXIF orientation is applied, transparency lies on white), arrays (H, W, C),
-            tensors (C, H, W), batches of those (N, ...), or a list. uint8 is 0-255, floats are 0-1.
+        pictures: PIL images of any mode (EXIF orientation is applied, transparency lies on white, 16 bits and floats keep
+            their values), arrays (H, W, 1 or 3), tensors (1 or 3, H, W), batches of those (N, ...), or a list. uint8 is
+            0-255, floats are 0-1 and may leave that by 1e-3, as resampled ones do.
         name: the argument's name, for the errors.
-        channels: 3 for photographs, 1 for masks.
+
+    Raises:
+        ValueError, TypeError: a picture is none, is damaged, or has other values.
     """
+    return [_as_tensor(picture, name, "white") for picture in _listed(pictures, name)]
+
+
+def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
+    """Turn whatever shows masks into a list of tensors (1, H, W) that hold 0 and 1, 1 where the person is repainted.
+
+    A mask is grey and nearly black and white, cut at one half. Where its transparency varies, as in a drawing of white
+    strokes, what is transparent is black.
+
+    Args:
+        pictures: as for `as_tensors`.
+        name: the argument's name, for the errors.
+
+    Raises:
+        ValueError: it is no mask: more than 1 % of the pixels are coloured (their channels differ by more than 32/255), more
+            than 20 % lie between .1 and .9, or none is white.
+        TypeError: it is no picture.
+    """
+    masks = []
+    for picture in _listed(pictures, name):
+        mask = _as_tensor(picture, name, "black")
+        coloured = (mask.amax(dim=0) - mask.amin(dim=0) > 32 / 255).float().mean().item()
+        if coloured > 0.01:
+            raise ValueError(
+                f"`{name}` must be a black and white mask, got a picture of which {coloured:.1%} is coloured"
+            )
+        mask = torch.tensordot(torch.tensor([0.299, 0.587, 0.114]), mask, 1)[None]  # luma (ITU-R 601), as PIL's "L"
+        between = ((mask > 0.1) & (mask < 0.9)).float().mean().item()
+        if between > 0.2:
+            raise ValueError(
+                f"`{name}` must be a black and white mask, got a picture of which {between:.1%} lies between 0.1 and 0.9"
+            )
+        mask = (mask >= 0.5 - 1e-6).float()  # the luma of one half is one half, rounding aside
+        if not mask.any():
+            raise ValueError(f"`{name}` must be white where the cloth goes, got a mask that is black everywhere")
+        masks.append(mask)
+    return masks
+
+
+def _listed(pictures: PictureInput, name: str) -> list[Image.Image | np.ndarray | torch.Tensor]:
     if isinstance(pictures, (np.ndarray, torch.Tensor)) and pictures.ndim == 4:
         pictures = list(pictures)
     if not isinstance(pictures, (list, tuple)):
         pictures = [pictures]
     if not pictures:
         raise ValueError(f"`{name}` must hold at least one picture, got {pictures!r}")
-    return [_as_tensor(picture, name, channels) for picture in pictures]
+    return list(pictures)
 
 
-def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, channels: int) -> torch.Tensor:
-    if isinstance(picture, Image.Image):
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I;16"):  # PIL would clip 16 bits at 255
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        picture = picture.convert("LA") if picture.mode == "La" else picture
-        if channels == 3 and picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("RGB")  # before L, which some modes do not turn into
-        picture = np.asarray(picture if channels == 3 else picture.convert("L"))
+def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, background: str) -> torch.Tensor:
+    """One picture as (3, H, W) in [0, 1]; what is transparent shows the background."""
+    picture = _as_array(picture, name, background) if isinstance(picture, Image.Image) else picture
     if isinstance(picture, np.ndarray):
-        picture = torch.from_numpy(np.array(picture[..., None] if picture.ndim == 2 else picture))
-        picture = picture.movedim(-1, 0)
+        if picture.dtype not in (bool, np.uint8) and picture.dtype.kind != "f":
+            raise TypeError(f"`{name}` must be uint8 (0-255) or floating point (0-1), got {picture.dtype}")
+        picture = np.array(picture, dtype=np.float32 if picture.dtype.kind == "f" else picture.dtype)  # any byte order
+        picture = torch.from_numpy(picture[..., None] if picture.ndim == 2 else picture).movedim(-1, 0)
     elif not isinstance(picture, torch.Tensor):
         raise TypeError(
             f"`{name}` must be a PIL image, an array, a tensor or a list of them, got {type(picture).__name__}"
         )
+    if picture.layout != torch.strided or picture.device.type == "meta":
+        kind = "one without values, on the meta device" if picture.device.type == "meta" else picture.layout
+        raise TypeError(f"`{name}` must be a dense tensor, got {kind}")
     picture = picture.detach().cpu()
     picture = picture[None] if picture.ndim == 2 else picture
-    if picture.ndim != 3 or picture.shape[0] not in {1, channels} or 0 in picture.shape:
+    if picture.ndim != 3 or picture.shape[0] not in {1, 3} or 0 in picture.shape:
         shape = tuple(picture.shape)
         raise ValueError(
-            f"`{name}` must have {channels} channel(s), as (C, H, W) tensors or (H, W, C) arrays, got (C, H, W) = {shape}"
+            f"`{name}` must have 1 or 3 channels, as (C, H, W) tensors or (H, W, C) arrays, got (C, H, W) = {shape}"
         )
     if picture.dtype == torch.uint8:
         picture = picture.float() / 255
@@ -137,28 +202,167 @@ def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, chan
         picture = picture.float()
     else:
         raise TypeError(f"`{name}` must be uint8 (0-255) or floating point (0-1), got {picture.dtype}")
-    if not torch.isfinite(picture).all() or picture.min() < 0 or picture.max() > 1:
+    if not torch.isfinite(picture).all() or picture.min() < -1e-3 or picture.max() > 1 + 1e-3:
         low, high = picture.min().item(), picture.max().item()
         raise ValueError(f"`{name}` must have finite values from 0 to 1, got values from {low:g} to {high:g}")
-    return picture.expand(channels, -1, -1)
+    return picture.clamp(0, 1).expand(3, -1, -1)
 
 
-def as_pil(picture: torch.Tensor) -> Image.Image:
-    """(C, H, W) in [0, 1] to a PIL image, RGB or L."""
+def _as_array(picture: Image.Image, name: str, background: str) -> np.ndarray:
+    """A PIL image as (H, W, 3) or (H, W), uint8 or floats in [0, 1]; what is transparent shows the background."""
+    try:
+        picture = ImageOps.exif_transpose(picture)
+    except (OSError, ValueError, SyntaxError, AssertionError) as error:  # opened, but not read until now
+        reason = error if str(error) else "its file is closed"
+        raise ValueError(f"`{name}` must be a whole picture, got one that cannot be read: {reason}") from error
+    if picture.mode == "F" or picture.mode.startswith("I"):  # PIL would cut off at 255
+        array = np.asarray(picture).astype(np.float32)
+        if picture.mode == "F":  # 0-1, or PIL's own 0-255
+            full = 255 if array.max(initial=0) > 1 + 1e-3 else 1
+        else:  # PIL's own 0-255, or 16 bits, as a PGM of them is opened
+            full = 65535 if picture.mode != "I" or array.max(initial=0) > 255 else 255
+        return array / np.float32(full)
+    picture = picture.convert("LA") if picture.mode == "La" else picture
+    profile, space = _read_profile(picture) if background == "white" else (None, None)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        low, high = picture.getchannel("A").getextrema()
+        if background == "white" or low != high or high == 0:  # one thickness all over says nothing of where a mask is
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
+    if space in PROFILE_SPACES:  # the result, an RGB picture, could not carry it
+        picture = picture.convert("L" if space == "GRAY" else space)
+        return np.asarray(
+            ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        )
+    return np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
+
+
+def _read_profile(picture: Image.Image) -> tuple[ImageCms.ImageCmsProfile | None, str | None]:
+    """The colour profile of a PIL image and its space; nothing where there is none, or one that does not fit the picture."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
+    except (KeyError, TypeError, OSError, ImageCms.PyCMSError):
+        return None, None
+    space = profile.profile.xcolor_space.strip()
+    fits = (
+        picture.mode in PROFILE_SPACES[space] if space in PROFILE_SPACES else space == "RGB" and picture.mode != "CMYK"
+    )
+    return (profile, space) if fits else (None, None)
+
+
+def colour_profiles(pictures: PictureInput) -> list[bytes | None]:
+    """The ICC profile of every picture as `as_tensors` returns it; None is sRGB.
+
+    Grey and CMYK pictures with a profile are sRGB by then.
+    """
+    pictures = [picture if isinstance(picture, Image.Image) else None for picture in _listed(pictures, "pictures")]
+    spaces = [None if picture is None else _read_profile(picture)[1] for picture in pictures]
+    return [picture.info["icc_profile"] if space == "RGB" else None for picture, space in zip(pictures, spaces)]
+
+
+def convert_profile(picture: torch.Tensor, before: bytes | None, after: bytes | None) -> torch.Tensor:
+    """The same colours (3, H, W) by another ICC profile, by way of eight bits; None is sRGB."""
+    if before == after:
+        return picture
+    profiles = [
+        ImageCms.createProfile("sRGB") if profile is None else ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        for profile in (before, after)
+    ]
+    converted = ImageCms.profileToProfile(
+        as_pil(picture), *profiles, renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC
+    )
+    return _as_tensor(converted, "image", "white")
+
+
+def as_pil(picture: torch.Tensor, profile: bytes | None = None) -> Image.Image:
+    """(C, H, W) in [0, 1] to a PIL image, RGB or L, with its ICC profile."""
     array = (picture * 255).round().to(torch.uint8).movedim(0, -1).numpy()
-    return Image.fromarray(array if array.shape[-1] == 3 else array[..., 0])
+    image = Image.fromarray(array if array.shape[-1] == 3 else array[..., 0])
+    if profile is not None:
+        image.info["icc_profile"] = profile
+    return image
 
 
 def resize(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(3, h, w) in [0, 1] to (3, height, width), by PIL's LANCZOS; the same tensor where the size is right."""
     if picture.shape[1:] == (height, width):
         return picture
-    return _as_tensor(as_pil(picture).resize((width, height), Image.Resampling.LANCZOS), "image", 3)
+    return _as_tensor(as_pil(picture).resize((width, height), Image.Resampling.LANCZOS), "image", "white")
 
 
 def fit_cloth(cloth: Image.Image, height: int, width: int) -> Image.Image:
     """The whole cloth, centred on white, at height x width."""
     return ImageOps.pad(cloth, (width, height), method=Image.Resampling.LANCZOS, color="white")
+
+
+def fit_size(
+    person_height: int, person_width: int, height: int | None, width: int | None, *, area: float, multiple: int
+) -> tuple[int, int]:
+    """The height and width to work at: as given; else the person's aspect, at about `area` pixels.
+
+    Both are multiples of `multiple`; a given side that is none is a ValueError.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (not is_whole(side) or side <= 0 or side % multiple):
+            raise ValueError(f"`{name}` must be a positive multiple of {multiple}, got {side!r}")
+    if height is None and width is None:
+        scale = math.sqrt(area / (person_height * person_width))
+        height, width = person_height * scale, person_width * scale
+    height = width * person_height / person_width if height is None else height
+    width = height * person_width / person_height if width is None else width
+    return tuple(max(multiple, round(side / multiple) * multiple) for side in (height, width))
+
+
+def crop_region(mask: torch.Tensor, height: int, width: int, padding: int) -> tuple[int, int, int, int]:
+    """The surroundings (left, top, right, bottom) of a mask (1, H, W), `padding` pixels wide, at the aspect of height x width."""
+    return VaeImageProcessor.get_crop_region(as_pil(mask), width, height, pad=padding)
+
+
+def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
+    """Soften a mask (1, H, W) of 0 and 1 inward: 0 outside, rising over `width` pixels to 1.
+
+    Where the mask is thinner than 15 times that, the seam is a half as wide, or a quarter, and so on, or hard: a small mask,
+    and a thin part of a large one, keep a core that is entirely theirs.
+    """
+    rows, columns = mask[0].any(dim=1).nonzero(), mask[0].any(dim=0).nonzero()
+    window = tuple(
+        slice(max(0, int(places.min()) - width), int(places.max()) + 1 + width) for places in (rows, columns)
+    )
+    alpha, inside = mask.clone(), mask[(..., *window)]
+    for radius in sorted({width >> halvings for halvings in range(width.bit_length())}):
+        cells = F.max_pool2d(1 - inside, radius, ceil_mode=True)  # 0 where a square of that side is inside
+        core = 1 - F.max_pool2d(F.max_pool2d(cells, (15, 1), 1, (7, 0)), (1, 15), 1, (0, 7))
+        thick = F.max_pool2d(F.max_pool2d(core, (19, 1), 1, (9, 0)), (1, 19), 1, (0, 9)) > 0
+        thick = thick.repeat_interleave(radius, 1).repeat_interleave(radius, 2)[
+            :, : inside.shape[1], : inside.shape[2]
+        ]
+        blurred = _as_tensor(as_pil(inside).filter(ImageFilter.BoxBlur(radius)), "mask", "black")[:1]
+        seam = (2 * blurred - 1).clamp(min=0) * inside
+        alpha[(..., *window)] = torch.where(thick, seam, alpha[(..., *window)])
+    return alpha
+
+
+def composite_result(
+    image: torch.Tensor, person: torch.Tensor, mask: torch.Tensor | None, region: tuple[int, int, int, int]
+) -> torch.Tensor:
+    """Lay a result (3, h, w) into its photograph (3, H, W): outside the mask every pixel stays exactly as it is.
+
+    Args:
+        image: the result for the region, at any size.
+        person: the photograph.
+        mask: (1, H, W), 0 or 1; None takes the result everywhere.
+        region: (left, top, right, bottom) in the photograph.
+
+    The seam lies inside the mask, over about 1/128 of the region's larger side, less where the mask is thin (`feather`).
+    """
+    left, top, right, bottom = region
+    image = resize(image, bottom - top, right - left)
+    if mask is None:
+        return image
+    window = (slice(None), slice(top, bottom), slice(left, right))
+    alpha, result = feather(mask, max(image.shape[1:]) // 128), person.clone()
+    result[window] = torch.lerp(person[window], image, alpha[window])
+    return result
 
 
 # ----------------------------------------------------------------------------------------- latents in the UNet's slots
@@ -249,17 +453,30 @@ class TryOnLatents:
 
 
 def _project(attn: Attention, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Queries, keys and values, each (B, heads, N, head_dim)."""
+    """Queries, keys and values, each (B, N, heads, head_dim)."""
     for layer in (attn.to_q, attn.to_k, attn.to_v):
-        yield layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        yield layer(hidden_states).unflatten(-1, (attn.heads, -1))
 
 
 def _output(attn: Attention, attended: torch.Tensor) -> torch.Tensor:
-    """(B, heads, N, head_dim) to (B, N, C), through `to_out`."""
-    return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+    """(B, N, heads, head_dim) to (B, N, C), through `to_out`."""
+    return attn.to_out[1](attn.to_out[0](attended.flatten(2)))
 
 
-class ClothCacheAttnProcessor:
+class ClothAttnProcessor:
+    """`attn1` that computes attention where `set_attention_backend` says, as diffusers' own processors do."""
+
+    _attention_backend = None  # class attributes: diffusers looks for them, and sets them on an instance
+    _parallel_config = None
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """(B, N, heads, head_dim), of as many tokens as the queries have."""
+        return dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+
+
+class ClothCacheAttnProcessor(ClothAttnProcessor):
     """`attn1` at inference: the first call reads the cloths and keeps their keys and values, later ones look at them too.
 
     In later calls the last rows are the conditional ones, a whole number for every cloth; rows before them (the
@@ -267,7 +484,7 @@ class ClothCacheAttnProcessor:
     """
 
     def __init__(self) -> None:
-        self.cloth: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values, (C, heads, N, head_dim)
+        self.cloth: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values, (C, N, heads, head_dim)
         self.rows = 0  # conditional rows of a denoising batch
 
     def __call__(
@@ -281,22 +498,20 @@ class ClothCacheAttnProcessor:
         query, key, value = _project(attn, hidden_states)
         if self.cloth is None:
             self.cloth = key, value
-            return _output(attn, F.scaled_dot_product_attention(query, key, value))
+            return _output(attn, self.attend(query, key, value))
         cloth_key, cloth_value = (x.repeat_interleave(self.rows // len(x), dim=0) for x in self.cloth)
         without = len(query) - self.rows
-        attended = F.scaled_dot_product_attention(
+        attended = self.attend(
             query[without:],
-            torch.cat([key[without:], cloth_key], dim=2),
-            torch.cat([value[without:], cloth_value], dim=2),
+            torch.cat([key[without:], cloth_key], dim=1),
+            torch.cat([value[without:], cloth_value], dim=1),
         )
         if without:
-            attended = torch.cat(
-                [F.scaled_dot_product_attention(query[:without], key[:without], value[:without]), attended]
-            )
+            attended = torch.cat([self.attend(query[:without], key[:without], value[:without]), attended])
         return _output(attn, attended)
 
 
-class ClothBesideAttnProcessor:
+class ClothBesideAttnProcessor(ClothAttnProcessor):
     """`attn1` in training: the batch is `[person rows ; cloth rows]`, and nothing is kept between calls.
 
     Person queries see `[person ; cloth]`, cloth queries the cloth alone. A person row whose `attention_mask` is 0 (the UNet
@@ -315,13 +530,11 @@ class ClothBesideAttnProcessor:
         (query, cloth_query), (key, cloth_key), (value, cloth_value) = (
             x.chunk(2) for x in _project(attn, hidden_states)
         )
-        cloth_attended = F.scaled_dot_product_attention(cloth_query, cloth_key, cloth_value)
+        cloth_attended = self.attend(cloth_query, cloth_key, cloth_value)
         if attention_mask is not None:
             hidden = (attention_mask.chunk(2)[0] < 0)[..., None]  # (B, 1, 1, 1)
             cloth_key, cloth_value = torch.where(hidden, key, cloth_key), torch.where(hidden, value, cloth_value)
-        attended = F.scaled_dot_product_attention(
-            query, torch.cat([key, cloth_key], dim=2), torch.cat([value, cloth_value], dim=2)
-        )
+        attended = self.attend(query, torch.cat([key, cloth_key], dim=1), torch.cat([value, cloth_value], dim=1))
         return _output(attn, torch.cat([attended, cloth_attended]))
 
 
@@ -373,6 +586,8 @@ def vton_attention(
     for name in before:
         if ".attn1." in name and self_attention is not None:
             during[name] = self_attention()
+            if hasattr(before[name], "_attention_backend"):
+                during[name]._attention_backend = before[name]._attention_backend
             installed.append(during[name])
         elif ".attn2." in name and cross_processor is not None:
             during[name] = cross_processor()
@@ -381,6 +596,157 @@ def vton_attention(
         yield installed
     finally:
         unet.set_attn_processor(before)
+
+
+# -------------------------------------------------------------------------------------------------------- the settings
+
+
+def _choice(*choices: Any) -> Any:
+    """A setting that is one of few; the first is its default."""
+    return field(default=choices[0], metadata={"choices": choices, "rule": f"one of {', '.join(map(_text, choices))}"})
+
+
+def _number(default: Any, kind: type, rule: str, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A setting that is a finite number from `low` to `high`, whole where `kind` is int."""
+    return field(default=default, metadata={"kind": kind, "rule": rule, "low": low, "high": high})
+
+
+def _free(rule: str, valid: Callable[[str], bool] = lambda text: True) -> Any:
+    """A setting that is a text, None by default."""
+    return field(default=None, metadata={"rule": rule, "valid": valid})
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _is_scheduler(name: str) -> bool:
+    scheduler = getattr(diffusers, name, None)
+    return isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What has to be known of an adapter's weights to use them as they were trained.
+
+    The settings travel as text in the metadata of the adapter's file, live in the pipeline's config and are keywords of its
+    `__init__`. This class is their only list: defaults, choices, checks and texts.
+
+    Args:
+        base_in_channels: input channels of the base's UNet before any widening, 4, 8 or 9; `in_channels` in a file.
+        cloth_conditioning: `"reference"` (the cloth is read once, its keys and values stand in every `attn1`) or `"joint"`
+            (person and cloth on one canvas).
+        canvas_axis: `"height"` or `"width"`, where joint mode puts the cloth.
+        cross_attention: `"skip"` (no text), `"prompt"` or `"identity"` (CatVTON's).
+        condition_latents: `"scaled"` by the VAE's factor, or `"unscaled"`.
+        mask_free: the condition is the whole person, and a mask is not needed.
+        guidance_scale: what `guidance_scale=None` means in a call.
+        scheduler_class: the diffusers scheduler to sample with; None leaves the base's.
+        eta: what `eta=None` means in a call, 0 to 1; None is 0.
+        prompt: the text that `cross_attention="prompt"` was trained with, used where a call gives none.
+        height, width: the native size in pixels; None takes the UNet's.
+        trainable: which weights an adapter holds.
+        base_model, trained_steps: where the weights come from.
+
+    Raises:
+        ValueError: a value is none of its setting's; the sentence names both.
+    """
+
+    base_in_channels: int | None = _number(None, int, "a positive whole number", low=1)
+    cloth_conditioning: str = _choice("reference", "joint")
+    canvas_axis: str = _choice("height", "width")
+    cross_attention: str = _choice("skip", "prompt", "identity")
+    condition_latents: str = _choice("scaled", "unscaled")
+    mask_free: bool = _choice(False, True)
+    guidance_scale: float = _number(7.5, float, "a finite number")
+    scheduler_class: str | None = _free("the name of a diffusers scheduler", _is_scheduler)
+    eta: float | None = _number(None, float, "a number from 0 to 1", low=0, high=1)
+    prompt: str | None = _free("a text")
+    height: int | None = _number(None, int, "a positive whole number", low=1)
+    width: int | None = _number(None, int, "a positive whole number", low=1)
+    trainable: str = _choice(*TRAINABLE_PARTS)
+    base_model: str | None = _free("a text")
+    trained_steps: int | None = _number(None, int, "a whole number from 0", low=0)
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            try:
+                object.__setattr__(self, setting.name, self._check(setting, value))
+            except ValueError as error:
+                raise ValueError(f"`{setting.name}` must be {error}, got {value!r}") from None
+
+    @staticmethod
+    def _check(setting: Field, value: Any) -> Any:
+        """The value in its setting's own type; ValueError, with what it must be, where it is none."""
+        about = setting.metadata
+        if value is None and setting.default is None:
+            return None
+        if "choices" in about:
+            valid = isinstance(value, type(setting.default)) and value in about["choices"]
+        elif "kind" in about:
+            number = numbers.Integral if about["kind"] is int else numbers.Real
+            valid = isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+            valid = valid and about["low"] <= value <= about["high"]
+        else:
+            valid = isinstance(value, str) and about["valid"](value)
+        if not valid:
+            raise ValueError(about["rule"])
+        return about["kind"](value) if "kind" in about else value
+
+    @classmethod
+    def choices(cls, name: str) -> tuple:
+        """What a setting may be, the default first."""
+        return cls.__dataclass_fields__[name].metadata["choices"]
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str], file: str | os.PathLike) -> "AdapterSettings":
+        """The settings in the metadata of an adapter's `file`, with defaults for those that it leaves out.
+
+        Raises:
+            ValueError: the file is of another format or a later version, or has an unknown setting.
+        """
+        if metadata.get("format") != ADAPTER_FORMAT:
+            raise ValueError(
+                f"the adapter {file} must say format={ADAPTER_FORMAT!r} in its metadata, got {metadata.get('format')!r}"
+            )
+        if metadata.get("format_version") != ADAPTER_FORMAT_VERSION:
+            version = metadata.get("format_version")
+            raise ValueError(
+                f"the adapter {file} has format_version {version!r}; this pipeline reads {ADAPTER_FORMAT_VERSION!r}"
+            )
+        if "in_channels" not in metadata:
+            raise ValueError(f"the adapter {file} must say in_channels (4, 8 or 9) in its metadata")
+        known = {"in_channels" if s.name == "base_in_channels" else s.name: s for s in fields(cls)}
+        settings = {}
+        for name, text in metadata.items():
+            if name in {"format", "format_version"}:
+                continue
+            if name not in known:
+                raise ValueError(f"the adapter {file} has the unknown setting {name}={text!r}")
+            try:
+                settings[known[name].name] = cls._check(known[name], cls._parse(known[name], text))
+            except ValueError as error:
+                raise ValueError(f"the adapter {file} has the setting {name}={text!r}, not {error}") from None
+        return cls(**settings)
+
+    @staticmethod
+    def _parse(setting: Field, text: str) -> Any:
+        """A text as its setting's type, or as it is where it is none."""
+        about = setting.metadata
+        if "choices" in about:
+            return {_text(choice): choice for choice in about["choices"]}.get(text, text)
+        try:
+            return about.get("kind", str)(text)
+        except ValueError:
+            return text
+
+    def metadata(self) -> dict[str, str]:
+        """The settings as an adapter's metadata, without those that are None; `from_metadata` reads it."""
+        texts = {name: _text(value) for name, value in asdict(self).items() if value is not None}
+        if "base_in_channels" in texts:
+            texts["in_channels"] = texts.pop("base_in_channels")
+        return {"format": ADAPTER_FORMAT, "format_version": ADAPTER_FORMAT_VERSION, **texts}
 
 
 # --------------------------------------------------------------------------------------------------------- the adapter
@@ -397,7 +763,7 @@ def adapter_parameters(unet: UNet2DConditionModel, trainable: str, widened: bool
     parts, chosen = TRAINABLE_PARTS[trainable], {}
     for name, parameter in unet.named_parameters():
         name = name.removeprefix("_orig_mod.").replace(".base_layer.", ".")
-        if ".lora_" in name:
+        if ".lora_" in name or {"to_qkv", "to_kv"} & set(name.split(".")):  # what unfuse_qkv_projections leaves behind
             continue
         if parts is None or parts & set(name.split(".")) or (widened and name == "conv_in.weight"):
             chosen[name] = parameter
@@ -420,38 +786,6 @@ def widen_conv_in(unet: UNet2DConditionModel) -> torch.nn.Conv2d:
     return old
 
 
-def _parse_setting(name: str, text: str) -> Any:
-    """A metadata string to the config's value; ValueError where it is none."""
-    if name in CHOICES:
-        if text not in CHOICES[name]:
-            raise ValueError(f"one of {', '.join(CHOICES[name])}")
-        return text
-    if name == "mask_free":
-        if text not in {"true", "false"}:
-            raise ValueError("true or false")
-        return text == "true"
-    if name == "guidance_scale":
-        if not math.isfinite(float(text)):
-            raise ValueError("a finite number")
-        return float(text)
-    if name in {"in_channels", "height", "width", "trained_steps"}:
-        if int(text) < (0 if name == "trained_steps" else 1):
-            raise ValueError("a positive whole number")
-        return int(text)
-    return text  # base_model
-
-
-# The settings that travel in an adapter's metadata and live in the pipeline's config, with the defaults of both.
-ADAPTER_SETTINGS = {name: choices[0] for name, choices in CHOICES.items()} | {
-    "mask_free": False,
-    "guidance_scale": 7.5,
-    "base_model": None,
-    "height": None,
-    "width": None,
-    "trained_steps": None,
-}
-
-
 def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Weights and metadata of a file; ValueError where it is none, or not whole."""
     try:
@@ -461,52 +795,30 @@ def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
         raise ValueError(f"the adapter {file} is not a whole safetensors file: {error}") from error
 
 
-def read_adapter(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read an adapter: its weights, and its settings (`ADAPTER_SETTINGS` and `in_channels`) with defaults filled in.
+def read_adapter(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], AdapterSettings]:
+    """Read an adapter: its weights and its settings.
 
     Raises:
         ValueError: the file is no safetensors file, of another format or a later version, or has an unknown setting.
     """
     weights, metadata = read_safetensors(file)
-    return weights, parse_settings(file, metadata)
+    return weights, AdapterSettings.from_metadata(metadata, file)
 
 
-def parse_settings(file: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]:
-    """The settings that an adapter's metadata holds; ValueError where it is of another format or has an unknown one."""
-    if metadata.get("format") != ADAPTER_FORMAT:
-        raise ValueError(
-            f"the adapter {file} must say format={ADAPTER_FORMAT!r} in its metadata, got {metadata.get('format')!r}"
-        )
-    if metadata.get("format_version") != ADAPTER_FORMAT_VERSION:
-        version = metadata.get("format_version")
-        raise ValueError(
-            f"the adapter {file} has format_version {version!r}; this pipeline reads {ADAPTER_FORMAT_VERSION!r}"
-        )
-    if "in_channels" not in metadata:
-        raise ValueError(f"the adapter {file} must say in_channels (4, 8 or 9) in its metadata")
-    settings = dict(ADAPTER_SETTINGS)
-    for name, text in metadata.items():
-        if name in {"format", "format_version"}:
-            continue
-        if name not in settings and name != "in_channels":
-            raise ValueError(f"the adapter {file} has the unknown setting {name}={text!r}")
-        try:
-            settings[name] = _parse_setting(name, text)
-        except ValueError as error:
-            raise ValueError(f"the adapter {file} has the setting {name}={text!r}: {error}") from error
-    return settings
+def write_adapter(file: str | os.PathLike, weights: dict[str, torch.Tensor], settings: AdapterSettings) -> None:
+    """Write weights and settings to a temporary name, then rename: never half a file."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    try:
+        save_file(weights, temporary, settings.metadata())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 CATVTON_KEY = re.compile(r"(\d+)\.(to_[qkv]\.weight|to_out\.0\.weight|to_out\.0\.bias)")
-# How CatVTON's two kinds of weights were trained; neither file says so.
-CATVTON_SETTINGS = {
-    False: {
-        "in_channels": 9,
-        "canvas_axis": "height",
-        "base_model": "stable-diffusion-v1-5/stable-diffusion-inpainting",
-    },
-    True: {"in_channels": 8, "canvas_axis": "width", "base_model": "timbrooks/instruct-pix2pix"},
-}
 
 
 def name_catvton_weights(
@@ -530,36 +842,346 @@ def name_catvton_weights(
     return {prefixes[int(place)] + part: weights[name] for name, (place, part) in keys.items()}
 
 
-def catvton_settings(source: str, mask_free: bool | None, in_channels: int) -> dict[str, Any]:
-    """The settings of CatVTON's weights, whose kind is given, or in the repository's name, or follows from the base."""
+def catvton_settings(source: str, mask_free: bool | None, base_in_channels: int) -> AdapterSettings:
+    """The settings of CatVTON's weights, whose kind is given, or in the repository's name, or follows from the base.
+
+    Neither file says how it was trained: masked ones on SD1.5 inpainting with the cloth below the person, mask-free ones on
+    instruct-pix2pix with the cloth beside.
+    """
     if mask_free is None:
         named = re.search(r"(?:^|[/\\]|--)CatVTON(-MaskFree)?(?:$|[/\\])", source)
-        mask_free = named[1] is not None if named else in_channels == 8
-    joint = {"cloth_conditioning": "joint", "cross_attention": "identity", "guidance_scale": 2.5}
-    return ADAPTER_SETTINGS | joint | CATVTON_SETTINGS[mask_free] | {"mask_free": mask_free}
+        mask_free = named[1] is not None if named else base_in_channels == 8
+    return AdapterSettings(
+        base_in_channels=8 if mask_free else 9,
+        cloth_conditioning="joint",
+        canvas_axis="width" if mask_free else "height",
+        cross_attention="identity",
+        mask_free=mask_free,
+        guidance_scale=2.5,
+        base_model="timbrooks/instruct-pix2pix" if mask_free else "stable-diffusion-v1-5/stable-diffusion-inpainting",
+    )
 
 
-def adapter_metadata(settings: dict[str, Any]) -> dict[str, str]:
-    """Settings as an adapter's metadata, without those that are None; `parse_settings` reads it."""
-    texts = {
-        name: str(value).lower() if isinstance(value, bool) else str(value)
-        for name, value in settings.items()
-        if value is not None
-    }
-    return {"format": ADAPTER_FORMAT, "format_version": ADAPTER_FORMAT_VERSION, **texts}
+def _lora_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules that peft has put around others."""
+    return (module for module in model.modules() if hasattr(module, "merged_adapters"))
 
 
-def write_adapter(file: str | os.PathLike, weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
-    """Write weights and settings to a temporary name, then rename: never half a file."""
-    metadata = adapter_metadata(settings)
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, temporary, metadata)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
+    """Adapters, LoRAs and settings of a pipeline: what its `unet` carries, and what its config says of it.
+
+    Settings are a stack of layers: the base's, what was fused into it for good, the adapter's, and those of every LoRA that
+    brings its own and is active, in loading order; None in a layer leaves what lies below. `config` shows the top. The layers
+    stay with the UNet, so that every pipeline around it knows them, and another UNet has its own.
+    """
+
+    @property
+    def config(self) -> FrozenDict:
+        """As diffusers'; the settings in it are the stack's top, whatever happened to the UNet since one looked last."""
+        if "_said" in self.__dict__:
+            settings = asdict(self._settings())
+            if not settings.items() <= self._internal_dict.items():  # set past __setattr__, which asks for `config`
+                self.__dict__["_internal_dict"] = FrozenDict({**self._internal_dict, **settings})
+        return self._internal_dict
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As diffusers'; a setting is said of the layer that is the top one now, and goes with it."""
+        names = [setting.name for setting in fields(AdapterSettings) if setting.name in kwargs]
+        said = {name: kwargs.pop(name) for name in names}
+        super().register_to_config(**kwargs)
+        if said:
+            checked = asdict(AdapterSettings(**asdict(self._settings()) | said))
+            said = {name: checked[name] for name in names}
+            if "base_in_channels" in said:
+                self._stack["base_in_channels"] = said.pop("base_in_channels")
+            number = self._layers()[-1]["number"]
+            for known in (self._said, self._stack["said"]):
+                known[number] = known.get(number, {}) | said
+
+    def _begin_settings(self, **given: Any) -> None:
+        """The settings of a new pipeline: as given, else what was last said of this UNet, else the defaults."""
+        given = {name: value for name, value in given.items() if value is not None}
+        stack = self._stack
+        if not stack["said"]:  # nobody has seen this UNet
+            settings = asdict(AdapterSettings(**{"base_in_channels": stack["base_in_channels"]} | given))
+            stack["base_in_channels"] = settings.pop("base_in_channels")
+            stack["said"][0] = settings
+            given = {}
+        self._said = copy.deepcopy(stack["said"])  # by the numbers of the layers; by this pipeline alone from now on
+        number, checked = self._layers()[-1]["number"], asdict(AdapterSettings(**asdict(self._settings()) | given))
+        self._said[number] = self._said.get(number, {}) | {name: checked[name] for name in given}
+
+    @property
+    def _stack(self) -> dict[str, Any]:
+        """What the UNet carries."""
+        unet = getattr(self.unet, "_orig_mod", self.unet)
+        if unet is None:
+            return {"base_in_channels": None, "said": {}, "fixed": [], "adapter": None, "loras": {}, "layers": 0}
+        if "vton_stack" not in vars(unet):
+            unet.vton_stack = {
+                "base_in_channels": unet.config.in_channels,
+                "said": {0: self._said[0]} if "_said" in self.__dict__ else {},  # by the numbers of the layers
+                "fixed": [],  # layers that were fused into the base
+                "adapter": None,  # its layer, with the base's weights
+                "loras": {},  # layers by the names of LoRAs
+                "layers": 0,  # so far
+            }
+        return unet.vton_stack
+
+    def _new_layer(self, settings: AdapterSettings) -> dict[str, Any]:
+        stack = self._stack
+        stack["layers"] += 1
+        return {"number": stack["layers"], "settings": asdict(settings)}
+
+    def _layers(self, loras: bool = True) -> list[dict[str, Any]]:
+        """The layers in force, from the base up; without `loras` only what the UNet's own weights are."""
+        stack = self._stack
+        layers = [{"number": 0, "settings": {}}, *stack["fixed"]]
+        if stack["adapter"] is not None:
+            layers.append(stack["adapter"])
+        if loras and stack["loras"]:
+            computing = set()
+            for module in _lora_modules(self.unet):  # where some are merged, the others do nothing
+                if not module.disable_adapters:
+                    computing.update(module.merged_adapters or module.active_adapters)
+            layers += [layer for name, layer in stack["loras"].items() if name in computing]
+        return layers
+
+    def _settings(self, loras: bool = True) -> AdapterSettings:
+        """What the layers in force say together."""
+        settings = {}
+        for layer in self._layers(loras):
+            settings |= {name: value for name, value in layer["settings"].items() if value is not None}
+            settings |= self._said.get(layer["number"], {})
+        return AdapterSettings(**settings | {"base_in_channels": self._stack["base_in_channels"]})
+
+    def load_vton_adapter(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        mask_free: bool | None = None,
+    ) -> None:
+        """Put a try-on adapter's weights into the UNet, and its settings into the pipeline's config.
+
+        Everything in the file is checked before anything changes. A second adapter replaces the first. CatVTON's published
+        weights (`zhengchong/CatVTON`, subfolder `mix-48k-1024/attention`) load too.
+
+        Args:
+            pretrained_model_name_or_path: a Hub repository, a folder or a file.
+            weight_name: the file's name; None tries `vton_adapter.safetensors`, then `model.safetensors`.
+            subfolder, revision, token, cache_dir, force_download, local_files_only: as in `from_pretrained`.
+            mask_free: which kind CatVTON's weights are, where the repository's name does not tell (`CatVTON-MaskFree` is
+                mask-free, another `CatVTON` is not; with neither in the name, a base with 8 channels means mask-free).
+
+        Raises:
+            ValueError: the file is damaged, of another format or a later version, or does not fit this UNet.
+            OSError: there is no such file.
+        """
+        options = {
+            "subfolder": subfolder,
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+        }
+        self._refuse_changed_unet()
+        file = self._find_adapter(pretrained_model_name_or_path, weight_name, options)
+        weights, metadata = read_safetensors(file)
+        if weights and all(map(CATVTON_KEY.fullmatch, weights)):
+            weights = name_catvton_weights(file, weights, self.unet)
+            settings = catvton_settings(str(pretrained_model_name_or_path), mask_free, self.config.base_in_channels)
+        else:
+            settings = AdapterSettings.from_metadata(metadata, file)
+            if mask_free not in {None, settings.mask_free}:
+                raise ValueError(f"`mask_free`={mask_free} is not what the adapter {file} says: {settings.mask_free}")
+        self._check_adapter(file, weights, settings)
+        self._refuse_lora_on_conv_in(widened=settings.base_in_channels == 4)
+        stack = self._stack
+        if stack["adapter"] is not None:
+            self.unload_vton_adapter()
+        conv_in = widen_conv_in(self.unet) if self.unet.config.in_channels == 4 else None
+        parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
+        base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+        stack["adapter"] = self._new_layer(settings) | {"weights": base, "conv_in": conv_in}
+
+    def unload_vton_adapter(self) -> None:
+        """Put the base's weights back, bit for bit, and the settings that lie below the adapter's."""
+        adapter = self._stack["adapter"]
+        if adapter is None:
+            raise ValueError(
+                "unload_vton_adapter: no adapter was loaded into this UNet with load_vton_adapter, or its weights are merged "
+                "with the base's: saved by save_pretrained, or under a LoRA that was fused and then unloaded"
+            )
+        self._refuse_changed_unet()
+        widened = adapter["conv_in"] is not None
+        self._refuse_lora_on_conv_in(widened)
+        parameters = adapter_parameters(self.unet, "all", widened)
+        with torch.no_grad():
+            for name, weight in adapter["weights"].items():
+                parameters[name].copy_(weight)
+        if widened:
+            self.unet.conv_in = adapter["conv_in"].to(self.unet.conv_in.weight)  # its device and dtype
+            self.unet.register_to_config(in_channels=4)
+        self._stack["adapter"] = None
+
+    def save_vton_adapter(self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+        """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings.
+
+        LoRAs that are loaded and not fused are no part of it, neither their weights nor their settings.
+        """
+        if self.unet.config.in_channels == 4:
+            raise ValueError(
+                "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
+            )
+        self._refuse_changed_unet()
+        settings = self._settings(loras=False)
+        parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
+        weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
+        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, settings)
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        settings: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As diffusers loads a LoRA; one that `train_vton.py` trained brings its settings too, as long as it is active.
+
+        Args:
+            pretrained_model_name_or_path_or_dict, adapter_name, kwargs: as in diffusers.
+            settings: the `AdapterSettings` of a LoRA whose file is silent, or that comes as a dict of weights; None takes the
+                file's.
+
+        Raises:
+            ValueError: the LoRA was trained on a UNet with other input channels, or its settings are damaged.
+        """
+        brought = self._find_lora_settings(pretrained_model_name_or_path_or_dict, **kwargs)
+        brought = brought if settings is None else AdapterSettings(**settings)
+        before = set(getattr(self.unet, "peft_config", {}))
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
+        for name in set(getattr(self.unet, "peft_config", {})) - before or {adapter_name}:
+            self._stack["loras"].pop(name, None)
+            if brought is not None:
+                self._stack["loras"][name] = self._new_layer(brought)
+
+    def unload_lora_weights(self) -> None:
+        """As diffusers unloads LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
+        self._keep_fused(set(self._stack["loras"]))
+        super().unload_lora_weights()
+        self._stack["loras"].clear()
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """As diffusers deletes LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        self._keep_fused(names)
+        super().delete_adapters(adapter_names)
+        for name in names:
+            self._stack["loras"].pop(name, None)
+
+    def _keep_fused(self, names: set[str]) -> None:
+        """Of LoRAs that are about to go: those that are merged become the base's for good, and an adapter under them too."""
+        stack = self._stack
+        merged = {name for module in _lora_modules(self.unet) for name in module.merged_adapters}
+        if merged & names:
+            if stack["adapter"] is not None:
+                stack["fixed"].append({name: stack["adapter"][name] for name in ("number", "settings")})
+                stack["adapter"] = None
+            stack["fixed"] += [layer for name, layer in stack["loras"].items() if name in merged & names]
+
+    def _find_lora_settings(
+        self, path: str | os.PathLike | dict, weight_name: str | None = None, **kwargs: Any
+    ) -> AdapterSettings | None:
+        """The settings in a LoRA's metadata; None for a LoRA of another kind."""
+        if isinstance(path, dict):
+            return None
+        known = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
+        options = {name: kwargs[name] for name in known if name in kwargs}
+        try:
+            if weight_name is None:
+                weight_name = _best_guess_weight_name(path, local_files_only=options.get("local_files_only"))
+            file = _get_model_file(path, weights_name=weight_name or LORA_NAME, **options)
+        except (OSError, ValueError):  # diffusers says what is missing
+            return None
+        metadata = read_safetensors(file)[1] if file.endswith(".safetensors") else {}
+        if LORA_SETTINGS not in metadata:
+            return None
+        settings = AdapterSettings.from_metadata(json.loads(metadata[LORA_SETTINGS]), file)
+        if settings.base_in_channels != self.unet.config.in_channels:
+            raise ValueError(
+                f"the LoRA {file} is for a UNet with {settings.base_in_channels} input channels, this one has {self.unet.config.in_channels}"
+            )
+        return settings
+
+    def _refuse_changed_unet(self) -> None:
+        """ValueError where the adapter's weights are not there, or are mixed with others'."""
+        if _is_group_offload_enabled(self.unet) or any(p.device.type == "meta" for p in self.unet.parameters()):
+            raise ValueError(
+                "the UNet's weights are spread by sequential or group offloading: load, save or unload the adapter before it is enabled"
+            )
+        if merged := {name for module in _lora_modules(self.unet) for name in module.merged_adapters}:
+            raise ValueError(
+                f"the UNet's weights are fused with the LoRA {', '.join(sorted(merged))}: call unfuse_lora before the adapter is loaded, saved or unloaded"
+            )
+        if any(isinstance(processor, FusedAttnProcessor2_0) for processor in self.unet.attn_processors.values()):
+            raise ValueError(
+                "the UNet's QKV projections are fused: call unfuse_qkv_projections before the adapter is loaded, saved or unloaded"
+            )
+
+    def _refuse_lora_on_conv_in(self, widened: bool) -> None:
+        if widened and hasattr(self.unet.conv_in, "base_layer"):
+            raise ValueError(
+                "the UNet's `conv_in` carries a LoRA and is to be widened or narrowed: call unload_lora_weights first"
+            )
+
+    @staticmethod
+    def _find_adapter(path: str | os.PathLike, weight_name: str | None, options: dict[str, Any]) -> str:
+        names = [weight_name] if weight_name else [ADAPTER_NAME, "model.safetensors"]
+        if not all(name.endswith(".safetensors") for name in names):
+            raise ValueError(f"`weight_name` must end in .safetensors, got {weight_name!r}")
+        for name in names[:-1]:
+            try:
+                return _get_model_file(path, weights_name=name, **options)
+            except OSError as error:  # a folder without the file is no cause; a wrong token or a lost connection is
+                offline = options["local_files_only"] or is_offline_mode()
+                if not (offline or isinstance(error.__cause__, (RemoteEntryNotFoundError, type(None)))):
+                    raise
+        return _get_model_file(path, weights_name=names[-1], **options)
+
+    def _check_adapter(self, file: str, weights: dict[str, torch.Tensor], settings: AdapterSettings) -> None:
+        """ValueError unless the file's weights are exactly those of this UNet."""
+        if settings.base_in_channels != self.config.base_in_channels:
+            raise ValueError(
+                f"the adapter {file} is for a base with {settings.base_in_channels} input channels "
+                f"(base_model={settings.base_model!r}), this UNet has {self.config.base_in_channels}"
+            )
+        parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
+        missing, unexpected = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
+        if missing or unexpected:
+            example = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
+            raise ValueError(
+                f"the adapter {file} does not fit this UNet: {len(missing)} weights missing, {len(unexpected)} unexpected ({example})"
+            )
+        for name, weight in weights.items():
+            shape = list(parameters[name].shape)
+            if name == "conv_in.weight" and settings.base_in_channels == 4:
+                shape[1] = 8
+            if list(weight.shape) != shape:
+                raise ValueError(
+                    f"the adapter {file} does not fit this UNet: {name} has shape {list(weight.shape)}, not {shape}"
+                )
+            if not weight.is_floating_point() or not torch.isfinite(weight.float()).all():
+                raise ValueError(f"the adapter {file} is damaged: {name} is not all finite floating-point numbers")
 
 
 # ------------------------------------------------------------------------------------------------------ the model card
@@ -618,307 +1240,8 @@ people, its biases included, is still there.
 """
 
 
-# -------------------------------------------------------------------------------------------------------- the pipeline
-
-
-@dataclass
-class Job:
-    """What `check_inputs` learnt of a call: the pictures, where in them to work, and at which size."""
-
-    persons: list[torch.Tensor]  # N of (3, H, W) in [0, 1]
-    cloths: list[torch.Tensor]  # 1 or N of (3, H, W)
-    masks: list[torch.Tensor] | None  # N of (1, H, W), 0 or 1
-    regions: list[tuple[int, int, int, int]]  # N of (left, top, right, bottom)
-    height: int
-    width: int
-
-
-class StableDiffusionVTONPipeline(
-    DiffusionPipeline,
-    StableDiffusionMixin,
-    TextualInversionLoaderMixin,
-    StableDiffusionLoraLoaderMixin,
-    FromSingleFileMixin,
-):
-    r"""Virtual try-on: put the cloth of one photograph on the person of another.
-
-    Args:
-        vae: encodes and decodes pictures.
-        unet: an SD1.5-shaped UNet with 9 input channels (inpainting), 8 (instruct-pix2pix) or 4 (widened by the adapter).
-        scheduler: any diffusers scheduler; `DDPMScheduler` is the one that the figures are measured with.
-        text_encoder, tokenizer: used where `cross_attention` is `"prompt"`.
-        safety_checker, feature_extractor: looks at the finished pictures, if there is one.
-        human_parser, human_parser_processor: a Segformer human parser that draws the mask where none is given.
-        cloth_conditioning: `"reference"` (the cloth is read once, its keys and values stand in every `attn1`) or
-            `"joint"` (person and cloth on one canvas).
-        canvas_axis: `"height"` or `"width"`, where joint mode puts the cloth.
-        cross_attention: `"skip"` (no text), `"prompt"` or `"identity"` (CatVTON's).
-        condition_latents: `"scaled"` by the VAE's factor, or `"unscaled"`.
-        mask_free: the condition is the whole person, and a mask is not needed.
-        guidance_scale: what `guidance_scale=None` means in a call.
-        in_channels: input channels of the UNet before any widening (4, 8 or 9); None takes the UNet's.
-        height, width: the native size in pixels; None takes the UNet's.
-        trainable: which weights an adapter holds.
-        base_model, trained_steps: where the weights come from; for information.
-
-    An adapter's settings (`load_vton_adapter`) replace the settings here, until it is unloaded.
-    """
-
-    model_cpu_offload_seq = "human_parser->text_encoder->unet->vae"
-    _optional_components = [
-        "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "human_parser", "human_parser_processor",
-    ]  # fmt: skip
-    _exclude_from_cpu_offload = ["safety_checker"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-
-    encode_prompt = StableDiffusionPipeline.encode_prompt
-    run_safety_checker = StableDiffusionPipeline.run_safety_checker
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
-        text_encoder: CLIPTextModel | None = None,
-        tokenizer: CLIPTokenizer | None = None,
-        safety_checker: StableDiffusionSafetyChecker | None = None,
-        feature_extractor: CLIPImageProcessor | None = None,
-        human_parser: SegformerForSemanticSegmentation | None = None,
-        human_parser_processor: BaseImageProcessor | None = None,
-        cloth_conditioning: str = "reference",
-        canvas_axis: str = "height",
-        cross_attention: str = "skip",
-        condition_latents: str = "scaled",
-        mask_free: bool = False,
-        guidance_scale: float = 7.5,
-        in_channels: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        trainable: str = "self_attention",
-        base_model: str | None = None,
-        trained_steps: int | None = None,
-    ) -> None:
-        super().__init__()
-        settings = {name: value for name, value in locals().items() if name in ADAPTER_SETTINGS}
-        for name, choices in CHOICES.items():
-            if settings[name] not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {settings[name]!r}")
-        self.register_modules(
-            vae=vae,
-            unet=unet,
-            scheduler=scheduler,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-            human_parser=human_parser,
-            human_parser_processor=human_parser_processor,
-        )
-        in_channels = in_channels if in_channels is not None or unet is None else unet.config.in_channels
-        self.register_to_config(in_channels=in_channels, **settings)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self.mask_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-        )
-        self._adapter_backup: dict[str, Any] | None = None  # what unload_vton_adapter puts back
-        self._lora_backup: dict[str, Any] | None = None  # and unload_lora_weights
-
-    # ---- the adapter
-
-    def load_vton_adapter(
-        self,
-        pretrained_model_name_or_path: str | os.PathLike,
-        weight_name: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        mask_free: bool | None = None,
-    ) -> None:
-        """Put a try-on adapter's weights into the UNet, and its settings into the pipeline's config.
-
-        Everything in the file is checked before anything changes. A second adapter replaces the first. CatVTON's published
-        weights (`zhengchong/CatVTON`, subfolder `mix-48k-1024/attention`) load too.
-
-        Args:
-            pretrained_model_name_or_path: a Hub repository, a folder or a file.
-            weight_name: the file's name; None tries `vton_adapter.safetensors`, then `model.safetensors`.
-            subfolder, revision, token, cache_dir, force_download, local_files_only: as in `from_pretrained`.
-            mask_free: which kind CatVTON's weights are, where the repository's name does not tell (`CatVTON-MaskFree` is
-                mask-free, another `CatVTON` is not; with neither in the name, a base with 8 channels means mask-free).
-
-        Raises:
-            ValueError: the file is damaged, of another format or a later version, or does not fit this UNet.
-            OSError: there is no such file.
-        """
-        options = {
-            "subfolder": subfolder,
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-        }
-        self._refuse_scattered_unet()
-        file = self._find_adapter(pretrained_model_name_or_path, weight_name, options)
-        weights, metadata = read_safetensors(file)
-        if weights and all(map(CATVTON_KEY.fullmatch, weights)):
-            weights = name_catvton_weights(file, weights, self.unet)
-            settings = catvton_settings(str(pretrained_model_name_or_path), mask_free, self.config.in_channels)
-        else:
-            settings = parse_settings(file, metadata)
-            if mask_free not in {None, settings["mask_free"]}:
-                raise ValueError(
-                    f"`mask_free`={mask_free} is not what the adapter {file} says: {settings['mask_free']}"
-                )
-        self._check_adapter(file, weights, settings)
-        self._refuse_lora_on_conv_in(widened=settings["in_channels"] == 4)
-        if self._adapter_backup is not None:
-            self.unload_vton_adapter()
-        backup = {"settings": {name: self.config[name] for name in ADAPTER_SETTINGS}, "conv_in": None}
-        if self.unet.config.in_channels == 4:
-            backup["conv_in"] = widen_conv_in(self.unet)
-        parameters = adapter_parameters(self.unet, settings["trainable"], settings["in_channels"] == 4)
-        backup["weights"] = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
-        self.register_to_config(**settings)
-        self._adapter_backup = backup
-
-    def unload_vton_adapter(self) -> None:
-        """Put the base's weights back, bit for bit, and the settings from before the adapter."""
-        if self._adapter_backup is None:
-            raise ValueError(
-                "unload_vton_adapter: no adapter was loaded with load_vton_adapter; weights saved by save_pretrained are merged"
-            )
-        self._refuse_scattered_unet()
-        backup = self._adapter_backup
-        self._refuse_lora_on_conv_in(widened=backup["conv_in"] is not None)
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.in_channels == 4)
-        with torch.no_grad():
-            for name, weight in backup["weights"].items():
-                parameters[name].copy_(weight)
-        if backup["conv_in"] is not None:
-            device_and_dtype = self.unet.conv_in.weight
-            self.unet.conv_in = backup["conv_in"].to(device_and_dtype)
-            self.unet.register_to_config(in_channels=4)
-        self.register_to_config(**backup["settings"])
-        self._adapter_backup = None
-
-    def save_vton_adapter(self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-        """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings."""
-        if self.unet.config.in_channels == 4:
-            raise ValueError(
-                "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
-            )
-        self._refuse_scattered_unet()
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.in_channels == 4)
-        settings = {name: self.config[name] for name in ("in_channels", *ADAPTER_SETTINGS)}
-        weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
-        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, settings)
-
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
-        adapter_name: str | None = None,
-        **kwargs,
-    ) -> None:
-        """As diffusers loads a LoRA; one that `train_vton.py` trained brings its settings too, until `unload_lora_weights`.
-
-        Raises:
-            ValueError: the LoRA was trained on a UNet with other input channels, or its settings are damaged.
-        """
-        settings = self._find_lora_settings(pretrained_model_name_or_path_or_dict, **kwargs)
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
-        if settings is not None:
-            self._lora_backup = self._lora_backup or {name: self.config[name] for name in settings}
-            self.register_to_config(**settings)
-
-    def unload_lora_weights(self, **kwargs) -> None:
-        """As diffusers unloads LoRAs, and the settings from before the first one that brought its own."""
-        super().unload_lora_weights(**kwargs)
-        if self._lora_backup is not None:
-            self.register_to_config(**self._lora_backup)
-            self._lora_backup = None
-
-    def _find_lora_settings(
-        self, path: str | os.PathLike | dict, weight_name: str | None = None, **kwargs
-    ) -> dict[str, Any] | None:
-        """The settings in a LoRA's metadata; None for a LoRA of another kind."""
-        if isinstance(path, dict):
-            return None
-        known = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
-        options = {name: kwargs[name] for name in known if name in kwargs}
-        try:
-            file = _get_model_file(path, weights_name=weight_name or LORA_NAME, **options)
-        except OSError:  # under another name: diffusers looks further, or says what is missing
-            return None
-        metadata = read_safetensors(file)[1] if file.endswith(".safetensors") else {}
-        if LORA_SETTINGS not in metadata:
-            return None
-        settings = parse_settings(file, json.loads(metadata[LORA_SETTINGS]))
-        if settings["in_channels"] != self.unet.config.in_channels:
-            raise ValueError(
-                f"the LoRA {file} is for a UNet with {settings['in_channels']} input channels, this one has {self.unet.config.in_channels}"
-            )
-        return settings
-
-    def _refuse_scattered_unet(self) -> None:
-        if _is_group_offload_enabled(self.unet) or any(p.device.type == "meta" for p in self.unet.parameters()):
-            raise ValueError(
-                "the UNet's weights are spread by sequential or group offloading: load, save or unload the adapter before it is enabled"
-            )
-
-    def _refuse_lora_on_conv_in(self, widened: bool) -> None:
-        if widened and hasattr(self.unet.conv_in, "base_layer"):
-            raise ValueError(
-                "the UNet's `conv_in` carries a LoRA and is to be widened or narrowed: call unload_lora_weights first"
-            )
-
-    @staticmethod
-    def _find_adapter(path: str | os.PathLike, weight_name: str | None, options: dict[str, Any]) -> str:
-        names = [weight_name] if weight_name else [ADAPTER_NAME, "model.safetensors"]
-        if not all(name.endswith(".safetensors") for name in names):
-            raise ValueError(f"`weight_name` must end in .safetensors, got {weight_name!r}")
-        for name in names[:-1]:
-            try:
-                return _get_model_file(path, weights_name=name, **options)
-            except OSError as error:  # a folder without the file is no cause; a wrong token or a lost connection is
-                offline = options["local_files_only"] or is_offline_mode()
-                if not (offline or isinstance(error.__cause__, (RemoteEntryNotFoundError, type(None)))):
-                    raise
-        return _get_model_file(path, weights_name=names[-1], **options)
-
-    def _check_adapter(self, file: str, weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
-        """ValueError unless the file's weights are exactly those of this UNet."""
-        if settings["in_channels"] != self.config.in_channels:
-            raise ValueError(
-                f"the adapter {file} is for a base with {settings['in_channels']} input channels "
-                f"(base_model={settings['base_model']!r}), this UNet has {self.config.in_channels}"
-            )
-        parameters = adapter_parameters(self.unet, settings["trainable"], settings["in_channels"] == 4)
-        missing, unexpected = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
-        if missing or unexpected:
-            example = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
-            raise ValueError(
-                f"the adapter {file} does not fit this UNet: {len(missing)} weights missing, {len(unexpected)} unexpected ({example})"
-            )
-        for name, weight in weights.items():
-            shape = list(parameters[name].shape)
-            if name == "conv_in.weight" and settings["in_channels"] == 4:
-                shape[1] = 8
-            if list(weight.shape) != shape:
-                raise ValueError(
-                    f"the adapter {file} does not fit this UNet: {name} has shape {list(weight.shape)}, not {shape}"
-                )
-            if not weight.is_floating_point() or not torch.isfinite(weight.float()).all():
-                raise ValueError(f"the adapter {file} is damaged: {name} is not all finite floating-point numbers")
-
-    # ---- saving and loading whole pipelines
+class VTONHubMixin:
+    """Saves, publishes and describes a whole pipeline, its code included."""
 
     def save_pretrained(
         self,
@@ -943,6 +1266,15 @@ class StableDiffusionVTONPipeline(
             raise ValueError(
                 "`push_to_hub=True` would upload before the code is written: call pipe.push_to_hub(repo_id) instead"
             )
+        for name in ("unet", "text_encoder"):
+            component = getattr(self, name)
+            if component is not None and any(_lora_modules(component)):
+                raise ValueError(
+                    f"`{name}` has LoRA layers, and with them would be saved what does not load: call unload_lora_weights first, "
+                    "after fuse_lora to keep what they do"
+                )
+        if self.unet.config.in_channels != 4:
+            self._refuse_changed_unet()
         super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text())
@@ -1018,7 +1350,7 @@ class StableDiffusionVTONPipeline(
 
     def _lossless_dtype(self) -> torch.dtype | None:
         """float16 where that changes no weight (trainers write so), else None: the UNet's own."""
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.in_channels == 4).values()
+        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.base_in_channels == 4).values()
         return torch.float16 if all(torch.equal(p, p.half().to(p.dtype)) for p in parameters) else None
 
     def _published_base(self) -> str | None:
@@ -1061,9 +1393,7 @@ class StableDiffusionVTONPipeline(
             adapter=f'pipe.load_vton_adapter("{name}")\n' if adapter_only else "",
             mask="None" if self.config.mask_free else 'load_image("mask.png")',
         )
-        settings = {
-            name: self.config[name] for name in ("in_channels", *ADAPTER_SETTINGS) if self.config[name] is not None
-        }
+        settings = {name: value for name, value in asdict(self._settings()).items() if value is not None}
         measured = [
             f"| {r.dataset_name} | {r.metric_name or r.metric_type} | {r.metric_value} |" for r in eval_results
         ]
@@ -1093,6 +1423,109 @@ class StableDiffusionVTONPipeline(
             config["_class_name"] = config["_class_name"][-1]
         return loaded
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple:
+        """As diffusers', but reads pipelines that were saved when `base_in_channels` was called `in_channels`, too."""
+        renamed = {"base_in_channels" if name == "in_channels" else name: value for name, value in config_dict.items()}
+        return super().extract_init_dict(renamed, **kwargs)
+
+
+# -------------------------------------------------------------------------------------------------------- the pipeline
+
+
+@dataclass
+class TryOnInputs:
+    """What `check_inputs` learnt of a call: the pictures, where in them to work, and at which size."""
+
+    persons: list[torch.Tensor]  # N of (3, H, W) in [0, 1]
+    cloths: list[torch.Tensor]  # 1 or N of (3, H, W)
+    masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none
+    regions: list[tuple[int, int, int, int]]  # N of (left, top, right, bottom)
+    profiles: list[bytes | None]  # N ICC profiles of the persons, which the results carry
+    height: int
+    width: int
+
+
+class StableDiffusionVTONPipeline(
+    VTONAdapterMixin,
+    VTONHubMixin,
+    DiffusionPipeline,
+    StableDiffusionMixin,
+    TextualInversionLoaderMixin,
+    FromSingleFileMixin,
+):
+    r"""Virtual try-on: put the cloth of one photograph on the person of another.
+
+    Args:
+        vae: encodes and decodes pictures.
+        unet: an SD1.5-shaped UNet with 9 input channels (inpainting), 8 (instruct-pix2pix) or 4 (widened by the adapter).
+        scheduler: any diffusers scheduler; `DDPMScheduler` is the one that the figures are measured with.
+        text_encoder, tokenizer: used where `cross_attention` is `"prompt"`.
+        safety_checker, feature_extractor: looks at the finished pictures, if there is one.
+        human_parser, human_parser_processor: a Segformer human parser that draws the mask where none is given.
+        base_in_channels, cloth_conditioning, ...: the settings, as `AdapterSettings` describes them; None takes their defaults,
+            and the UNet's input channels.
+
+    An adapter's settings (`load_vton_adapter`) replace the settings here, until it is unloaded.
+    """
+
+    model_cpu_offload_seq = "human_parser->text_encoder->unet->vae"
+    _optional_components = [
+        "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "human_parser", "human_parser_processor",
+    ]  # fmt: skip
+    _exclude_from_cpu_offload = ["safety_checker"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    encode_prompt = StableDiffusionPipeline.encode_prompt
+    run_safety_checker = StableDiffusionPipeline.run_safety_checker
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        text_encoder: CLIPTextModel | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        human_parser: SegformerForSemanticSegmentation | None = None,
+        human_parser_processor: BaseImageProcessor | None = None,
+        base_in_channels: int | None = None,
+        cloth_conditioning: str | None = None,
+        canvas_axis: str | None = None,
+        cross_attention: str | None = None,
+        condition_latents: str | None = None,
+        mask_free: bool | None = None,
+        guidance_scale: float | None = None,
+        scheduler_class: str | None = None,
+        eta: float | None = None,
+        prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        trainable: str | None = None,
+        base_model: str | None = None,
+        trained_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        values = locals()
+        self.register_modules(
+            vae=vae,
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            human_parser=human_parser,
+            human_parser_processor=human_parser_processor,
+        )
+        self._begin_settings(**{setting.name: values[setting.name] for setting in fields(AdapterSettings)})
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.mask_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+        )
+
     # ---- what a call is asked for
 
     @property
@@ -1103,22 +1536,13 @@ class StableDiffusionVTONPipeline(
     def resolve_size(
         self, person_height: int, person_width: int, height: int | None, width: int | None
     ) -> tuple[int, int]:
-        """The size to work at: as given; else the person's aspect, at about the native area."""
-        multiple = self.size_multiple
-        for name, side in (("height", height), ("width", width)):
-            if side is not None and (not isinstance(side, int) or side <= 0 or side % multiple):
-                raise ValueError(f"`{name}` must be a positive multiple of {multiple}, got {side!r}")
-        if height is None and width is None:
-            if self.config.height and self.config.width:
-                area = self.config.height * self.config.width
-            else:
-                size = self.unet.config.sample_size
-                area = math.prod(size if isinstance(size, (list, tuple)) else (size, size)) * self.vae_scale_factor**2
-            scale = math.sqrt(area / (person_height * person_width))
-            height, width = person_height * scale, person_width * scale
-        height = width * person_height / person_width if height is None else height
-        width = height * person_width / person_height if width is None else width
-        return tuple(max(multiple, round(side / multiple) * multiple) for side in (height, width))
+        """The size to work at: as given; else the person's aspect, at about the adapter's area, or the UNet's."""
+        if self.config.height and self.config.width:
+            area = self.config.height * self.config.width
+        else:
+            size = self.unet.config.sample_size
+            area = math.prod(size if isinstance(size, (list, tuple)) else (size, size)) * self.vae_scale_factor**2
+        return fit_size(person_height, person_width, height, width, area=area, multiple=self.size_multiple)
 
     def check_inputs(
         self,
@@ -1129,7 +1553,7 @@ class StableDiffusionVTONPipeline(
         height: int | None,
         width: int | None,
         padding_mask_crop: int | None,
-    ) -> Job:
+    ) -> TryOnInputs:
         """Check the pictures and sizes of a call; returns them as the rest of the call uses them."""
         if self.unet.config.in_channels not in {8, 9}:
             raise ValueError(
@@ -1139,58 +1563,53 @@ class StableDiffusionVTONPipeline(
             raise ValueError("`feature_extractor` must be given with a `safety_checker`, got None")
         if cloth_type not in REPAINTED_LABELS:
             raise ValueError(f"`cloth_type` must be one of {', '.join(REPAINTED_LABELS)}, got {cloth_type!r}")
-        persons = as_tensors(person_image, "person_image", 3)
-        cloths = as_tensors(cloth_image, "cloth_image", 3)
-        masks = self._check_masks(persons, mask_image, cloth_type)
-        count = max(len(persons), len(cloths), len(masks or ()))
-        for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks or persons)):
+        if padding_mask_crop is not None and (not is_whole(padding_mask_crop) or padding_mask_crop < 0):
+            raise ValueError(
+                f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {padding_mask_crop!r}"
+            )
+        persons, person_profiles = as_tensors(person_image, "person_image"), colour_profiles(person_image)
+        cloths, cloth_profiles = as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image)
+        if mask_image is not None:
+            masks = as_masks(mask_image, "mask_image")
+        elif self.human_parser is not None:
+            masks = [self.prepare_mask(person, cloth_type) for person in persons]
+        elif not self.config.mask_free:
+            raise ValueError(
+                "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
+            )
+        elif padding_mask_crop is not None:
+            raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding_mask_crop!r} without one")
+        else:
+            masks = [None]
+        count = max(len(persons), len(cloths), len(masks))
+        for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks)):
             if len(pictures) not in {1, count}:
                 raise ValueError(f"`{name}` must number 1 or {count}, as the other pictures do, got {len(pictures)}")
-        persons = persons * count if len(persons) == 1 else persons
-        if masks is not None:
-            masks = masks * count if len(masks) == 1 else masks
-            for person, mask in zip(persons, masks):
-                if person.shape[1:] != mask.shape[1:]:
-                    raise ValueError(
-                        f"`mask_image` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(mask.shape[1:])}"
-                    )
+        if len(persons) == 1:
+            persons, person_profiles = persons * count, person_profiles * count
+        if len(cloths) == 1 and len(set(person_profiles)) > 1:  # one cloth, in the colours of each
+            cloths, cloth_profiles = cloths * count, cloth_profiles * count
+        cloths = [
+            convert_profile(cloth, before, after)
+            for cloth, before, after in zip(cloths, cloth_profiles, person_profiles)
+        ]
+        masks = masks * count if len(masks) == 1 else masks
+        for person, mask in zip(persons, masks):
+            if mask is not None and person.shape[1:] != mask.shape[1:]:
+                raise ValueError(
+                    f"`mask_image` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(mask.shape[1:])}"
+                )
         sizes = {self.resolve_size(*person.shape[1:], height, width) for person in persons}
         if len(sizes) > 1:
             raise ValueError(
                 f"`person_image` has pictures for {sorted(sizes)} (height, width): give `height` and `width`, or call once a size"
             )
         height, width = sizes.pop()
-        regions = [self._region(p, m, height, width, padding_mask_crop) for p, m in zip(persons, masks or persons)]
-        return Job(persons, cloths, masks, regions, height, width)
-
-    def _check_masks(
-        self, persons: list[torch.Tensor], mask_image: PictureInput | None, cloth_type: str
-    ) -> list[torch.Tensor] | None:
-        if mask_image is None:
-            if self.human_parser is not None:
-                return [self.prepare_mask(person, cloth_type) for person in persons]
-            if self.config.mask_free:
-                return None
-            raise ValueError(
-                "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
-            )
-        masks = [(mask >= 0.5).float() for mask in as_tensors(mask_image, "mask_image", 1)]
-        if any(not mask.any() for mask in masks):
-            raise ValueError("`mask_image` must be white where the cloth goes, got a mask that is black everywhere")
-        return masks
-
-    @staticmethod
-    def _region(
-        person: torch.Tensor, mask: torch.Tensor, height: int, width: int, padding: int | None
-    ) -> tuple[int, int, int, int]:
-        """Where in the picture to work: all of it, or the mask's surroundings at the aspect of height x width."""
-        if padding is None:
-            return (0, 0, person.shape[2], person.shape[1])
-        if not isinstance(padding, int) or padding < 0:
-            raise ValueError(f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {padding!r}")
-        if mask is person:
-            raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding!r} without one")
-        return VaeImageProcessor.get_crop_region(as_pil(mask), width, height, pad=padding)
+        if padding_mask_crop is None:
+            regions = [(0, 0, person.shape[2], person.shape[1]) for person in persons]
+        else:
+            regions = [crop_region(mask, height, width, int(padding_mask_crop)) for mask in masks]
+        return TryOnInputs(persons, cloths, masks, regions, person_profiles, height, width)
 
     def _check_sampling(
         self,
@@ -1289,16 +1708,16 @@ class StableDiffusionVTONPipeline(
 
     # ---- the way through the model
 
-    def encode_pictures(self, job: Job) -> TryOnLatents:
+    def encode_pictures(self, inputs: TryOnInputs) -> TryOnLatents:
         """Stretch persons and masks to height x width, fit the cloths on white, and encode all three."""
-        size = {"height": job.height, "width": job.width}
+        size = {"height": inputs.height, "width": inputs.width}
         device, dtype = self._execution_device, self.unet.dtype
-        persons = [as_pil(person).crop(region) for person, region in zip(job.persons, job.regions)]
-        cloths = [fit_cloth(as_pil(cloth), **size) for cloth in job.cloths]
-        if job.masks is None:
-            mask = torch.ones(len(persons), 1, job.height, job.width)
+        persons = [as_pil(person).crop(region) for person, region in zip(inputs.persons, inputs.regions)]
+        cloths = [fit_cloth(as_pil(cloth), **size) for cloth in inputs.cloths]
+        if inputs.masks[0] is None:
+            mask = torch.ones(len(persons), 1, inputs.height, inputs.width)
         else:
-            masks = [as_pil(mask).crop(region) for mask, region in zip(job.masks, job.regions)]
+            masks = [as_pil(mask).crop(region) for mask, region in zip(inputs.masks, inputs.regions)]
             mask = self.mask_processor.preprocess(masks, **size)
         return TryOnLatents.encode(
             self.vae,
@@ -1425,25 +1844,6 @@ class StableDiffusionVTONPipeline(
         decoded = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(decoded, output_type="pt").float().cpu()
 
-    def composite(
-        self, image: torch.Tensor, person: torch.Tensor, mask: torch.Tensor | None, region: tuple[int, int, int, int]
-    ) -> torch.Tensor:
-        """Lay a result (3, h, w) into its photograph (3, H, W): outside the mask every pixel stays exactly as it is.
-
-        The seam is feathered inward only, over about 1/256 of the picture's larger side.
-        """
-        left, top, right, bottom = region
-        image = resize(image, bottom - top, right - left)
-        if mask is None:
-            return image
-        radius = max(person.shape[1:]) // 256
-        blurred = _as_tensor(as_pil(mask).filter(ImageFilter.GaussianBlur(radius)), "mask", 1)
-        alpha = (2 * blurred - 1).clamp(min=0) * mask if radius else mask
-        window = (slice(None), slice(top, bottom), slice(left, right))
-        result = person.clone()
-        result[window] = torch.lerp(person[window], image, alpha[window])
-        return torch.where(alpha > 0, result, person)
-
     def check_safety(self, images: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[bool] | None]:
         if self.safety_checker is None:
             return images, None
@@ -1456,9 +1856,11 @@ class StableDiffusionVTONPipeline(
         return checked, flags
 
     @staticmethod
-    def _convert_output(images: list[torch.Tensor], output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
+    def _convert_output(
+        images: list[torch.Tensor], output_type: str, profiles: list[bytes | None]
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
         if output_type == "pil":
-            return [as_pil(image) for image in images]
+            return [as_pil(image, profile) for image, profile in zip(images, profiles)]
         stack = torch.stack(images)
         return stack if output_type == "pt" else stack.movedim(1, -1).numpy()
 
@@ -1581,8 +1983,8 @@ class StableDiffusionVTONPipeline(
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             prompts=prompts,
         )
-        job = self.check_inputs(person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop)
-        sizes = {tuple(person.shape[1:]) for person in job.persons}
+        inputs = self.check_inputs(person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop)
+        sizes = {tuple(person.shape[1:]) for person in inputs.persons}
         if composite and output_type in {"np", "pt"} and len(sizes) > 1:
             raise ValueError(
                 f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(sizes)}: use 'pil'"
@@ -1592,7 +1994,7 @@ class StableDiffusionVTONPipeline(
         self._cross_attention_kwargs = cross_attention_kwargs
         self._interrupt = False
         reference = self.config.cloth_conditioning == "reference"
-        device, count = self._execution_device, len(job.persons)
+        device, count = self._execution_device, len(inputs.persons)
 
         # 2. Text encoder: the prompt, for adapters that use one
         prompt_embeds, negative_prompt_embeds = self.encode_prompts(
@@ -1604,7 +2006,7 @@ class StableDiffusionVTONPipeline(
         )
 
         # 3. VAE: person, mask and cloth to latents
-        conditioning = self.encode_pictures(job)
+        conditioning = self.encode_pictures(inputs)
         one_cloth_each = prompt_embeds is not None or not reference  # text changes how a cloth is read
         if one_cloth_each and len(conditioning.cloth) < count:
             conditioning.cloth = conditioning.cloth.expand(count, -1, -1, -1)
@@ -1658,14 +2060,14 @@ class StableDiffusionVTONPipeline(
             images, flags = latents, None
         else:
             images = list(self.decode_latents(latents))
+            index = [i // num_images_per_prompt for i in range(len(images))]
             if composite:
-                index = [i // num_images_per_prompt for i in range(len(images))]
                 images = [
-                    self.composite(image, job.persons[i], job.masks and job.masks[i], job.regions[i])
+                    composite_result(image, inputs.persons[i], inputs.masks[i], inputs.regions[i])
                     for image, i in zip(images, index)
                 ]
             images, flags = self.check_safety(images)
-            images = self._convert_output(images, output_type)
+            images = self._convert_output(images, output_type, [inputs.profiles[i] for i in index])
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, flags

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from tiny import ROOT, box_mask, picture, run, seeded, tiny_pipe
 from benchmarks import sd15
 from pipeline_vton import (
     ADAPTER_NAME,
-    ADAPTER_SETTINGS,
+    AdapterSettings,
     StableDiffusionVTONPipeline,
     adapter_parameters,
     read_adapter,
@@ -47,6 +48,10 @@ def saved_adapter(folder, in_channels=9, dtype=None, **settings):
     pipe = trained_pipe(in_channels, **settings)
     pipe.save_vton_adapter(folder, dtype=dtype)
     return pipe
+
+
+def settings_of(pipe):
+    return {setting.name: pipe.config[setting.name] for setting in fields(AdapterSettings)}
 
 
 def state_of(pipe):
@@ -96,7 +101,7 @@ def test_saved_and_loaded_adapter_gives_the_pipeline_from_before(tmp_path, in_ch
     pipe = tiny_pipe(in_channels)
     pipe.load_vton_adapter(tmp_path)
     assert_same_state(pipe, state_of(trained)[:3] + (pipe.unet.attn_processors,))
-    assert pipe.config.in_channels == in_channels
+    assert pipe.config.base_in_channels == in_channels
     assert (run(pipe) == run(trained)).all()
 
 
@@ -154,12 +159,13 @@ def test_an_adapter_file_holds_the_trainable_weights_and_the_settings_as_text(tm
 
 def test_a_file_that_says_the_least_takes_the_defaults(tmp_path):
     weights = adapter_parameters(trained_pipe().unet, "self_attention", False)
-    write_adapter(tmp_path / "a.safetensors", weights, {"in_channels": 9})
+    metadata = {"format": "vton-adapter", "format_version": "1", "in_channels": "9"}
+    save_file({name: weight.detach() for name, weight in weights.items()}, tmp_path / "a.safetensors", metadata)
     _, settings = read_adapter(tmp_path / "a.safetensors")
-    assert settings == ADAPTER_SETTINGS | {"in_channels": 9}
+    assert settings == AdapterSettings(base_in_channels=9)
     pipe = tiny_pipe(9, cross_attention="identity", mask_free=True, guidance_scale=1.5)
     pipe.load_vton_adapter(tmp_path / "a.safetensors")
-    assert {name: pipe.config[name] for name in ADAPTER_SETTINGS} == ADAPTER_SETTINGS
+    assert settings_of(pipe) == asdict(AdapterSettings(base_in_channels=9))
 
 
 def test_an_adapter_is_found_by_folder_file_subfolder_and_name(tmp_path):
@@ -312,7 +318,7 @@ def test_a_file_for_another_unet_leaves_a_narrow_base_narrow(tmp_path):
     pipe = trained_pipe(4)
     weights = adapter_parameters(pipe.unet, "self_attention", True)
     weights["conv_in.weight"] = weights["conv_in.weight"][:, :4]
-    write_adapter(tmp_path / ADAPTER_NAME, weights, {"in_channels": 4})
+    write_adapter(tmp_path / ADAPTER_NAME, weights, AdapterSettings(base_in_channels=4))
     pipe = tiny_pipe(4)
     before = state_of(pipe)
     with pytest.raises(ValueError, match=r"conv_in.weight has shape \[16, 4, 3, 3\], not \[16, 8, 3, 3\]"):
@@ -498,15 +504,23 @@ def test_the_imported_class_loads_what_was_saved_without_trusting_code(tmp_path)
     pipe = StableDiffusionVTONPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     assert (run(pipe) == run(trained)).all()
-    assert {name: pipe.config[name] for name in ADAPTER_SETTINGS} == {
-        name: trained.config[name] for name in ADAPTER_SETTINGS
-    }
+    assert settings_of(pipe) == settings_of(trained)
     with pytest.raises(ValueError, match="merged"):
         pipe.unload_vton_adapter()
     pipe.save_vton_adapter(tmp_path)  # its adapter is still there to be taken out
     base = tiny_pipe(4)
     base.load_vton_adapter(tmp_path)
     assert (run(base) == run(trained)).all()
+
+
+def test_a_pipeline_that_was_saved_with_the_old_name_of_a_setting_loads(tmp_path):
+    trained_pipe(4, cross_attention="identity").save_pretrained(tmp_path)
+    file = tmp_path / "model_index.json"
+    index = json.loads(file.read_text())
+    index["in_channels"] = index.pop("base_in_channels")
+    file.write_text(json.dumps(index))
+    pipe = StableDiffusionVTONPipeline.from_pretrained(tmp_path)
+    assert (pipe.config.base_in_channels, pipe.config.cross_attention) == (4, "identity")
 
 
 def test_a_saved_pipeline_takes_another_adapter_and_returns_to_its_merged_weights(tmp_path):

@@ -141,7 +141,7 @@ def test_catvtons_weights_bring_their_settings_and_leave_with_them(tmp_path):
         "condition_latents": "scaled",
         "mask_free": False,
         "guidance_scale": 2.5,
-        "in_channels": 9,
+        "base_in_channels": 9,
         "trainable": "self_attention",
     }
     assert {name: pipe.config[name] for name in expected} == expected
