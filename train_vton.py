@@ -103,6 +103,7 @@ from pipeline_vton import (
 logger = get_logger("train_vton")
 SEED_GUIDANCE = 7.5  # where nothing better is known
 ASPECT_TOLERANCE = 1.1
+HULL_SIDES = 32  # of the polygon that stands for a convex hull
 PROBED_TIMESTEPS = (250, 500, 750)  # where the masked error without, with and with a wrong cloth is logged
 PROBED_PAIRS = 16
 SIZED_ROWS = 16  # of a table, whose persons' sizes are looked at
@@ -174,7 +175,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="training height in pixels (default: the base's native area at the data's aspect)",
     )
     add("--width", type=POSITIVE_COUNT, help="training width in pixels, at the data's aspect")
-    add("--augment", nargs="*", default=[], choices=("flip", "crop", "color"), help="mirror, zoom in, recolour (default none)")  # fmt: skip
+    add("--augment", nargs="*", default=[], choices=("flip", "crop", "color", "mask"), help="mirror, zoom in, recolour, loosen masks (default none)")  # fmt: skip
     add("--cache_latents", nargs="?", type=Path, const=True, help="encode once into this folder (default OUTPUT_DIR/latents)")  # fmt: skip
     add("--dataloader_num_workers", type=COUNT, default=2, help="reading processes (default 2)")
 
@@ -251,6 +252,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
     if args.cache_latents and (args.augment or args.streaming or args.caption_column):
         parser.error("--cache_latents would freeze --augment, and knows neither --streaming nor --caption_column")
+    if args.mask_free and "mask" in args.augment:
+        parser.error("--augment mask loosens masks, and --mask_free has none")
     if args.lora_rank and args.trainable not in {"self_attention", "attention"}:
         parser.error(f"--lora_rank needs --trainable self_attention or attention, got {args.trainable}")
     if args.lora_rank and args.push_to_hub:
@@ -290,7 +293,10 @@ class Preparation:
         for role, picture in pictures.items():
             processor = self.mask_processor if role == "mask" else self.image_processor
             item[role] = processor.preprocess(picture, **size)[0]
-        return self.recolor(item, rng)
+        item = self.recolor(item, rng)
+        if "mask" in self.augment:
+            item["mask"] = loosen(item["mask"], rng)
+        return item
 
     def move(self, pictures: dict[str, Image.Image], rng: np.random.Generator) -> dict[str, Image.Image]:
         """Mirror every picture, or none; show the same part, at least 4/5 a side, of all but the cloth."""
@@ -312,6 +318,26 @@ class Preparation:
             gamma = torch.tensor(2 ** rng.uniform(-0.4, 0.4, (3, 1, 1)), dtype=torch.float32)
             item |= {k: 2 * (v / 2 + 0.5).clamp(0, 1) ** gamma - 1 for k, v in item.items() if k != "mask"}
         return item
+
+
+def loosen(mask: Tensor, rng: np.random.Generator) -> Tensor:
+    """A mask (1, H, W) that tells less of the cloth that is worn: itself, its hull or its box, grown by up to H/16 pixels."""
+    margin, sides = rng.uniform(0, mask.shape[1] / 16), rng.choice([0, HULL_SIDES, 4])
+    if sides:
+        return circumscribe(mask, sides, margin) if mask.any() else mask
+    reach = round(margin)
+    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):
+        mask = F.max_pool2d(mask, kernel, stride=1, padding=tuple(side // 2 for side in kernel))
+    return mask
+
+
+def circumscribe(mask: Tensor, sides: int, margin: float) -> Tensor:
+    """The polygon around a mask (1, H, W) whose sides, evenly turned, are `margin` pixels off it: four make a box, many its hull."""
+    rows, columns = (torch.arange(side, dtype=torch.float32) for side in mask.shape[1:])
+    angles = torch.arange(sides)[:, None, None] * (2 * math.pi / sides)
+    along = angles.cos() * columns + angles.sin() * rows[:, None]  # (sides, H, W), how far each pixel lies to a side
+    farthest = along[:, mask[0] >= 0.5].amax(dim=1) + margin + 1e-3  # a rounding error
+    return (along <= farthest[:, None, None]).all(dim=0, keepdim=True).to(mask.dtype)
 
 
 def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> Image.Image:
