@@ -21,7 +21,6 @@ from demo.recognition import ATTRIBUTES, CLASSIFIER, load_classifier, recognize
 from demo.try_on import BATCH_SIZE, DEMO, Line, check_count, draw_lines, load_pipeline, noises, picture_height, try_on
 from demo.world import CATEGORIES, FACTORS, LEVELS
 from evaluate_vton import Interval, bootstrap, decibels, squared_error, ssim, table
-from pipeline_vton import as_tensors
 
 
 GROUPS = ("category", *FACTORS)
@@ -35,6 +34,12 @@ Parts = dict[str, tuple[float, float]]
 
 
 # ------------------------------------------------------------------------------------------------ what is compared with what
+
+
+def as_tensor(picture: Image.Image) -> torch.Tensor:
+    """A picture (3, H, W), or a mask (1, H, W), in [0, 1]."""
+    array = np.asarray(picture, np.float32) / 255
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 
 
 def inside(results: Iterable[Image.Image], lines: Sequence[Line]) -> list[Image.Image]:
@@ -73,7 +78,7 @@ def mean_color(line: Line) -> Image.Image:
 @torch.no_grad()
 def round_trip(vae: AutoencoderKL, lines: Sequence[Line]) -> list[Image.Image]:
     """What the VAE leaves of the truth."""
-    pixels = torch.stack(as_tensors([line.truth for line in lines], "truth", 3)) * 2 - 1  # (N, 3, H, W)
+    pixels = torch.stack([as_tensor(line.truth) for line in lines]) * 2 - 1  # (N, 3, H, W)
     batches = pixels.to(vae.dtype).split(BATCH_SIZE)
     decoded = torch.cat([vae.decode(vae.encode(batch).latent_dist.mode()).sample.float() for batch in batches])
     arrays = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
@@ -89,8 +94,7 @@ def measure(
     """What each line adds to each figure; an attribute that its cloth has not is left out."""
     said, rows = recognize(classifier, results, [line.mask for line in lines]), []
     for result, line, seen in zip(results, lines, said):
-        pair = [as_tensors(picture, "result", 3)[0] for picture in (result, line.truth)]
-        mask = as_tensors(line.mask, "mask", 1)[0]
+        pair, mask = (as_tensor(result), as_tensor(line.truth)), as_tensor(line.mask)
         right = {name: float(seen[name] == line.attributes[name]) for name in ATTRIBUTES if line.attributes[name]}
         if line.attributes["logo"] != "none":
             right[SHOWN_LOGO] = right["logo"]
