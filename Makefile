@@ -27,7 +27,7 @@ style: $(READY)  ## check format and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-demo-model: $(READY)  ## train demo/model again, from nothing (about two hours on two cores)
+demo-model: $(READY)  ## train demo/model again, from nothing (many hours on two cores; goes on where it stopped)
 	bash demo/train_model.sh
 
 clean:  ## remove the environment and everything under runs/

@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
@@ -9,6 +10,7 @@ from tiny import ROOT
 
 from benchmarks import costs, methods
 from demo.make_dataset import make_dataset
+from demo.try_on import draw_lines
 
 
 @torch.no_grad()
@@ -29,12 +31,29 @@ def test_the_four_channel_base_paints_what_the_inpainting_base_paints_behind_a_f
     assert error(narrow.conv_in.bias) < 0.2 * error(pipe.unet.conv_in.bias)
 
 
+def test_a_row_is_trained_and_measured_once_for_a_budget(tmp_path, monkeypatch, capfd):
+    line = ["--output_dir", str(tmp_path), "--rows", "reference", "--train", "6", "--lines", "6", "--seed", "11"]
+    line += ["--train_batch_size", "2", "--num_inference_steps", "2", "--max_train_steps"]
+    methods.main(methods.parse_args([*line, "1"]))
+    row = capfd.readouterr().out.splitlines()[-2]
+    assert row.startswith("| reference | ") and (tmp_path / "reference" / "vton_adapter.safetensors").is_file()
+
+    def train(*args):
+        raise RuntimeError("trained again")
+
+    monkeypatch.setattr(methods, "train", train)
+    methods.main(methods.parse_args([*line, "1"]))
+    assert capfd.readouterr().out.splitlines()[-2] == row
+    with pytest.raises(RuntimeError, match="trained again"):
+        methods.main(methods.parse_args([*line, "2"]))
+
+
 def test_a_row_is_measured_with_its_cloth_or_without():
-    model, held_out = ROOT / "demo" / "model", methods.HeldOut.draw(4, seed=1, height=64)
-    args = methods.parse_args(["--num_inference_steps", "5"])
+    model, lines = ROOT / "demo" / "model", draw_lines(6, seed=1, height=64)
+    args = methods.parse_args(["--num_inference_steps", "4"])
     reference = methods.Method("reference")
-    right, none = (methods.measure(row, model, model, held_out, args) for row in (reference, methods.NO_CLOTH))
-    assert right > none
+    right, none = (methods.measure(row, model, model, lines, args) for row in (reference, methods.NO_CLOTH))
+    assert right["psnr"].value > none["psnr"].value
 
 
 def test_a_step_is_timed_and_weighed(tmp_path, fresh_accelerate):
