@@ -10,6 +10,7 @@ file, and the pipeline. `train_vton.py` imports the same pieces.
 """
 
 import copy
+import functools
 import inspect
 import io
 import json
@@ -17,9 +18,15 @@ import math
 import numbers
 import os
 import re
+import shutil
+import sys
 import tempfile
+import threading
+import uuid
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -49,7 +56,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.hub_utils import _get_model_file, populate_model_card
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 from PIL import Image, ImageCms, ImageFilter, ImageOps
@@ -786,6 +793,13 @@ def widen_conv_in(unet: UNet2DConditionModel) -> torch.nn.Conv2d:
     return old
 
 
+def hub_repository(name: str | os.PathLike | None) -> str | None:
+    """The Hub repository that a name, or a folder in the Hub's cache, stands for; None for any other folder."""
+    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", str(name)):
+        return f"{cached[1]}/{cached[2]}"
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists() else None
+
+
 def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Weights and metadata of a file; ValueError where it is none, or not whole."""
     try:
@@ -858,6 +872,8 @@ def catvton_settings(source: str, mask_free: bool | None, base_in_channels: int)
         cross_attention="identity",
         mask_free=mask_free,
         guidance_scale=2.5,
+        scheduler_class="DDIMScheduler",
+        eta=1.0,
         base_model="timbrooks/instruct-pix2pix" if mask_free else "stable-diffusion-v1-5/stable-diffusion-inpainting",
     )
 
@@ -879,6 +895,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
     def config(self) -> FrozenDict:
         """As diffusers'; the settings in it are the stack's top, whatever happened to the UNet since one looked last."""
         if "_said" in self.__dict__:
+            self._follow_scheduler()
             settings = asdict(self._settings())
             if not settings.items() <= self._internal_dict.items():  # set past __setattr__, which asks for `config`
                 self.__dict__["_internal_dict"] = FrozenDict({**self._internal_dict, **settings})
@@ -894,9 +911,9 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             said = {name: checked[name] for name in names}
             if "base_in_channels" in said:
                 self._stack["base_in_channels"] = said.pop("base_in_channels")
-            number = self._layers()[-1]["number"]
+            top = self._layers()[-1]["id"]
             for known in (self._said, self._stack["said"]):
-                known[number] = known.get(number, {}) | said
+                known[top] = known.get(top, {}) | said
 
     def _begin_settings(self, **given: Any) -> None:
         """The settings of a new pipeline: as given, else what was last said of this UNet, else the defaults."""
@@ -905,38 +922,37 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         if not stack["said"]:  # nobody has seen this UNet
             settings = asdict(AdapterSettings(**{"base_in_channels": stack["base_in_channels"]} | given))
             stack["base_in_channels"] = settings.pop("base_in_channels")
-            stack["said"][0] = settings
+            stack["said"]["base"] = settings
             given = {}
-        self._said = copy.deepcopy(stack["said"])  # by the numbers of the layers; by this pipeline alone from now on
-        number, checked = self._layers()[-1]["number"], asdict(AdapterSettings(**asdict(self._settings()) | given))
-        self._said[number] = self._said.get(number, {}) | {name: checked[name] for name in given}
+        self._layers_sampled = {layer["id"] for layer in self._layers()}  # whose schedulers had their turn
+        self._said = copy.deepcopy(stack["said"])  # by the layers' ids; by this pipeline alone from now on
+        top, checked = self._layers()[-1]["id"], asdict(AdapterSettings(**asdict(self._settings()) | given))
+        self._said[top] = self._said.get(top, {}) | {name: checked[name] for name in given}
 
     @property
     def _stack(self) -> dict[str, Any]:
         """What the UNet carries."""
-        unet = getattr(self.unet, "_orig_mod", self.unet)
+        unet = unwrap_module(self.unet)
         if unet is None:
-            return {"base_in_channels": None, "said": {}, "fixed": [], "adapter": None, "loras": {}, "layers": 0}
+            return {"base_in_channels": None, "said": {}, "fixed": [], "adapter": None, "loras": {}}
         if "vton_stack" not in vars(unet):
             unet.vton_stack = {
                 "base_in_channels": unet.config.in_channels,
-                "said": {0: self._said[0]} if "_said" in self.__dict__ else {},  # by the numbers of the layers
+                "said": {"base": self._said["base"]} if "_said" in self.__dict__ else {},  # by the layers' ids
                 "fixed": [],  # layers that were fused into the base
                 "adapter": None,  # its layer, with the base's weights
                 "loras": {},  # layers by the names of LoRAs
-                "layers": 0,  # so far
             }
         return unet.vton_stack
 
-    def _new_layer(self, settings: AdapterSettings) -> dict[str, Any]:
-        stack = self._stack
-        stack["layers"] += 1
-        return {"number": stack["layers"], "settings": asdict(settings)}
+    @staticmethod
+    def _new_layer(settings: AdapterSettings) -> dict[str, Any]:
+        return {"id": uuid.uuid4().hex, "settings": asdict(settings)}
 
     def _layers(self, loras: bool = True) -> list[dict[str, Any]]:
         """The layers in force, from the base up; without `loras` only what the UNet's own weights are."""
         stack = self._stack
-        layers = [{"number": 0, "settings": {}}, *stack["fixed"]]
+        layers = [{"id": "base", "settings": {}}, *stack["fixed"]]
         if stack["adapter"] is not None:
             layers.append(stack["adapter"])
         if loras and stack["loras"]:
@@ -952,8 +968,33 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         settings = {}
         for layer in self._layers(loras):
             settings |= {name: value for name, value in layer["settings"].items() if value is not None}
-            settings |= self._said.get(layer["number"], {})
+            settings |= self._said.get(layer["id"], {})
         return AdapterSettings(**settings | {"base_in_channels": self._stack["base_in_channels"]})
+
+    def _follow_scheduler(self) -> None:
+        """Sample as the layers in force ask for: a new one puts its scheduler in, and one that went takes its own out.
+
+        The scheduler is built from the one before; betas and prediction type stay. A scheduler that somebody else put in is
+        theirs, and stays.
+        """
+        layers = {layer["id"]: layer["settings"].get("scheduler_class") for layer in self._layers()}
+        new = [identity for identity, name in layers.items() if name and identity not in self._layers_sampled]
+        if self.scheduler is None or layers.keys() == self._layers_sampled:
+            return
+        self._layers_sampled.clear()
+        self._layers_sampled.update(layers)
+        scheduler = self.scheduler
+        while getattr(scheduler, "vton_layer", "base") not in {"base", *layers}:
+            scheduler = scheduler.vton_replaced
+        for identity in new:
+            cls, config, options = getattr(diffusers, layers[identity]), scheduler.config, {}
+            silent = "clip_sample" not in config or "clip_sample" in config.get("_use_default_values", [])
+            if silent and "clip_sample" in inspect.signature(cls).parameters:
+                options["clip_sample"] = False  # latents are not pictures in [-1, 1]
+            replaced, scheduler = scheduler, cls.from_config(config, **options)
+            scheduler.vton_layer, scheduler.vton_replaced = identity, replaced
+        if scheduler is not self.scheduler:
+            self.scheduler = scheduler
 
     def load_vton_adapter(
         self,
@@ -1008,11 +1049,18 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self.unload_vton_adapter()
         conv_in = widen_conv_in(self.unet) if self.unet.config.in_channels == 4 else None
         parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
-        base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        stack["adapter"] = self._new_layer(settings) | {"weights": base, "conv_in": conv_in}
+        stack["adapter"] = self._new_layer(settings) | {"weights": before, "conv_in": conv_in}
+        self._follow_scheduler()
+        meant = hub_repository(settings.base_model)
+        base = hub_repository(self._said["base"].get("base_model")) or hub_repository(self.name_or_path)
+        if meant is not None and base is not None and meant != base:
+            warnings.warn(
+                f"the adapter {file} was trained on {meant}, and its weights replace those of {base}", stacklevel=2
+            )
 
     def unload_vton_adapter(self) -> None:
         """Put the base's weights back, bit for bit, and the settings that lie below the adapter's."""
@@ -1033,6 +1081,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self.unet.conv_in = adapter["conv_in"].to(self.unet.conv_in.weight)  # its device and dtype
             self.unet.register_to_config(in_channels=4)
         self._stack["adapter"] = None
+        self._follow_scheduler()
 
     def save_vton_adapter(self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings.
@@ -1074,12 +1123,14 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self._stack["loras"].pop(name, None)
             if brought is not None:
                 self._stack["loras"][name] = self._new_layer(brought)
+        self._follow_scheduler()
 
     def unload_lora_weights(self) -> None:
         """As diffusers unloads LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
         self._keep_fused(set(self._stack["loras"]))
         super().unload_lora_weights()
         self._stack["loras"].clear()
+        self._follow_scheduler()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """As diffusers deletes LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
@@ -1088,6 +1139,22 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         super().delete_adapters(adapter_names)
         for name in names:
             self._stack["loras"].pop(name, None)
+        self._follow_scheduler()
+
+    def set_adapters(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers sets the active LoRAs; their settings and scheduler follow."""
+        super().set_adapters(*args, **kwargs)
+        self._follow_scheduler()
+
+    def enable_lora(self) -> None:
+        """As diffusers enables LoRAs; their settings and scheduler follow."""
+        super().enable_lora()
+        self._follow_scheduler()
+
+    def disable_lora(self) -> None:
+        """As diffusers disables LoRAs; the settings and the scheduler below them follow."""
+        super().disable_lora()
+        self._follow_scheduler()
 
     def _keep_fused(self, names: set[str]) -> None:
         """Of LoRAs that are about to go: those that are merged become the base's for good, and an adapter under them too."""
@@ -1095,7 +1162,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         merged = {name for module in _lora_modules(self.unet) for name in module.merged_adapters}
         if merged & names:
             if stack["adapter"] is not None:
-                stack["fixed"].append({name: stack["adapter"][name] for name in ("number", "settings")})
+                stack["fixed"].append({name: stack["adapter"][name] for name in ("id", "settings")})
                 stack["adapter"] = None
             stack["fixed"] += [layer for name, layer in stack["loras"].items() if name in merged & names]
 
@@ -1240,6 +1307,27 @@ people, its biases included, is still there.
 """
 
 
+@contextmanager
+def written_whole(directory: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder whose files end in `directory` when all of them are written, and nowhere where an error ends it."""
+    directory = Path(directory)
+    new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".unfinished-") as unfinished:
+            yield Path(unfinished)
+            for file in sorted(Path(unfinished).rglob("*")):
+                place = directory / file.relative_to(unfinished)
+                if file.is_dir():
+                    place.mkdir(exist_ok=True)
+                else:
+                    os.replace(file, place)
+    except BaseException:
+        if new:
+            directory.rmdir()
+        raise
+
+
 class VTONHubMixin:
     """Saves, publishes and describes a whole pipeline, its code included."""
 
@@ -1275,20 +1363,22 @@ class VTONHubMixin:
                 )
         if self.unet.config.in_channels != 4:
             self._refuse_changed_unet()
-        super().save_pretrained(save_directory, *args, **kwargs)
-        folder = Path(save_directory)
-        index = json.loads((folder / self.config_name).read_text())
-        index["_class_name"] = ["pipeline_vton", type(self).__name__]
-        for (
-            component
-        ) in index.values():  # transformers' name where torchvision is missing; the plain one loads anywhere
-            if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
-                component[-1] = component[-1].removesuffix("Pil")
-        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        self._write_code(folder)
-        if self.unet.config.in_channels != 4:
-            self.save_vton_adapter(folder, dtype=self._lossless_dtype())
-        self._write_card(folder, folder.resolve().name, False, license, eval_results)
+        with written_whole(save_directory) as folder:
+            super().save_pretrained(folder, *args, **kwargs)
+            index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
+            index["_class_name"] = ["pipeline_vton", StableDiffusionVTONPipeline.__name__]
+            for component in index.values():
+                # transformers' name where torchvision is missing; the plain one loads anywhere
+                if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
+                    component[-1] = component[-1].removesuffix("Pil")
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / self.config_name).write_text(text, encoding="utf-8")
+            self._write_code(folder)
+            if self.unet.config.in_channels != 4:
+                self.save_vton_adapter(folder, dtype=self._lossless_dtype())
+            if (own := Path(save_directory, "README.md")).is_file():
+                shutil.copy(own, folder)
+            self._write_card(folder, Path(save_directory).resolve().name, False, license, eval_results)
 
     def push_to_hub(
         self,
@@ -1338,15 +1428,21 @@ class VTONHubMixin:
             f"{repo_id} holds a try-on adapter, not a whole pipeline: load its base with DiffusionPipeline.from_pretrained("
             f"{base!r}, custom_pipeline={repo_id!r}, trust_remote_code=True), then pipe.load_vton_adapter({repo_id!r})"
         )
-        (folder / "vton.py").write_text(f"raise ValueError({message!r})\n")
-        index = {"_class_name": ["vton", type(self).__name__], "_diffusers_version": __version__}
-        (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "vton.py").write_text(f"raise ValueError({message!r})\n", encoding="utf-8")
+        name = StableDiffusionVTONPipeline.__name__
+        index = {"_class_name": ["vton", name], "_diffusers_version": __version__}
+        (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _write_code(self, folder: Path) -> None:
-        """This file, and one line under each of the two names that `custom_pipeline` looks for."""
-        (folder / "pipeline_vton.py").write_text(Path(inspect.getfile(type(self))).read_text())
-        for name in ("pipeline.py", "vton.py"):
-            (folder / name).write_text(f"from .pipeline_vton import {type(self).__name__}  # noqa: F401\n")
+    @staticmethod
+    def _write_code(folder: Path) -> None:
+        """This file, and one line under each of the two names that `custom_pipeline` looks for; of a subclass nothing."""
+        name = StableDiffusionVTONPipeline.__name__
+        if __name__ == "__main__":
+            raise ValueError(f"{name} has no file of its own that could be saved: import it from pipeline_vton.py")
+        code = inspect.getsource(sys.modules[__name__])
+        (folder / "pipeline_vton.py").write_text(code, encoding="utf-8")
+        for file in ("pipeline.py", "vton.py"):
+            (folder / file).write_text(f"from .pipeline_vton import {name}  # noqa: F401\n", encoding="utf-8")
 
     def _lossless_dtype(self) -> torch.dtype | None:
         """float16 where that changes no weight (trainers write so), else None: the UNet's own."""
@@ -1355,17 +1451,14 @@ class VTONHubMixin:
 
     def _published_base(self) -> str | None:
         """The base's repository on the Hub, as the adapter or the loading says, unless it is a folder."""
-        for base in (self.config.base_model, self.name_or_path):
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not Path(base).exists():
-                return base
-        return None
+        return hub_repository(self.config.base_model) or hub_repository(self.name_or_path)
 
     def _write_card(
         self, folder: Path, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult] | None
     ) -> None:
         """README.md: a new one, or with the measurements added where somebody wrote one."""
         file = folder / "README.md"
-        if file.exists() and CARD_NOTE not in file.read_text():
+        if file.exists() and CARD_NOTE not in file.read_text(encoding="utf-8"):
             card = ModelCard.load(file)
         else:
             card = self._new_card(name, adapter_only, license, eval_results or [])
@@ -1431,6 +1524,45 @@ class VTONHubMixin:
 
 
 # -------------------------------------------------------------------------------------------------------- the pipeline
+
+
+class Turn:
+    """Whose turn it is with a UNet or a scheduler: a lock, and the pipelines whose calls hold it, with their schedulers."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.held: list[Any] = []
+
+
+# By UNet and by scheduler, which stay free to be copied and pickled. Kept in diffusers, for all copies of this file: whoever
+# loads a `custom_pipeline` twice has executed it twice.
+TURNS = vars(diffusers).setdefault("_vton_turns", weakref.WeakKeyDictionary())
+
+
+def in_turn(call: Callable) -> Callable:
+    """Let the calls of pipelines that share a UNet or a scheduler run one after the other, from whatever threads they come.
+
+    A callback may call another pipeline, on the same UNet too, that has a scheduler of its own.
+    """
+
+    @functools.wraps(call)
+    def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as turns:
+            for part in (unwrap_module(self.unet), self.scheduler):
+                if part is None:
+                    continue
+                turn = TURNS.setdefault(part, Turn())
+                turns.enter_context(turn.lock)
+                if any(held is self or held is self.scheduler for held in turn.held):
+                    raise RuntimeError(
+                        "a callback of a running call must not call the same pipeline, or one with its scheduler, whose state would "
+                        "be overwritten: give the inner pipeline a scheduler of its own"
+                    )
+                turns.callback(setattr, turn, "held", turn.held)
+                turn.held = [*turn.held, self, self.scheduler]
+            return call(self, *args, **kwargs)
+
+    return waiting
 
 
 @dataclass
@@ -1890,6 +2022,7 @@ class StableDiffusionVTONPipeline(
     def interrupt(self) -> bool:
         return self._interrupt
 
+    @in_turn
     @torch.no_grad()
     def __call__(
         self,
@@ -1909,7 +2042,7 @@ class StableDiffusionVTONPipeline(
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int = 1,
-        eta: float = 0.0,
+        eta: float | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -1930,7 +2063,7 @@ class StableDiffusionVTONPipeline(
                 draws it with the human parser, or needs a mask-free adapter.
             cloth_type: `"upper"`, `"lower"` or `"dress"`, for the human parser.
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as in `StableDiffusionPipeline`; used by adapters
-                with `cross_attention="prompt"`.
+                with `cross_attention="prompt"`, which may bring a prompt for calls that give none.
             height, width: the size to work at, multiples of 64 for SD1.5. None keeps the person's aspect at about the native
                 area; one alone takes the other from the aspect.
             num_inference_steps: denoising steps, 50 by default.
@@ -1941,7 +2074,7 @@ class StableDiffusionVTONPipeline(
             guidance_interval: [start, end) in fractions of the steps; outside it the conditional branch runs alone
                 (arXiv:2404.07724).
             num_images_per_prompt: results for every person.
-            eta: for DDIM.
+            eta: noise that DDIM adds again at every step, 0 to 1 (arXiv:2010.02502); None takes the adapter's own.
             cross_attention_kwargs: `{"scale": ...}` of a LoRA.
             generator: one, or a list with one for every result.
             latents: the first noise (N * num_images_per_prompt, 4, h, w), before the scheduler's scale; the whole canvas in
@@ -1962,6 +2095,8 @@ class StableDiffusionVTONPipeline(
             ValueError, TypeError: an argument is wrong; the sentence names it and its value.
         """
         # 1. Check, and learn what there is to do
+        prompt = self.config.prompt if prompt is None and prompt_embeds is None else prompt
+        eta = (self.config.eta or 0.0) if eta is None else eta
         prompts = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
