@@ -936,7 +936,7 @@ class Trainer:
             if args.lora_rank:
                 raise ValueError("--lora_rank cannot train the conv_in that a 4-channel base gets: take one of 8 or 9")
             widen_conv_in(self.unet)
-        self.prompt_embeds = self.empty_embeds = None  # (1, 77, 768)
+        self.tokenizer = self.text_encoder = self.prompt_embeds = self.empty_embeds = None  # the embeds (1, 77, 768)
         if args.cross_attention == "prompt":
             self.tokenizer = CLIPTokenizer.from_pretrained(**self.base, subfolder="tokenizer")
             self.text_encoder = self.load(CLIPTextModel, "text_encoder")
@@ -952,7 +952,7 @@ class Trainer:
     def load_settings(self) -> None:
         """The size, and the settings that travel with the adapter."""
         args = self.args
-        parts = (self.vae, self.unet, self.noise_scheduler)
+        parts = (self.vae, self.unet, self.noise_scheduler, self.text_encoder, self.tokenizer)
         self.pipe = StableDiffusionVTONPipeline(*parts, base_in_channels=self.in_channels)
         self.pipe.set_progress_bar_config(disable=True)
         size = (args.height, args.width) if args.height else None
@@ -1347,11 +1347,7 @@ class Validation:
         return logs
 
     def try_on(self, person: PictureInput, cloth: PictureInput, mask: PictureInput | None, **options) -> list | Tensor:
-        """A call of the pipeline as users call it."""
-        if self.trainer.prompt_embeds is not None:
-            count = len(person) if isinstance(person, Tensor) else 1
-            options["prompt_embeds"] = self.trainer.prompt_embeds.expand(count, -1, -1)
-            options["negative_prompt_embeds"] = self.trainer.empty_embeds.expand(count, -1, -1)
+        """A call of the pipeline as users make it; its results."""
         with self.accelerator.autocast():
             return self.trainer.pipe(person, cloth, mask, **options).images
 
