@@ -92,6 +92,7 @@ from pipeline_vton import (
     colour_profiles,
     convert_profile,
     fit_cloth,
+    fit_size,
     read_adapter,
     read_safetensors,
     vton_attention,
@@ -106,6 +107,7 @@ ASPECT_TOLERANCE = 1.1
 HULL_SIDES = 32  # of the polygon that stands for a convex hull
 PROBED_TIMESTEPS = (250, 500, 750)  # where the masked error without, with and with a wrong cloth is logged
 PROBED_PAIRS = 16
+READING = 2  # counts the changes of how pictures are read: latents cached before one are of other pictures
 SIZED_ROWS = 16  # of a table, whose persons' sizes are looked at
 LATENTS = ("person", "mask", "cloth", "cloth_condition")  # the tensors of `TryOnLatents`
 GUIDANCE_SCALES, GUIDANCE_STEPS = (1, 1.5, 2, 2.5, 3.5, 5, 7.5), 25
@@ -744,6 +746,27 @@ class LatentCache(PairDataset):
         accelerator.wait_for_everyone()
 
 
+def cache_key(vae: AutoencoderKL, settings: AdapterSettings, pairs: TreePairs | RowPairs) -> str:
+    """A name for everything that changes the latents: pictures, size, VAE, settings, and how pictures are read."""
+    weights = hashlib.sha256(json.dumps(dict(vae.config), default=str).encode())
+    for name, weight in vae.state_dict().items():
+        weights.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    said = [getattr(settings, name) for name in ("height", "width", "condition_latents", "mask_free")]
+    key = json.dumps([READING, weights.hexdigest(), str(vae.dtype), said, pairs.identity()])
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def load_pairs(
+    args: argparse.Namespace, columns: dict[str, str], accelerator: accelerate.Accelerator
+) -> TreePairs | RowPairs:
+    """What to train on. The first process looks at every file of a tree, once, and the others believe it."""
+    if args.dataset_root is None:
+        return RowPairs(load_rows(args, "train", columns), columns)
+    looked_at = {"index": args.output_dir / "train_pairs.json", "checked": not accelerator.is_main_process}
+    with accelerator.main_process_first():
+        return TreePairs(args.dataset_root, "train", True, tuple(columns), args.condition_column, **looked_at)
+
+
 def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
     """What is random in a step, each row from its own seed: three noises (B, *shape) and two numbers (B,) in [0, 1)."""
     rows = []
@@ -831,22 +854,16 @@ def training_size(
     """Height and width to train at, which are those that a call without a size works at.
 
     Args:
-        pipe: knows the base's native area and what its sides must be multiples of.
+        pipe: still without a size of its own, so that it works at the base's native area.
         persons: widths and heights; the one with the middle aspect stands for all.
         asked: (height, width), refused where the aspect differs from the persons' by more than a tenth; None takes the
             native area.
     """
     width, height = sorted(persons, key=lambda size: size[0] / size[1])[len(persons) // 2]
-
-    def worked_at(size: tuple[int, int] | None) -> tuple[int, int]:
-        """The size of a call's work with an adapter of this size, or without one."""
-        before = {"height": None, "width": None} if size is None else {"height": size[0], "width": size[1]}
-        pipe.register_to_config(**before)
-        return pipe.resolve_size(height, width, None, None)
-
-    size, again = None, worked_at(asked)
+    size, again = None, asked or pipe.resolve_size(height, width, None, None)
     while size != again:  # rounding may take more than once to come to rest
-        size, again = again, worked_at(again)
+        size, area = again, again[0] * again[1]
+        again = fit_size(height, width, None, None, area=area, multiple=pipe.size_multiple)
     if asked is None:
         logger.info("persons of %d x %d (height x width) are trained at %d x %d", height, width, *size)
         return size
@@ -913,7 +930,9 @@ class Trainer:
         self.step, self.losses, self.grad_norm, self.accumulated = 0, [], 0.0, 0
         self.stop, self.stopping = StopRequest(), False  # of this process; as all processes know
         self.load_base()
-        self.load_pairs()
+        self.roles = ("person", "cloth", "condition" if args.mask_free else "mask")
+        self.columns = {role: getattr(args, f"{role}_column") for role in self.roles}
+        self.pairs = load_pairs(args, self.columns, self.accelerator)
         self.load_settings()
         self.checkpoints = Checkpoints(self)
         self.load_data()
@@ -943,7 +962,7 @@ class Trainer:
             if args.lora_rank:
                 raise ValueError("--lora_rank cannot train the conv_in that a 4-channel base gets: take one of 8 or 9")
             widen_conv_in(self.unet)
-        self.prompt_embeds = self.empty_embeds = None  # (1, 77, 768)
+        self.tokenizer = self.text_encoder = self.prompt_embeds = self.empty_embeds = None  # the embeds (1, 77, 768)
         if args.cross_attention == "prompt":
             self.tokenizer = CLIPTokenizer.from_pretrained(**self.base, subfolder="tokenizer")
             self.text_encoder = self.load(CLIPTextModel, "text_encoder")
@@ -956,23 +975,10 @@ class Trainer:
         tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self.accelerator.device))[0]
 
-    def load_pairs(self) -> None:
-        """What to train on. The first process looks at every file of a tree, once, and the others believe it."""
-        args = self.args
-        self.roles = ("person", "cloth", "condition" if args.mask_free else "mask")
-        self.columns = {role: getattr(args, f"{role}_column") for role in self.roles}
-        if args.dataset_root is None:
-            self.pairs = RowPairs(load_rows(args, "train", self.columns), self.columns)
-            return
-        index = args.output_dir / "train_pairs.json"
-        with self.accelerator.main_process_first():
-            looked_at = {"index": index, "checked": not self.accelerator.is_main_process}
-            self.pairs = TreePairs(args.dataset_root, "train", True, self.roles, args.condition_column, **looked_at)
-
     def load_settings(self) -> None:
         """The size, and the settings that travel with the adapter."""
         args = self.args
-        parts = (self.vae, self.unet, self.noise_scheduler)
+        parts = (self.vae, self.unet, self.noise_scheduler, self.text_encoder, self.tokenizer)
         self.pipe = StableDiffusionVTONPipeline(*parts, base_in_channels=self.in_channels)
         self.pipe.set_progress_bar_config(disable=True)
         size = (args.height, args.width) if args.height else None
@@ -1007,7 +1013,8 @@ class Trainer:
             source = "--dataset_root" if args.dataset_root is not None else "--dataset_name"
             raise ValueError(f"--train_batch_size: a step takes {rows} pairs, and {source} has {len(self.dataset)}")
         if args.cache_latents is not None:
-            self.dataset = LatentCache(self.pairs, self.prepare, folder=self.cache_folder())
+            folder = args.cache_latents / cache_key(self.vae, self.settings, self.pairs)
+            self.dataset = LatentCache(self.pairs, self.prepare, folder=folder)
             self.dataset.fill(self.encode, self.accelerator, **loading)
         self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
 
@@ -1019,17 +1026,6 @@ class Trainer:
         self.dataset = StreamedPairs(rows, self.columns, self.prepare, *place, args.caption_column)
         workers = min(1, args.dataloader_num_workers)
         self.loader = DataLoader(self.dataset, batch_size=args.train_batch_size, num_workers=workers)
-
-    def cache_folder(self) -> Path:
-        """A folder of --cache_latents for everything that changes the latents: pictures, size, VAE and settings."""
-        vae = hashlib.sha256(json.dumps(dict(self.vae.config), default=str).encode())
-        for name, weight in self.vae.state_dict().items():
-            vae.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        settings = {
-            name: getattr(self.settings, name) for name in ("height", "width", "condition_latents", "mask_free")
-        }
-        key = json.dumps([vae.hexdigest(), str(self.vae.dtype), settings, self.pairs.identity()])
-        return self.args.cache_latents / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def prepare_parameters(self) -> None:
         """What learns, in float32: the adapter's weights, or a LoRA of the same modules."""
@@ -1377,11 +1373,7 @@ class Validation:
         return logs
 
     def try_on(self, person: PictureInput, cloth: PictureInput, mask: PictureInput | None, **options) -> list | Tensor:
-        """A call of the pipeline as users call it."""
-        if self.trainer.prompt_embeds is not None:
-            count = len(person) if isinstance(person, Tensor) else 1
-            options["prompt_embeds"] = self.trainer.prompt_embeds.expand(count, -1, -1)
-            options["negative_prompt_embeds"] = self.trainer.empty_embeds.expand(count, -1, -1)
+        """A call of the pipeline as users make it; its results."""
         with self.accelerator.autocast():
             return self.trainer.pipe(person, cloth, mask, **options).images
 

@@ -20,16 +20,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import DistributedType, patch_environment
 from datasets.distributed import split_dataset_by_node
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import ROOT, box_mask, picture, seeded, tiny_pipe
+from test_pictures import LINEAR
+from tiny import ROOT, box_mask, picture, run, seeded, tiny_pipe
 
 import train_vton
 from demo.make_dataset import make_dataset
@@ -41,6 +43,7 @@ from pipeline_vton import (
     ClothCacheAttnProcessor,
     TryOnLatents,
     adapter_parameters,
+    as_pil,
     vton_attention,
 )
 from train_vton import (
@@ -59,6 +62,7 @@ from train_vton import (
     parse_args,
     refuse_sharding,
     row_pictures,
+    training_size,
 )
 
 
@@ -500,6 +504,214 @@ def test_flags_reach_the_optimiser(bases, data, tmp_path, no_tf32):
     assert factor(14) < 1 and factor(15) == 1
 
 
+# ------------------------------------------------------------------------------------- training and calls have one size
+
+
+@pytest.mark.parametrize("asked", [None, (64, 48)])
+def test_a_photograph_of_the_datas_aspect_is_worked_at_the_trained_size(bases, data, tmp_path, asked):
+    size = {"height": asked and asked[0], "width": asked and asked[1]}
+    main(parse_args(flags(bases[9], data, tmp_path, **size)))
+    pipe, shapes = tiny_pipe(9), []
+    pipe.load_vton_adapter(tmp_path)
+    trained = (pipe.config.height, pipe.config.width)
+    assert trained == (asked or (32, 24))  # the base's native area is 32 x 32
+
+    def look(pipe, step, t, tensors):
+        shapes.append(tuple(4 * side for side in tensors["latents"].shape[2:]))
+        return tensors
+
+    run(pipe, picture(1, 128, 96), mask=box_mask(128, 96), callback_on_step_end=look, num_inference_steps=1)
+    assert shapes == [trained]
+
+
+@pytest.mark.parametrize("person", [(1024, 768), (768, 1024), (1101, 825), (900, 601), (500, 500), (1200, 431)])
+def test_the_default_size_is_at_rest(person):
+    """Working at it, a call works at it; and it has the native area, and the aspect, as near as multiples of 8 can."""
+    PartialState()  # for the log
+    pipe = tiny_pipe(9)
+    pipe.unet.register_to_config(sample_size=48)  # 192 x 192
+    height, width = training_size(pipe, [person[::-1]], None)
+    pipe.register_to_config(height=height, width=width)
+    assert pipe.resolve_size(*person, None, None) == (height, width)
+    assert 0.85 < height * width / 192**2 < 1.15 and abs(math.log(height / width / (person[0] / person[1]))) < 0.1
+
+
+def test_the_size_is_that_of_most_persons(own_data, bases, tmp_path, caplog):
+    for name in ("00000_00", "00001_00"):
+        for file in (f"image/{name}.png", f"agnostic-mask/{name}_mask.png"):
+            with Image.open(own_data / "train" / file) as opened:
+                opened.resize((64, 48)).save(own_data / "train" / file)
+    with caplog.at_level("INFO"):
+        trainer = trainer_of(bases[9], own_data, tmp_path, height=None, width=None)
+    assert (trainer.height, trainer.width) == (32, 24)
+    assert "persons of 64 x 48 (height x width) are trained at 32 x 24" in caplog.text
+
+
+def test_sizes_of_rows(bases, parquet, tmp_path):
+    for streaming in (None, True):
+        options = {"dataset_name": parquet, "streaming": streaming, "height": None, "width": None}
+        trainer = trainer_of(bases[9], None, tmp_path, **options)
+        assert (trainer.height, trainer.width) == (32, 24)
+
+
+def test_other_aspects_are_refused_with_a_size_that_fits(bases, data, tmp_path, caplog):
+    with pytest.raises(
+        ValueError, match="--height 32 --width 32 would stretch .* 64 x 48 .*: --height 32 --width 24 fits"
+    ):
+        trainer_of(bases[9], data, tmp_path, height=32, width=32)
+    trainer = trainer_of(bases[9], data, tmp_path, height=120, width=88)  # 2 % off
+    assert (trainer.height, trainer.width) == (120, 88) and "a call" not in caplog.text
+    trainer_of(bases[9], data, tmp_path, height=128, width=104)  # 8 %
+    assert "trained at 128 x 104, while a call that names no size works at" in caplog.text
+
+
+def test_validation_is_a_call_as_users_make_it(finished, bases, tested, tmp_path):
+    trainer = trainer_of(bases[9], tested, tmp_path, resume_from_checkpoint=finished / "checkpoint-8", **LONG)
+    trainer.checkpoints.resume()
+    pipe, (person, cloth, mask) = (
+        tiny_pipe(9),
+        (picture(1, 48, 64), picture(2), box_mask(48, 64)),
+    )  # not the data's aspect
+    pipe.load_vton_adapter(finished)
+    with trainer.published_weights():
+        (shown,) = trainer.validation.try_on(person, cloth, mask, generator=seeded(), num_inference_steps=2)
+    called = pipe(person, cloth, mask, generator=seeded(), num_inference_steps=2).images[0]
+    difference = np.asarray(shown).astype(int) - np.asarray(called)
+    assert shown.size == (64, 48) and abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["reference", "joint"])
+def test_what_is_shown_no_cloth_reads_no_text(bases, data, tmp_path, mode):
+    """As the unconditional branch of a call; the others read theirs."""
+    options = {"cross_attention": "prompt", "prompt": "a shirt", "cloth_conditioning": mode}
+    trainer = trainer_of(bases[9], data, tmp_path, **options)
+    conditioning = trainer.latents(next(trainer.batches()))[0]
+    noisy = torch.randn(2, 4, 8 if mode == "reference" else 16, 6)
+    timesteps, seen = torch.tensor([300, 700]), torch.tensor([0.0, 1.0])
+    processor = ClothBesideAttnProcessor if mode == "reference" else None
+
+    def predict(*texts: str) -> torch.Tensor:
+        with torch.no_grad(), vton_attention(trainer.unet, processor, "prompt"):
+            return trainer.predict(conditioning, noisy, timesteps, seen, list(texts) or None)
+
+    told = predict()
+    assert torch.allclose(told, predict("zebra", "a shirt"), atol=1e-5)
+    assert not torch.allclose(told[1], predict("a shirt", "zebra")[1], atol=1e-3)
+    if mode == "reference":
+        with torch.no_grad(), vton_attention(trainer.unet, None, "prompt"):
+            unseen = trainer.unet(conditioning.person_rows(noisy), timesteps, trainer.embed(["", ""])).sample
+        assert torch.allclose(told[0], unseen[0], atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- looking at the run
+
+
+def test_validation_stops_nothing(finished, bases, tested, tmp_path, caplog):
+    """Neither a try-on that fails, nor a full disk, nor a tracker; the checkpoint is there before, the weights are untouched."""
+    trainer = trainer_of(bases[9], tested, tmp_path, num_validation_pairs=2, validation_steps=2, **LONG)
+    (name, pictures), other = trainer.validation.tryons
+    trainer.validation.tryons = [(name, pictures | {"mask": picture(1, 10, 10)}), other]
+    trainer.accelerator.trackers.append(BrokenTracker())
+    (tmp_path / "validation").touch()  # no folder can be made
+    saved, run = [], trainer.validation.run
+    trainer.validation.run = lambda: saved.append((tmp_path / f"checkpoint-{trainer.step}").is_dir()) or run()
+    assert trainer.run()
+    assert saved == [True] * 4 and same_end(finished, tmp_path)
+    for what in (f"trying on {name} failed", "validation failed", "the tracker failed"):
+        assert f"{what}, and training goes on: " in caplog.text
+    (tmp_path / "validation").unlink()
+    caplog.clear()
+    with vton_attention(trainer.unet, ClothBesideAttnProcessor, "skip"):
+        trainer.validation.run()
+    assert f"trying on {name} failed" in caplog.text and "tracking " in caplog.text
+    with Image.open(tmp_path / "validation" / "step-000008.png") as grid:
+        assert grid.size == (3 * 24, 32)  # the other is shown
+
+
+class BrokenTracker(GeneralTracker):
+    name, requires_logging_directory, tracker, main_process_only = "tensorboard", False, None, True
+
+    def log(self, *args, **kwargs) -> None:
+        raise ConnectionError("the server is gone")
+
+    log_images = store_init_configuration = finish = log
+
+
+@pytest.fixture
+def encodings(monkeypatch) -> list[int]:
+    """How many pictures at once the VAE is asked to encode."""
+    counts, encode = [], AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x, *rest: counts.append(len(x)) or encode(vae, x, *rest))
+    return counts
+
+
+@pytest.mark.parametrize("mode", ["reference", "joint"])
+def test_probes_are_encoded_once_and_never_more_at_a_time_than_in_training(bases, tested, tmp_path, encodings, mode):
+    errors = []
+    for size in (1, 3, 4):
+        trainer = trainer_of(bases[9], tested, tmp_path, train_batch_size=size, cloth_conditioning=mode)
+        assert encodings and max(encodings) <= size
+        encodings.clear()
+        processor = ClothBesideAttnProcessor if mode == "reference" else None
+        with vton_attention(trainer.unet, processor, "skip"):
+            errors.append(trainer.validation.run())
+        assert not encodings
+    assert len(errors[0]) == 9 and all(errors[0] == pytest.approx(other, rel=1e-4) for other in errors[1:])
+
+
+def test_masks_that_vanish_are_not_probed(bases, own_data, tmp_path, caplog):
+    for n in range(TEST):
+        if n == 2:
+            with caplog.at_level("INFO"):
+                validation = trainer_of(bases[9], own_data, tmp_path).validation
+            assert len(validation.probes["seed"]) == TEST - 2 and np.isfinite(list(validation.run().values())).all()
+            assert "vanishes at the latents' size: 00000_00.png 00000_00.png, 00001_00.png 00001_00.png" in caplog.text
+        dot = Image.new("L", (48, 64))
+        dot.putpixel((7, 7), 255)
+        dot.save(own_data / f"test/agnostic-mask/{n:05d}_00_mask.png")
+    assert trainer_of(bases[9], own_data, tmp_path).validation.probes is None
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_free": True}, {"cross_attention": "prompt", "prompt": "a shirt"}])
+def test_the_guidance_that_suits_best_is_recommended(
+    bases, worn_otherwise, tested, tmp_path, monkeypatch, caplog, options
+):
+    monkeypatch.setattr(train_vton, "GUIDANCE_SCALES", (1, 3))
+    monkeypatch.setattr(train_vton, "GUIDANCE_STEPS", 2)
+    data = worn_otherwise if "mask_free" in options else tested
+    line = flags(bases[9], data, tmp_path / "out", guidance_scale=None, ema_decay=0, train_batch_size=3, **options)
+    trainer = Trainer(parse_args(line))
+    with caplog.at_level("INFO"):
+        assert trainer.run()
+    errors = trainer.validation.guidance_errors
+    best = min(errors, key=errors.get)
+    assert errors.keys() == {1, 3} and errors[1] != errors[3] and f"{best} is recommended" in caplog.text
+    pipe = tiny_pipe(9, text=True)
+    pipe.load_vton_adapter(tmp_path / "out")
+    assert pipe.config.guidance_scale == best
+
+    size, total, masked = {"height": 32, "width": 24}, 0.0, 0.0  # the same by hand
+    for item in tree(data, "test", roles=trainer.roles, condition_folder="condition"):
+        person = item["condition"] if "mask_free" in options else item["person"]
+        mask = None if "mask_free" in options else item["mask"]
+        said = {"generator": seeded(item["seed"]), "prompt": options.get("prompt"), "num_inference_steps": 2}
+        shown = {"guidance_scale": 3.0, "composite": False, "output_type": "pt"}
+        result = pipe(person / 2 + 0.5, item["cloth"] / 2 + 0.5, mask, **size, **said, **shown).images[0]
+        total += ((result - item["person"] / 2 - 0.5).square() * item["mask"]).sum().item()
+        masked += 3 * item["mask"].sum().item()
+    assert errors[3] == pytest.approx(total / masked, rel=2e-2)
+
+
+def test_guidance_that_is_said_or_unknown(finished, bases, data, tmp_path, caplog):
+    with safe_open(finished / ADAPTER_NAME, "pt") as file:
+        assert file.metadata()["guidance_scale"] == "2.0"
+    with caplog.at_level("INFO"):
+        main(parse_args(flags(bases[9], data, tmp_path, guidance_scale=None)))
+    with safe_open(tmp_path / ADAPTER_NAME, "pt") as file:
+        assert file.metadata()["guidance_scale"] == "7.5"
+    assert "guidance 7.5 is recommended" in caplog.text
+
+
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
@@ -594,6 +806,32 @@ def test_accumulated_batches_are_one(bases, data, tmp_path):
         main(parse_args(flags(bases[9], data, tmp_path / name, **options)))
     whole, parts = (load_file(tmp_path / name / f"checkpoint-2/{ADAPTER_NAME}") for name in ("whole", "parts"))
     assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
+
+
+def test_an_epochs_last_update_averages_the_batches_that_it_has(bases, data, tmp_path):
+    """Of five batches the third update of two has one alone; nothing moves meanwhile."""
+    norms = []
+    for count in (1, 2):
+        options = {"gradient_accumulation_steps": count, "learning_rate": 1e-20, "max_train_steps": 10 // count}
+        trainer = trainer_of(bases[9], data, tmp_path, **options)
+        batches = trainer.batches()
+        with vton_attention(trainer.unet, ClothBesideAttnProcessor, "skip"):
+            for _ in range(5):
+                trainer.update(next(batches))
+        norms.append(trainer.grad_norm)
+    assert trainer.step == 3 and norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_training_in_another_thread(bases, data, tmp_path):
+    thread = threading.Thread(target=main, args=(parse_args(flags(bases[9], data, tmp_path)),))
+    thread.start()
+    thread.join()
+    assert (tmp_path / ADAPTER_NAME).exists()
+
+
+def test_a_warmup_longer_than_the_run_is_refused(bases, data, tmp_path):
+    with pytest.raises(ValueError, match="--lr_warmup_steps 3 is more than the 2 updates of the run"):
+        trainer_of(bases[9], data, tmp_path, lr_warmup_steps=3)
 
 
 def test_dropout_takes_its_share():
@@ -884,6 +1122,40 @@ def test_a_limit_takes_pairs_of_all_lists(dress_code):
     assert {Path(files["person"]).parts[-3] for _, _, files in pairs.pairs} == {"upper_body", "lower_body", "dresses"}
 
 
+def test_cloths_are_trained_in_their_persons_colours(own_data):
+    """As a call shows them to the UNet."""
+    before, cloth = tree(own_data)[0], own_data / "train/cloth/00000_00.png"
+    with Image.open(cloth) as opened:
+        opened.save(cloth, icc_profile=LINEAR)
+    after = tree(own_data)[0]
+    assert torch.equal(after["person"], before["person"])
+    pipe = tiny_pipe(9)
+    (profiled,) = pipe.check_inputs(*(Image.open(own_data / f"train/{file}") for file in (
+        "image/00000_00.png", "cloth/00000_00.png", "agnostic-mask/00000_00_mask.png")),
+        "upper", 32, 24, None).cloths  # fmt: skip
+    assert torch.equal(
+        after["cloth"], Preparation(32, 24)({"person": as_pil(profiled), "cloth": as_pil(profiled)}, 0, 0)["cloth"]
+    )
+    assert (after["cloth"] - before["cloth"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["alpha", "photograph", "grey"])
+def test_masks_are_what_the_pipeline_takes_for_masks(own_data, kind):
+    file = own_data / "train/agnostic-mask/00000_00_mask.png"
+    mask, before = Image.open(file).convert("L"), tree(own_data)[0]["mask"]
+    if kind == "alpha":  # white strokes, as a browser draws them
+        white = Image.new("L", mask.size, 255)
+        Image.merge("LA", (white, mask)).save(file)
+        assert torch.equal(tree(own_data)[0]["mask"], before)
+        return
+    spoilt = picture(1, 64, 48) if kind == "photograph" else Image.eval(mask, lambda value: value // 2 + 64)
+    spoilt.save(file)
+    with pytest.raises(
+        ValueError, match="train_pairs.txt, line 1: .*00000_00_mask.png` must be a black and white mask"
+    ):
+        tree(own_data)
+
+
 # ---- what is learnt of the files
 
 
@@ -1066,7 +1338,8 @@ def test_cached_latents_train_the_same(bases, own_data, tmp_path, monkeypatch):
     written = [shard.stat().st_mtime_ns for shard in shards]
     content = load_file(shards[1])
     shards[1].unlink()
-    Trainer(parse_args(cached))  # fills the gap and leaves the rest
+    again = [str(tmp_path / "again") if word == str(tmp_path / "cached") else word for word in cached]
+    Trainer(parse_args(again))  # fills the gap and leaves the rest
     assert equal(load_file(shards[1]), content)
     assert [shard.stat().st_mtime_ns for shard in (shards[0], shards[2])] == [written[0], written[2]]
 
@@ -1078,7 +1351,7 @@ def test_cached_latents_train_the_same(bases, own_data, tmp_path, monkeypatch):
         }[change]
         if change == "picture":
             os.utime(own_data / "train/cloth/00003_00.png", (0, 0))
-        Trainer(parse_args([*cached, *changed]))
+        Trainer(parse_args([*again, *changed]))
     assert len(list((tmp_path / "latents").iterdir())) == 4
 
 
@@ -1385,7 +1658,10 @@ def test_uploads_every_checkpoint_with_a_card(bases, tested, tmp_path, hub, monk
         "hub_model_id": "me/trained",
         "hub_strategy": "every_save",
         "hub_private_repo": True,
+        "prompt": "a | b\nc",
+        "guidance_scale": None,
     }
+    monkeypatch.setattr(train_vton, "GUIDANCE_STEPS", 2)
     out = tmp_path / "out"
     main(parse_args(flags(bases[9], tested, out, checkpointing_steps=1, num_validation_pairs=1, **options)))
     repository, files = hub.repositories["models/me/trained"], hub.files("me/trained")
@@ -1395,6 +1671,9 @@ def test_uploads_every_checkpoint_with_a_card(bases, tested, tmp_path, hub, monk
     assert files["validation/step-000002.png"] == (out / "validation" / "step-000002.png").read_bytes()
     card = files["README.md"].decode()
     assert card.count("## Training") == 1 and "validation/step-000002.png" in card
+    assert r"| prompt | a \| b c |" in card and "| guidance | squared error in the mask |\n|---|---|\n| 1 | " in card
+    assert "| pretrained_model_name_or_path | a local folder |" in card
+    assert not any(str(path.parent) in card + str(files[ADAPTER_NAME]) for path in (tested, out, bases[9]))
     assert "| learning_rate | 0.01 |" in card and "| up to step | mean loss |\n|---|---|\n| 1 | " in card
 
 
