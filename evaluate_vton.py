@@ -34,7 +34,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,10 @@ SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 INSTALL = "pip install -r requirements-eval.txt"
 RESAMPLES = 2000  # of the bootstrap
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-HASH_SIDE, HASH_SHARE = 16, 0.02  # of the duplicates' hash: its side, and the share of bits that may differ
+HASH_SIZE, HASH_DISTANCE = (
+    (12, 16),
+    2.0,
+)  # of the duplicates' hash: width and height, and the mean difference in levels
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -91,6 +94,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cloth_column", default="cloth", help="the cloth alone (default cloth)")
     add("--mask_column", default="mask", help="the agnostic mask (default mask)")
     add("--condition_column", default="condition", help="paired and mask-free: column, or folder beside the persons', of the person in another cloth (default condition)")  # fmt: skip
+    parser.set_defaults(caption_column=None)  # which load_rows asks for
     add("--split", default="test", help="whose pairs are taken (default test)")
     add("--setting", choices=(*SETTINGS, "both"), default="both", help="own cloths, other cloths, or both (default)")
     add("--category", choices=(*DRESS_CODE_FOLDERS, "all"), default="all", help="of DressCode's layout (default all, pooled and each)")  # fmt: skip
@@ -248,7 +252,7 @@ def bootstrap(
 
 
 class Features(torch.nn.Module):
-    """Features that are there already, (N, d), handed on: torchmetrics' FID and KID then only compare them."""
+    """Features that are there already, (N, d), handed on: torchmetrics' FID and KID then only compare them, in one process."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -260,7 +264,9 @@ class Features(torch.nn.Module):
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """FID of features (N, d) and (M, d), in float64. Source: arXiv:1706.08500; torchmetrics."""
-    metric = metric_library("torchmetrics.image.fid").FrechetInceptionDistance(Features(real.shape[1]))
+    metric = metric_library("torchmetrics.image.fid").FrechetInceptionDistance(
+        Features(real.shape[1]), sync_on_compute=False
+    )
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
     return metric.compute().item()
@@ -272,7 +278,7 @@ def kernel_distance(real: Tensor, fake: Tensor, seed: int = 0) -> tuple[float, f
     Source: arXiv:1801.01401; torchmetrics, whose subsets come from torch's global generator, which is put back.
     """
     size = min(KID_SUBSET_SIZE, min(len(real), len(fake)) // 2)
-    options = {"subsets": KID_SUBSETS, "subset_size": size}
+    options = {"subsets": KID_SUBSETS, "subset_size": size, "sync_on_compute": False}
     metric = metric_library("torchmetrics.image.kid").KernelInceptionDistance(Features(real.shape[1]), **options)
     metric.update(real.double().cpu(), real=True)
     metric.update(fake.double().cpu(), real=False)
@@ -320,7 +326,7 @@ def load_lpips(net: str, weights: Path | None) -> torch.nn.Module:
     """torchmetrics' LPIPS; `weights` stands in torch's own cache, where torchvision would download the backbone to."""
     measure = metric_library("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity
     if weights is None:
-        return measure(net, normalize=True)
+        return measure(net, normalize=True, sync_on_compute=False)
     names = {"squeeze": "squeezenet1_1", "alex": "alexnet", "vgg": "vgg16"}
     url = metric_library("torchvision.models").get_model_weights(names[net]).DEFAULT.url
     before = torch.hub.get_dir()
@@ -329,7 +335,7 @@ def load_lpips(net: str, weights: Path | None) -> torch.nn.Module:
         (Path(folder) / "checkpoints" / Path(url).name).symlink_to(weights.resolve())
         torch.hub.set_dir(folder)
         try:
-            return measure(net, normalize=True)
+            return measure(net, normalize=True, sync_on_compute=False)
         finally:
             torch.hub.set_dir(before)
 
@@ -378,36 +384,59 @@ class Line:
 class TreeSource:
     """Lines and pictures of a tree, through the trainer's reader; `lists` names the files that were taken.
 
-    Beside a pair's pictures there may be the `truth` of an unpaired line, `tryon/PERSON__CLOTH.png` beside the persons'
-    folder, which drawn worlds have.
+    A drawn world has more than photographs have: the `truth` of an unpaired line, `tryon/PERSON__CLOTH.png` beside the persons'
+    folder, and `factors.jsonl`, which says of every line by what it varies and what can be recognised.
+
+    Args:
+        root, split: as in `TreePairs`.
+        settings: of `paired` and `unpaired`.
+        masked, conditioned: whether masks are read, and in paired lines the person in another cloth.
+        condition_folder: where that lies, beside the persons' folder.
+        frozen: a list that another run wrote, in place of the tree's own.
     """
 
-    args: argparse.Namespace
-    masked: bool
-    mask_free: bool
-    places: dict[Line, tuple[TreePairs, int]] = field(default_factory=dict)
-    lists: dict[str, None] = field(default_factory=dict)  # in order
+    root: Path
+    split: str = "test"
+    settings: Sequence[str] = SETTINGS
+    masked: bool = True
+    conditioned: bool = False
+    condition_folder: str = "condition"
+    frozen: Path | None = None
 
     def __post_init__(self) -> None:
-        for setting in SETTINGS if self.args.setting == "both" else (self.args.setting,):
+        self.places: dict[Line, tuple[TreePairs, int]] = {}
+        for setting in self.settings:
             pairs = self.read(setting)
-            self.lists |= {where.rsplit(", line ", 1)[0]: None for _, where, _ in pairs.pairs}
             for index, (name, where, files) in enumerate(pairs.pairs):
-                folder = files["person"].relative_to(pairs.root).parts[0]
-                names = [f"{folder}/{part}" if pairs.dress_code else part for part in name.split()]
-                if self.places.setdefault(Line(setting, *names), (pairs, index)) != (pairs, index):
+                folder = files["person"].relative_to(self.root).parts[0]
+                line = Line(setting, *(f"{folder}/{part}" if pairs.dress_code else part for part in name.split()))
+                if line in self.places:
                     raise ValueError(f"{where}: {name} stands in the list twice")
+                self.places[line] = pairs, index
+        self.lines = list(self.places)
+        wheres = [pairs.pairs[index][1] for pairs, index in self.places.values()]
+        self.lists = list(dict.fromkeys(where.rsplit(", line ", 1)[0] for where in wheres))
+        self.known = self.read_factors()
 
     def read(self, setting: str) -> TreePairs:
-        args, roles = self.args, ["person", "cloth"] + ["mask"] * self.masked
-        roles += ["condition"] * (self.mask_free and setting == "paired")
-        if args.list is not None:
-            return FrozenPairs(args.list, setting, args.dataset_root, args.split, roles, args.condition_column)
-        return TreePairs(args.dataset_root, args.split, setting == "paired", roles, args.condition_column)
+        roles = (
+            ["person", "cloth"] + ["mask"] * self.masked + ["condition"] * (self.conditioned and setting == "paired")
+        )
+        if self.frozen is not None:
+            return FrozenPairs(self.frozen, setting, self.root, self.split, roles, self.condition_folder)
+        return TreePairs(self.root, self.split, setting == "paired", roles, self.condition_folder)
 
-    @property
-    def lines(self) -> list[Line]:
-        return list(self.places)
+    def read_factors(self) -> dict[Line, dict[str, dict[str, str | None]]]:
+        """Of every line that factors.jsonl has: `factors` and `attributes`."""
+        known, file = {}, self.root / "factors.jsonl"
+        folders = {kind: folder for folder, kind in CLOTH_TYPES.items() if (self.root / folder).is_dir()}
+        for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+            row = json.loads(text)
+            folder = folders.get(row["category"])
+            names = [f"{folder}/{row[role]}" if folder else row[role] for role in ("person", "cloth")]
+            if row["split"] == self.split:
+                known[Line("paired" if row["paired"] else "unpaired", *names)] = row
+        return known
 
     def files(self, line: Line) -> dict[str, Path]:
         pairs, index = self.places[line]
@@ -422,9 +451,15 @@ class TreeSource:
             pictures["truth"] = open_picture(partial(Image.open, files["truth"]), str(files["truth"]), "truth")
         return pictures
 
-    def factors(self) -> dict[str, dict[str, str]]:
-        """The level of every factor by a picture's stem, of `factors.jsonl` where the tree has them."""
-        return {}
+    def factors(self, line: Line) -> dict[str, str]:
+        """By what a line varies: its category and the levels of its factors."""
+        category = {"category": line.category} if line.category else {}
+        return category | self.known.get(line, {}).get("factors", {})
+
+    def attributes(self, line: Line) -> dict[str, str]:
+        """What can be recognised of the cloth in a line's truth."""
+        attributes = self.known.get(line, {}).get("attributes", {})
+        return {name: value for name, value in attributes.items() if value is not None}
 
 
 class FrozenPairs(TreePairs):
@@ -439,9 +474,8 @@ class FrozenPairs(TreePairs):
         for number, line in enumerate(file.read_text().splitlines(), start=1):
             words = line.split()
             if len(words) != 3 or words[0] not in SETTINGS:
-                raise ValueError(
-                    f"{file}, line {number}: must say {' or '.join(SETTINGS)}, a person and a cloth, got {line!r}"
-                )
+                known = " or ".join(SETTINGS)
+                raise ValueError(f"{file}, line {number}: must be {known}, a person and a cloth, got {line!r}")
             folder, names = split, words[1:]
             if self.dress_code:
                 folder, names = names[0].split("/")[0], [name.split("/", 1)[-1] for name in names]
@@ -454,25 +488,23 @@ class RowSource:
     """Lines and pictures of a `datasets` split: every row in its own cloth, or in the next row's."""
 
     args: argparse.Namespace
-    masked: bool
-    mask_free: bool
+    masked: bool = True
+    conditioned: bool = False
 
     def __post_init__(self) -> None:
         args = self.args
         roles = ["person", "cloth"] + ["mask"] * self.masked
-        conditioned = self.mask_free and args.setting != "unpaired"
-        columns = {role: getattr(args, f"{role}_column") for role in roles + ["condition"] * conditioned}
+        conditioned = ["condition"] * (self.conditioned and args.setting != "unpaired")
+        columns = {role: getattr(args, f"{role}_column") for role in roles + conditioned}
         rows = load_rows(args, args.split, columns)
         rows = StreamedRows(rows, args.num_samples) if args.streaming else rows
         self.pairs = RowPairs(rows, columns, "row")
         self.unpaired = RowPairs(rows, {role: columns[role] for role in roles}, "row")
         self.lists = [f"{args.dataset_name}, split {args.split}"]
-
-    @property
-    def lines(self) -> list[Line]:
-        count, settings = len(self.pairs), SETTINGS if self.args.setting == "both" else (self.args.setting,)
-        step = {"paired": 0, "unpaired": 1}
-        return [Line(s, f"row-{i}", f"row-{(i + step[s]) % count}") for s in settings for i in range(count)]
+        count, step = len(rows), {"paired": 0, "unpaired": 1}
+        self.lines = [
+            Line(s, f"row-{i}", f"row-{(i + step[s]) % count}") for s in settings_of(args) for i in range(count)
+        ]
 
     def pictures(self, line: Line) -> dict[str, Image.Image]:
         person, cloth = (int(name.removeprefix("row-")) for name in (line.person, line.cloth))
@@ -483,8 +515,7 @@ class RowSource:
     def files(self, line: Line) -> dict[str, Path]:
         return {}
 
-    def factors(self) -> dict[str, dict[str, str]]:
-        return {}
+    factors = attributes = files
 
 
 class StreamedRows:
@@ -505,6 +536,10 @@ class StreamedRows:
             while self.at < index:
                 self.row, self.at = next(self.rows), self.at + 1
             return self.row
+
+
+def settings_of(args: argparse.Namespace) -> Sequence[str]:
+    return SETTINGS if args.setting == "both" else (args.setting,)
 
 
 def choose_lines(args: argparse.Namespace, lines: list[Line]) -> list[Line]:
@@ -537,27 +572,23 @@ def write_whole(file: Path, content: bytes) -> None:
     os.replace(temporary, file)
 
 
-def perceptual_hash(picture: Image.Image) -> np.ndarray:
-    """768 bits: whether the picture, shrunk to 17x16, grows brighter to the right, in each colour (a difference hash)."""
-    small = np.asarray(picture.convert("RGB").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX), dtype=int)
-    return (small[:, 1:] > small[:, :-1]).ravel()
+def perceptual_hash(file: Path) -> np.ndarray:
+    """The picture at 12x16 pixels, (576,): alike for other sizes and after lossy storage, unlike for another cloth."""
+    picture = open_picture(partial(Image.open, file), str(file), "person")
+    return np.asarray(picture.resize(HASH_SIZE, Image.Resampling.BOX), dtype=np.float32).ravel()
 
 
 def find_duplicates(persons: dict[str, Path], train_root: Path) -> dict[str, str]:
     """Persons of the test lists that are among the training persons too, and under which name."""
     train = TreePairs(train_root, "train", True, ["person"])
     files = [files["person"] for _, _, files in train.pairs]
-    known = np.stack([hash_of(file) for file in tqdm(files, desc="hash the training persons")])
+    known = np.stack([perceptual_hash(file) for file in tqdm(files, desc="hash the training persons")])
     found = {}
-    for name, file in persons.items():
-        differing = (known != hash_of(file)).mean(axis=1)
-        if differing.min() <= HASH_SHARE:
-            found[name] = str(files[differing.argmin()].relative_to(train_root))
+    for name, file in tqdm(persons.items(), desc="hash the tested persons"):
+        distances = np.abs(known - perceptual_hash(file)).mean(axis=1)
+        if distances.min() <= HASH_DISTANCE:
+            found[name] = str(files[distances.argmin()].relative_to(train_root))
     return found
-
-
-def hash_of(file: Path) -> np.ndarray:
-    return perceptual_hash(open_picture(partial(Image.open, file), str(file), "person"))
 
 
 # ----------------------------------------------------------------------------------------------------------- trying on
@@ -658,22 +689,32 @@ class Predictions:
         return found[0] if found else None
 
     def bare(self, line: Line, pictures: dict[str, Image.Image], seed: int, size: tuple[int, int]) -> Tensor:
+        """The picture as it was given, (3, H, W) in [0, 1]."""
         return as_tensors(
             open_picture(partial(Image.open, self.file(line)), str(self.file(line)), "result"), "result", 3
         )[0]
 
     def file(self, line: Line) -> Path:
+        """The line's picture, which is none of the tree's own."""
         if (file := self.look_for(line)) is None:
             raise FileNotFoundError(f"--pred_dir: there is no picture named {line.name} or {Path(line.person).stem}")
         return file
 
-    def check_count(self, lines: list[Line]) -> None:
-        """One picture a line, and no others beside them, which may be of another list; a missing one fails its line."""
-        counted = Counter(file for line in lines if (file := self.look_for(line)) is not None)
-        held = {file for folder in {f.parent for f in counted} for file in folder.iterdir() if file.suffix in SUFFIXES}
-        if len(held) > len(counted) or max(counted.values(), default=1) > 1:
+    def check(self, lines: list[Line], source: Any) -> None:
+        """One picture a line, none beside them, which may be of another list, and none of the dataset's own."""
+        found = {
+            line: file for line in lines if (file := self.look_for(line)) is not None
+        }  # a missing one fails its line
+        for line, file in found.items():
+            for role, other in source.files(line).items():
+                if file.samefile(other):
+                    raise ValueError(f"--pred_dir: {file} is the dataset's own {role}")
+        folders = {file.parent for file in found.values()}
+        held = {file for folder in folders for file in folder.iterdir() if file.suffix in SUFFIXES}
+        if len(held) > len(found) or len(set(found.values())) < len(found):
+            belong = len(set(found.values()))
             raise ValueError(
-                f"--pred_dir: its folders hold {len(held)} pictures, of which {len(counted)} belong to the list's {len(lines)} lines"
+                f"--pred_dir: its folders hold {len(held)} pictures, {belong} of them of the list's {len(lines)} lines"
             )
 
 
@@ -733,9 +774,16 @@ class Scorer:
     recognizer: Callable[[list[Image.Image]], list[dict[str, str]]] | None = None
 
     def values(
-        self, result: Image.Image, truth: Image.Image, mask: Image.Image | None
+        self,
+        result: Image.Image,
+        truth: Image.Image,
+        mask: Image.Image | None,
+        attributes: dict[str, str] | None = None,
     ) -> dict[tuple[str, str], tuple[float, float]]:
-        """By region and metric: numerator and denominator, whose sums over the lines make the figure."""
+        """By region and metric: numerator and denominator, whose sums over the lines make the figure.
+
+        `attributes` are what the recognizer should see; where there are none, what it sees in the truth.
+        """
         pair = [
             to_size(each, self.size, what).to(self.device) for each, what in ((result, "result"), (truth, "truth"))
         ]
@@ -755,7 +803,9 @@ class Scorer:
             self.lpips.reset()
         if self.recognizer is not None:
             seen, true = self.recognizer([result, truth])
-            values |= {("picture", f"recognition of {name}"): (float(seen[name] == true[name]), 1.0) for name in true}
+            for name in sorted(seen.keys() & attributes.keys() if attributes else seen):
+                right = seen[name] == (attributes or true)[name]
+                values["picture", f"recognition of {name}"] = float(right), 1.0
         return values
 
     @torch.no_grad()
@@ -857,7 +907,7 @@ def mean_figure(setting: str, group: str, key: tuple[str, str, str], rows: list[
 
 
 def set_figures(setting: str, group: str, rows: list[Row], lines: list[Line], seed: int) -> list[Figure]:
-    """FID and KID (times 1,000) of the results against the persons of the lines, each person once."""
+    """FID and KID (times 1,000) of the results against the persons of the lines, each person once; none of fewer than four."""
     real = {lines[row.index].person: row.features["real"] for row in rows if "real" in row.features}
     if len(real) < 4:  # KID's subsets are halves
         return []
@@ -1019,16 +1069,18 @@ def plot_distributions(
         return
     columns = min(3, len(frames))
     lines = math.ceil(len(frames) / columns)
-    sheet = matplotlib_figure.Figure(figsize=(4 * columns, 2.6 * lines), layout="constrained")
+    sheet = matplotlib_figure.Figure(figsize=(4 * columns, 2.6 * lines), layout="tight")
     for place, (title, by_compositing) in enumerate(frames.items(), start=1):
         axes = sheet.add_subplot(lines, columns, place)
         edges = np.histogram_bin_edges(np.concatenate(list(by_compositing.values())), bins=24)
         for color, (compositing, found) in zip(("tab:blue", "tab:orange"), by_compositing.items()):
-            axes.hist(found, edges, alpha=0.55, color=color, label=f"{compositing}, median {np.median(found):.4g}")
+            shown = f"{compositing}, median {np.median(found):.4g}"
+            axes.hist(found, edges, histtype="stepfilled", alpha=0.55, color=color, label=shown)
             axes.axvline(np.median(found), color=color, linewidth=1)
         axes.set_title(title, fontsize=9)
         axes.set_ylabel("lines", fontsize=8)
         axes.tick_params(labelsize=8)
+        axes.locator_params(nbins=5)
         axes.legend(fontsize=7)
     temporary = file.with_name(f".{file.name}")
     sheet.savefig(temporary, format="png", dpi=120)
@@ -1092,8 +1144,12 @@ class Evaluation:
             metric_library("torchmetrics")
         self.model = (Model if args.pred_dir is None else Predictions)(args, device)
         self.masks = args.masks or ("none" if self.model.mask_free else "files")
-        source = TreeSource if args.dataset_root is not None else RowSource
-        self.source = source(args, self.masks == "files", self.model.mask_free)
+        shown = {"masked": self.masks == "files", "conditioned": self.model.mask_free}
+        if args.dataset_root is not None:
+            shown |= {"condition_folder": args.condition_column, "frozen": args.list}
+            self.source = TreeSource(args.dataset_root, args.split, settings_of(args), **shown)
+        else:
+            self.source = RowSource(args, **shown)
         self.lines = choose_lines(args, self.source.lines)
         self.duplicates = self.drop_duplicates() if args.train_root is not None else {}
         first = self.source.pictures(self.lines[0])["person"]
@@ -1107,7 +1163,7 @@ class Evaluation:
         if args.pred_dir is not None:
             self.given = "composited" if args.pred_composited else "bare"
             self.compositings = ["composited"] if args.pred_composited else self.compositings
-            self.model.check_count(self.lines)
+            self.model.check(self.lines, self.source)
         self.failures: list[dict[str, str]] = []
 
     def drop_duplicates(self) -> dict[str, str]:
@@ -1214,7 +1270,7 @@ class Evaluation:
             elif self.given is None and result.size != self.working_size[::-1]:
                 raise ValueError(f"{file} has size {result.size}, not {self.working_size[::-1]}")
             if truth is not None:
-                measured = self.scorer.values(result, truth, mask)
+                measured = self.scorer.values(result, truth, mask, self.source.attributes(line))
                 values |= {(compositing, *key): value for key, value in measured.items()}
             if self.scorer.inception is not None:
                 features[compositing] = self.scorer.features(result, "result")
@@ -1258,10 +1314,9 @@ class Evaluation:
 
     def groups(self) -> dict[str, list[int]]:
         """Indices of lines: all, and by category and by the levels of the factors that a tree writes."""
-        groups, factors = {"all": list(range(len(self.lines)))}, self.source.factors()
+        groups = {"all": list(range(len(self.lines)))}
         for index, line in enumerate(self.lines):
-            levels = {"category": line.category} if line.category else {}
-            for name, level in (levels | factors.get(line, {})).items():
+            for name, level in self.source.factors(line).items():
                 groups.setdefault(f"{name}: {level}", []).append(index)
         return {name: groups[name] for name in ("all", *sorted(groups.keys() - {"all"}))}
 
