@@ -15,10 +15,10 @@ $(READY): requirements.txt requirements-dev.txt constraints.txt
 	touch $@
 
 demo: $(READY)  ## try drawn cloths on drawn people, and show the picture
-	$(BIN)/python demo/try_on.py --output_dir runs/demo
+	$(BIN)/python -m demo.try_on --output_dir runs/demo
 
 measure: $(READY)  ## the README's figures of the demo model, on 64 held-out lines
-	$(BIN)/python demo/measure.py
+	$(BIN)/python -m demo.measure
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -27,7 +27,7 @@ style: $(READY)  ## check format and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-demo-model: $(READY)  ## train demo/model again, from nothing (about two hours on two cores)
+demo-model: $(READY)  ## train demo/model again, from nothing (many hours on two cores; goes on where it stopped)
 	bash demo/train_model.sh
 
 clean:  ## remove the environment and everything under runs/

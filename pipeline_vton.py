@@ -10,6 +10,7 @@ file, and the pipeline. `train_vton.py` imports the same pieces.
 """
 
 import copy
+import functools
 import inspect
 import io
 import json
@@ -17,10 +18,16 @@ import math
 import numbers
 import os
 import re
+import shutil
+import sys
 import tempfile
+import threading
+import uuid
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import Field, asdict, dataclass, field, fields
+from contextlib import ExitStack, contextmanager
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +43,7 @@ from diffusers import (
     UNet2DConditionModel,
     __version__,
 )
+from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import FrozenDict
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
@@ -49,7 +57,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.hub_utils import _get_model_file, populate_model_card
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 from PIL import Image, ImageCms, ImageFilter, ImageOps
@@ -439,14 +447,17 @@ class TryOnLatents:
     def person_part(self, canvas: torch.Tensor) -> torch.Tensor:
         return canvas.chunk(2, dim=self.canvas_dim)[0]
 
+    def one_cloth_each(self) -> "TryOnLatents":
+        """The same, with a cloth for every person where one was for all."""
+        cloths = {
+            name: getattr(self, name).expand(len(self.person), -1, -1, -1) for name in ("cloth", "cloth_condition")
+        }
+        return replace(self, **cloths)
+
     def repeat(self, times: int, cloth: bool) -> "TryOnLatents":
         """Every person `times` times in a row, and every cloth too if asked."""
-        repeated = {name: getattr(self, name).repeat_interleave(times, dim=0) for name in ("person", "mask")}
-        if cloth:
-            repeated |= {
-                name: getattr(self, name).repeat_interleave(times, dim=0) for name in ("cloth", "cloth_condition")
-            }
-        return TryOnLatents(**(vars(self) | repeated))
+        names = ("person", "mask", "cloth", "cloth_condition") if cloth else ("person", "mask")
+        return replace(self, **{name: getattr(self, name).repeat_interleave(times, dim=0) for name in names})
 
 
 # ----------------------------------------------------------------------------------------- attention that sees a cloth
@@ -786,6 +797,13 @@ def widen_conv_in(unet: UNet2DConditionModel) -> torch.nn.Conv2d:
     return old
 
 
+def hub_repository(name: str | os.PathLike | None) -> str | None:
+    """The Hub repository that a name, or a folder in the Hub's cache, stands for; None for any other folder."""
+    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", str(name)):
+        return f"{cached[1]}/{cached[2]}"
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists() else None
+
+
 def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Weights and metadata of a file; ValueError where it is none, or not whole."""
     try:
@@ -858,6 +876,8 @@ def catvton_settings(source: str, mask_free: bool | None, base_in_channels: int)
         cross_attention="identity",
         mask_free=mask_free,
         guidance_scale=2.5,
+        scheduler_class="DDIMScheduler",
+        eta=1.0,
         base_model="timbrooks/instruct-pix2pix" if mask_free else "stable-diffusion-v1-5/stable-diffusion-inpainting",
     )
 
@@ -879,6 +899,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
     def config(self) -> FrozenDict:
         """As diffusers'; the settings in it are the stack's top, whatever happened to the UNet since one looked last."""
         if "_said" in self.__dict__:
+            self._follow_scheduler()
             settings = asdict(self._settings())
             if not settings.items() <= self._internal_dict.items():  # set past __setattr__, which asks for `config`
                 self.__dict__["_internal_dict"] = FrozenDict({**self._internal_dict, **settings})
@@ -894,9 +915,9 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             said = {name: checked[name] for name in names}
             if "base_in_channels" in said:
                 self._stack["base_in_channels"] = said.pop("base_in_channels")
-            number = self._layers()[-1]["number"]
+            top = self._layers()[-1]["id"]
             for known in (self._said, self._stack["said"]):
-                known[number] = known.get(number, {}) | said
+                known[top] = known.get(top, {}) | said
 
     def _begin_settings(self, **given: Any) -> None:
         """The settings of a new pipeline: as given, else what was last said of this UNet, else the defaults."""
@@ -905,38 +926,37 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         if not stack["said"]:  # nobody has seen this UNet
             settings = asdict(AdapterSettings(**{"base_in_channels": stack["base_in_channels"]} | given))
             stack["base_in_channels"] = settings.pop("base_in_channels")
-            stack["said"][0] = settings
+            stack["said"]["base"] = settings
             given = {}
-        self._said = copy.deepcopy(stack["said"])  # by the numbers of the layers; by this pipeline alone from now on
-        number, checked = self._layers()[-1]["number"], asdict(AdapterSettings(**asdict(self._settings()) | given))
-        self._said[number] = self._said.get(number, {}) | {name: checked[name] for name in given}
+        self._layers_sampled = {layer["id"] for layer in self._layers()}  # whose schedulers had their turn
+        self._said = copy.deepcopy(stack["said"])  # by the layers' ids; by this pipeline alone from now on
+        top, checked = self._layers()[-1]["id"], asdict(AdapterSettings(**asdict(self._settings()) | given))
+        self._said[top] = self._said.get(top, {}) | {name: checked[name] for name in given}
 
     @property
     def _stack(self) -> dict[str, Any]:
         """What the UNet carries."""
-        unet = getattr(self.unet, "_orig_mod", self.unet)
+        unet = unwrap_module(self.unet)
         if unet is None:
-            return {"base_in_channels": None, "said": {}, "fixed": [], "adapter": None, "loras": {}, "layers": 0}
+            return {"base_in_channels": None, "said": {}, "fixed": [], "adapter": None, "loras": {}}
         if "vton_stack" not in vars(unet):
             unet.vton_stack = {
                 "base_in_channels": unet.config.in_channels,
-                "said": {0: self._said[0]} if "_said" in self.__dict__ else {},  # by the numbers of the layers
+                "said": {"base": self._said["base"]} if "_said" in self.__dict__ else {},  # by the layers' ids
                 "fixed": [],  # layers that were fused into the base
                 "adapter": None,  # its layer, with the base's weights
                 "loras": {},  # layers by the names of LoRAs
-                "layers": 0,  # so far
             }
         return unet.vton_stack
 
-    def _new_layer(self, settings: AdapterSettings) -> dict[str, Any]:
-        stack = self._stack
-        stack["layers"] += 1
-        return {"number": stack["layers"], "settings": asdict(settings)}
+    @staticmethod
+    def _new_layer(settings: AdapterSettings) -> dict[str, Any]:
+        return {"id": uuid.uuid4().hex, "settings": asdict(settings)}
 
     def _layers(self, loras: bool = True) -> list[dict[str, Any]]:
         """The layers in force, from the base up; without `loras` only what the UNet's own weights are."""
         stack = self._stack
-        layers = [{"number": 0, "settings": {}}, *stack["fixed"]]
+        layers = [{"id": "base", "settings": {}}, *stack["fixed"]]
         if stack["adapter"] is not None:
             layers.append(stack["adapter"])
         if loras and stack["loras"]:
@@ -952,8 +972,33 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         settings = {}
         for layer in self._layers(loras):
             settings |= {name: value for name, value in layer["settings"].items() if value is not None}
-            settings |= self._said.get(layer["number"], {})
+            settings |= self._said.get(layer["id"], {})
         return AdapterSettings(**settings | {"base_in_channels": self._stack["base_in_channels"]})
+
+    def _follow_scheduler(self) -> None:
+        """Sample as the layers in force ask for: a new one puts its scheduler in, and one that went takes its own out.
+
+        The scheduler is built from the one before; betas and prediction type stay. A scheduler that somebody else put in is
+        theirs, and stays.
+        """
+        layers = {layer["id"]: layer["settings"].get("scheduler_class") for layer in self._layers()}
+        new = [identity for identity, name in layers.items() if name and identity not in self._layers_sampled]
+        if self.scheduler is None or layers.keys() == self._layers_sampled:
+            return
+        self._layers_sampled.clear()
+        self._layers_sampled.update(layers)
+        scheduler = self.scheduler
+        while getattr(scheduler, "vton_layer", "base") not in {"base", *layers}:
+            scheduler = scheduler.vton_replaced
+        for identity in new:
+            cls, config, options = getattr(diffusers, layers[identity]), scheduler.config, {}
+            silent = "clip_sample" not in config or "clip_sample" in config.get("_use_default_values", [])
+            if silent and "clip_sample" in inspect.signature(cls).parameters:
+                options["clip_sample"] = False  # latents are not pictures in [-1, 1]
+            replaced, scheduler = scheduler, cls.from_config(config, **options)
+            scheduler.vton_layer, scheduler.vton_replaced = identity, replaced
+        if scheduler is not self.scheduler:
+            self.scheduler = scheduler
 
     def load_vton_adapter(
         self,
@@ -1008,11 +1053,18 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self.unload_vton_adapter()
         conv_in = widen_conv_in(self.unet) if self.unet.config.in_channels == 4 else None
         parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
-        base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        stack["adapter"] = self._new_layer(settings) | {"weights": base, "conv_in": conv_in}
+        stack["adapter"] = self._new_layer(settings) | {"weights": before, "conv_in": conv_in}
+        self._follow_scheduler()
+        meant = hub_repository(settings.base_model)
+        base = hub_repository(self._said["base"].get("base_model")) or hub_repository(self.name_or_path)
+        if meant is not None and base is not None and meant != base:
+            warnings.warn(
+                f"the adapter {file} was trained on {meant}, and its weights replace those of {base}", stacklevel=2
+            )
 
     def unload_vton_adapter(self) -> None:
         """Put the base's weights back, bit for bit, and the settings that lie below the adapter's."""
@@ -1033,6 +1085,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self.unet.conv_in = adapter["conv_in"].to(self.unet.conv_in.weight)  # its device and dtype
             self.unet.register_to_config(in_channels=4)
         self._stack["adapter"] = None
+        self._follow_scheduler()
 
     def save_vton_adapter(self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings.
@@ -1074,12 +1127,14 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self._stack["loras"].pop(name, None)
             if brought is not None:
                 self._stack["loras"][name] = self._new_layer(brought)
+        self._follow_scheduler()
 
     def unload_lora_weights(self) -> None:
         """As diffusers unloads LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
         self._keep_fused(set(self._stack["loras"]))
         super().unload_lora_weights()
         self._stack["loras"].clear()
+        self._follow_scheduler()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """As diffusers deletes LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
@@ -1088,6 +1143,22 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         super().delete_adapters(adapter_names)
         for name in names:
             self._stack["loras"].pop(name, None)
+        self._follow_scheduler()
+
+    def set_adapters(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers sets the active LoRAs; their settings and scheduler follow."""
+        super().set_adapters(*args, **kwargs)
+        self._follow_scheduler()
+
+    def enable_lora(self) -> None:
+        """As diffusers enables LoRAs; their settings and scheduler follow."""
+        super().enable_lora()
+        self._follow_scheduler()
+
+    def disable_lora(self) -> None:
+        """As diffusers disables LoRAs; the settings and the scheduler below them follow."""
+        super().disable_lora()
+        self._follow_scheduler()
 
     def _keep_fused(self, names: set[str]) -> None:
         """Of LoRAs that are about to go: those that are merged become the base's for good, and an adapter under them too."""
@@ -1095,7 +1166,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         merged = {name for module in _lora_modules(self.unet) for name in module.merged_adapters}
         if merged & names:
             if stack["adapter"] is not None:
-                stack["fixed"].append({name: stack["adapter"][name] for name in ("number", "settings")})
+                stack["fixed"].append({name: stack["adapter"][name] for name in ("id", "settings")})
                 stack["adapter"] = None
             stack["fixed"] += [layer for name, layer in stack["loras"].items() if name in merged & names]
 
@@ -1240,6 +1311,27 @@ people, its biases included, is still there.
 """
 
 
+@contextmanager
+def written_whole(directory: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder whose files end in `directory` when all of them are written, and nowhere where an error ends it."""
+    directory = Path(directory)
+    new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".unfinished-") as unfinished:
+            yield Path(unfinished)
+            for file in sorted(Path(unfinished).rglob("*")):
+                place = directory / file.relative_to(unfinished)
+                if file.is_dir():
+                    place.mkdir(exist_ok=True)
+                else:
+                    os.replace(file, place)
+    except BaseException:
+        if new:
+            directory.rmdir()
+        raise
+
+
 class VTONHubMixin:
     """Saves, publishes and describes a whole pipeline, its code included."""
 
@@ -1275,20 +1367,22 @@ class VTONHubMixin:
                 )
         if self.unet.config.in_channels != 4:
             self._refuse_changed_unet()
-        super().save_pretrained(save_directory, *args, **kwargs)
-        folder = Path(save_directory)
-        index = json.loads((folder / self.config_name).read_text())
-        index["_class_name"] = ["pipeline_vton", type(self).__name__]
-        for (
-            component
-        ) in index.values():  # transformers' name where torchvision is missing; the plain one loads anywhere
-            if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
-                component[-1] = component[-1].removesuffix("Pil")
-        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        self._write_code(folder)
-        if self.unet.config.in_channels != 4:
-            self.save_vton_adapter(folder, dtype=self._lossless_dtype())
-        self._write_card(folder, folder.resolve().name, False, license, eval_results)
+        with written_whole(save_directory) as folder:
+            super().save_pretrained(folder, *args, **kwargs)
+            index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
+            index["_class_name"] = ["pipeline_vton", StableDiffusionVTONPipeline.__name__]
+            for component in index.values():
+                # transformers' name where torchvision is missing; the plain one loads anywhere
+                if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
+                    component[-1] = component[-1].removesuffix("Pil")
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / self.config_name).write_text(text, encoding="utf-8")
+            self._write_code(folder)
+            if self.unet.config.in_channels != 4:
+                self.save_vton_adapter(folder, dtype=self._lossless_dtype())
+            if (own := Path(save_directory, "README.md")).is_file():
+                shutil.copy(own, folder)
+            self._write_card(folder, Path(save_directory).resolve().name, False, license, eval_results)
 
     def push_to_hub(
         self,
@@ -1338,15 +1432,21 @@ class VTONHubMixin:
             f"{repo_id} holds a try-on adapter, not a whole pipeline: load its base with DiffusionPipeline.from_pretrained("
             f"{base!r}, custom_pipeline={repo_id!r}, trust_remote_code=True), then pipe.load_vton_adapter({repo_id!r})"
         )
-        (folder / "vton.py").write_text(f"raise ValueError({message!r})\n")
-        index = {"_class_name": ["vton", type(self).__name__], "_diffusers_version": __version__}
-        (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "vton.py").write_text(f"raise ValueError({message!r})\n", encoding="utf-8")
+        name = StableDiffusionVTONPipeline.__name__
+        index = {"_class_name": ["vton", name], "_diffusers_version": __version__}
+        (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _write_code(self, folder: Path) -> None:
-        """This file, and one line under each of the two names that `custom_pipeline` looks for."""
-        (folder / "pipeline_vton.py").write_text(Path(inspect.getfile(type(self))).read_text())
-        for name in ("pipeline.py", "vton.py"):
-            (folder / name).write_text(f"from .pipeline_vton import {type(self).__name__}  # noqa: F401\n")
+    @staticmethod
+    def _write_code(folder: Path) -> None:
+        """This file, and one line under each of the two names that `custom_pipeline` looks for; of a subclass nothing."""
+        name = StableDiffusionVTONPipeline.__name__
+        if __name__ == "__main__":
+            raise ValueError(f"{name} has no file of its own that could be saved: import it from pipeline_vton.py")
+        code = inspect.getsource(sys.modules[__name__])
+        (folder / "pipeline_vton.py").write_text(code, encoding="utf-8")
+        for file in ("pipeline.py", "vton.py"):
+            (folder / file).write_text(f"from .pipeline_vton import {name}  # noqa: F401\n", encoding="utf-8")
 
     def _lossless_dtype(self) -> torch.dtype | None:
         """float16 where that changes no weight (trainers write so), else None: the UNet's own."""
@@ -1355,17 +1455,14 @@ class VTONHubMixin:
 
     def _published_base(self) -> str | None:
         """The base's repository on the Hub, as the adapter or the loading says, unless it is a folder."""
-        for base in (self.config.base_model, self.name_or_path):
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not Path(base).exists():
-                return base
-        return None
+        return hub_repository(self.config.base_model) or hub_repository(self.name_or_path)
 
     def _write_card(
         self, folder: Path, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult] | None
     ) -> None:
         """README.md: a new one, or with the measurements added where somebody wrote one."""
         file = folder / "README.md"
-        if file.exists() and CARD_NOTE not in file.read_text():
+        if file.exists() and CARD_NOTE not in file.read_text(encoding="utf-8"):
             card = ModelCard.load(file)
         else:
             card = self._new_card(name, adapter_only, license, eval_results or [])
@@ -1433,17 +1530,185 @@ class VTONHubMixin:
 # -------------------------------------------------------------------------------------------------------- the pipeline
 
 
+def check_callback(callback: Callable | None, names: list[str], known: list[str]) -> list[str]:
+    """The tensors that a callback gets: those named, or those that one of diffusers' own asks for itself.
+
+    Raises:
+        TypeError, ValueError: it is no callback, or asks for what is not known here.
+    """
+    if callback is not None and not callable(callback):
+        raise TypeError(f"`callback_on_step_end` must be callable, got {type(callback).__name__}")
+    callbacks = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
+    if any(isinstance(one, IPAdapterScaleCutoffCallback) for one in callbacks):
+        raise ValueError("`callback_on_step_end` sets the scale of an IP-Adapter, which try-on has none of")
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        names = callback.tensor_inputs
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`callback_on_step_end_tensor_inputs` must be a list of names, got {names!r}")
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` may name {', '.join(known)}, got {', '.join(unknown)}")
+    return list(names)
+
+
+def call_back(
+    callback: Callable,
+    pipe: DiffusionPipeline,
+    step: int,
+    t: torch.Tensor,
+    tensors: dict[str, torch.Tensor | None],
+    names: list[str],
+) -> dict[str, torch.Tensor]:
+    """Call `callback_on_step_end` and check what it returns: the tensors that replace those in `tensors`, by their names.
+
+    diffusers' own callbacks look at prompt embeddings where there are none, and take their last row for the conditional ones:
+    they get embeddings of no tokens, and that row replaces nothing.
+    """
+    official = isinstance(callback, (PipelineCallback, MultiPipelineCallbacks))
+    nothing = tensors["latents"].new_zeros(len(tensors["latents"]), 0, pipe.unet.config.cross_attention_dim)
+    shown = {name: nothing if official and tensors[name] is None else tensors[name] for name in names}
+    returned = callback(pipe, step, t, dict(shown))
+    returned = {} if returned is None else returned
+    if not isinstance(returned, dict):
+        raise TypeError(
+            f"`callback_on_step_end` must return a dictionary of the tensors that it changed, got {type(returned).__name__}"
+        )
+    changed = {}
+    for name, value in returned.items():
+        if name not in tensors:
+            raise ValueError(f"`callback_on_step_end` may return {', '.join(tensors)}, got {name!r}")
+        before = tensors[name]
+        if value is before or before is None:
+            continue
+        tensor = isinstance(value, torch.Tensor)
+        if official and tensor and torch.equal(value, before[-1:]):
+            continue
+        if not tensor or value.shape != before.shape:
+            got = tuple(value.shape) if tensor else type(value).__name__
+            raise ValueError(f"`callback_on_step_end` must return `{name}` of shape {tuple(before.shape)}, got {got}")
+        changed[name] = value.to(before)
+    return changed
+
+
+class Turn:
+    """Whose turn it is with a UNet or a scheduler: a lock, and the pipelines whose calls hold it, with their schedulers."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.held: list[Any] = []
+
+
+# By UNet and by scheduler, which stay free to be copied and pickled. Kept in diffusers, for all copies of this file: whoever
+# loads a `custom_pipeline` twice has executed it twice.
+TURNS = vars(diffusers).setdefault("_vton_turns", weakref.WeakKeyDictionary())
+
+
+def in_turn(call: Callable) -> Callable:
+    """Let the calls of pipelines that share a UNet or a scheduler run one after the other, from whatever threads they come.
+
+    A callback may call another pipeline, on the same UNet too, that has a scheduler of its own.
+    """
+
+    @functools.wraps(call)
+    def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as turns:
+            for part in (unwrap_module(self.unet), self.scheduler):
+                if part is None:
+                    continue
+                turn = TURNS.setdefault(part, Turn())
+                turns.enter_context(turn.lock)
+                if any(held is self or held is self.scheduler for held in turn.held):
+                    raise RuntimeError(
+                        "a callback of a running call must not call the same pipeline, or one with its scheduler, whose state would "
+                        "be overwritten: give the inner pipeline a scheduler of its own"
+                    )
+                turns.callback(setattr, turn, "held", turn.held)
+                turn.held = [*turn.held, self, self.scheduler]
+            return call(self, *args, **kwargs)
+
+    return waiting
+
+
+# What a UNet's config may ask for beside latents, a timestep and text.
+OTHER_INPUTS = {
+    "encoder_hid_dim_type": "the pictures of an IP-Adapter, or other features",
+    "addition_embed_type": "SDXL's sizes and pooled text, or other embeddings",
+    "class_embed_type": "class labels",
+    "num_class_embeds": "class labels",
+    "time_cond_proj_dim": "an embedding of the guidance scale",
+}
+
+
+def check_unet(unet: UNet2DConditionModel, reference: bool) -> None:
+    """ValueError where a UNet asks for what try-on does not give, or carries what would mix the cloth's pass with the person's.
+
+    Args:
+        unet: the UNet.
+        reference: whether the cloth is read in a pass of its own.
+    """
+    for name, what in OTHER_INPUTS.items():
+        if (asked := unet.config.get(name)) is not None:
+            raise ValueError(f"the UNet asks for {what}, which try-on does not give: its `{name}` is {asked!r}")
+    if not reference:
+        return
+    if (wrapper := getattr(unet.forward, "__module__", None) or "").partition(".")[0] == "DeepCache":
+        raise ValueError(
+            f"DeepCache ({wrapper}) counts the pass that reads the cloth as a step: disable its helper first"
+        )
+    for module in unet.modules():
+        for name, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items():
+            if hook._is_stateful:
+                raise ValueError(
+                    f"the UNet's {name} hook keeps results from call to call, and would keep those of the pass that reads the cloth: "
+                    "disable it first"
+                )
+
+
+def check_scheduler(scheduler: KarrasDiffusionSchedulers) -> None:
+    """ValueError where a scheduler cannot step Stable Diffusion's latents from noise, as those for flow matching cannot."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"the `scheduler` {name} is set up for flow matching, which Stable Diffusion's UNets do not predict"
+        )
+    lacking = [part for part in ("init_noise_sigma", "scale_model_input", "timesteps") if not hasattr(scheduler, part)]
+    parameters = list(inspect.signature(scheduler.step).parameters.values())
+    asked = [p.name for p in parameters[3:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if lacking or asked:
+        trouble = f"it has no {lacking[0]}" if lacking else f"its steps ask for {asked[0]}"
+        raise ValueError(f"the `scheduler` {name} is not for Stable Diffusion: {trouble}; DDPMScheduler is the card's")
+
+
+def check_finite(values: torch.Tensor, what: str, dtype: torch.dtype) -> None:
+    """ValueError where a model's result holds NaN or infinity, with the usual remedy."""
+    if not torch.isfinite(values).all():
+        remedy = (
+            "load it in torch.bfloat16 or torch.float32, whose range is wider"
+            if dtype == torch.float16
+            else "check its weights, and `latents` and `guidance_scale` if they were given"
+        )
+        raise ValueError(f"{what} in {dtype} gave NaN or infinity, which would be a black picture: {remedy}")
+
+
 @dataclass
 class TryOnInputs:
-    """What `check_inputs` learnt of a call: the pictures, where in them to work, and at which size."""
+    """What `check_inputs` learnt of a call: the pictures, where in them to work, at which size, and with which text."""
 
     persons: list[torch.Tensor]  # N of (3, H, W) in [0, 1]
     cloths: list[torch.Tensor]  # 1 or N of (3, H, W)
-    masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none
-    regions: list[tuple[int, int, int, int]]  # N of (left, top, right, bottom)
+    masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none (yet)
     profiles: list[bytes | None]  # N ICC profiles of the persons, which the results carry
     height: int
     width: int
+    padding: int | None  # `padding_mask_crop`
+    noise_shape: tuple[int, ...]  # (B, 4, h, w) of all results, or whole canvases
+    prompts: dict[str, Any] | None  # `encode_prompt`'s arguments, for N; None where text is not used
+
+    @functools.cached_property
+    def regions(self) -> list[tuple[int, int, int, int]]:
+        """Where in every photograph to work, as (left, top, right, bottom): all of it, or the mask's surroundings."""
+        if self.padding is None:
+            return [(0, 0, person.shape[2], person.shape[1]) for person in self.persons]
+        return [crop_region(mask, self.height, self.width, self.padding) for mask in self.masks]
 
 
 class StableDiffusionVTONPipeline(
@@ -1521,17 +1786,14 @@ class StableDiffusionVTONPipeline(
         )
         self._begin_settings(**{setting.name: values[setting.name] for setting in fields(AdapterSettings)})
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        unet_levels = len(unet.config.block_out_channels) if unet is not None else 4
+        self.size_multiple = self.vae_scale_factor * 2 ** (unet_levels - 1)  # of heights and widths; 64 for SD1.5
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.mask_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
 
     # ---- what a call is asked for
-
-    @property
-    def size_multiple(self) -> int:
-        """Heights and widths are multiples of this: 64 for SD1.5."""
-        return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     def resolve_size(
         self, person_height: int, person_width: int, height: int | None, width: int | None
@@ -1548,13 +1810,37 @@ class StableDiffusionVTONPipeline(
         self,
         person_image: PictureInput,
         cloth_image: PictureInput,
-        mask_image: PictureInput | None,
-        cloth_type: str,
-        height: int | None,
-        width: int | None,
-        padding_mask_crop: int | None,
+        mask_image: PictureInput | None = None,
+        cloth_type: str = "upper",
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+        *,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        composite: bool = True,
+        output_type: str = "pil",
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        **sampling: Any,
     ) -> TryOnInputs:
-        """Check the pictures and sizes of a call; returns them as the rest of the call uses them."""
+        """Check everything that a call was asked for, before any model runs; returns what the rest of the call uses.
+
+        Args:
+            person_image, ..., sampling: the call's, those that it takes from the adapter resolved.
+
+        Raises:
+            ValueError, TypeError: one is wrong; the sentence names it and its value.
+        """
+        for name in ("vae", "unet", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"a call needs the component `{name}`, got None")
+        check_unet(self.unet, self.config.cloth_conditioning == "reference")
+        check_scheduler(self.scheduler)
         if self.unet.config.in_channels not in {8, 9}:
             raise ValueError(
                 f"the UNet has {self.unet.config.in_channels} input channels, try-on needs 8 or 9: load an adapter with load_vton_adapter first"
@@ -1567,20 +1853,21 @@ class StableDiffusionVTONPipeline(
             raise ValueError(
                 f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {padding_mask_crop!r}"
             )
+        if output_type not in {"pil", "np", "pt", "latent"}:
+            raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}")
+        if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be a positive whole number, got {num_images_per_prompt!r}")
+        self._check_sampling(guidance_scale=guidance_scale, **sampling)
+        if mask_image is None and self.human_parser is None:
+            if not self.config.mask_free:
+                raise ValueError(
+                    "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
+                )
+            if padding_mask_crop is not None:
+                raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding_mask_crop!r} without one")
         persons, person_profiles = as_tensors(person_image, "person_image"), colour_profiles(person_image)
         cloths, cloth_profiles = as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image)
-        if mask_image is not None:
-            masks = as_masks(mask_image, "mask_image")
-        elif self.human_parser is not None:
-            masks = [self.prepare_mask(person, cloth_type) for person in persons]
-        elif not self.config.mask_free:
-            raise ValueError(
-                "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
-            )
-        elif padding_mask_crop is not None:
-            raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding_mask_crop!r} without one")
-        else:
-            masks = [None]
+        masks = [None] if mask_image is None else as_masks(mask_image, "mask_image")
         count = max(len(persons), len(cloths), len(masks))
         for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks)):
             if len(pictures) not in {1, count}:
@@ -1599,47 +1886,68 @@ class StableDiffusionVTONPipeline(
                 raise ValueError(
                     f"`mask_image` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(mask.shape[1:])}"
                 )
-        sizes = {self.resolve_size(*person.shape[1:], height, width) for person in persons}
+        own_sizes = {tuple(person.shape[1:]) for person in persons}
+        if composite and output_type in {"np", "pt"} and len(own_sizes) > 1:
+            raise ValueError(
+                f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(own_sizes)}: use 'pil'"
+            )
+        sizes = {self.resolve_size(*size, height, width) for size in own_sizes}
         if len(sizes) > 1:
             raise ValueError(
                 f"`person_image` has pictures for {sorted(sizes)} (height, width): give `height` and `width`, or call once a size"
             )
         height, width = sizes.pop()
-        if padding_mask_crop is None:
-            regions = [(0, 0, person.shape[2], person.shape[1]) for person in persons]
-        else:
-            regions = [crop_region(mask, height, width, int(padding_mask_crop)) for mask in masks]
-        return TryOnInputs(persons, cloths, masks, regions, person_profiles, height, width)
+        noise_shape = [
+            count * int(num_images_per_prompt), self.vae.config.latent_channels,
+            height // self.vae_scale_factor, width // self.vae_scale_factor,
+        ]  # fmt: skip
+        if self.config.cloth_conditioning == "joint":
+            noise_shape[2 if self.config.canvas_axis == "height" else 3] *= 2
+        if latents is not None and not isinstance(latents, torch.Tensor):
+            raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}")
+        if latents is not None and list(latents.shape) != noise_shape:
+            raise ValueError(f"`latents` must have shape {tuple(noise_shape)}, got {tuple(latents.shape)}")
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
+            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}")
+        if isinstance(generator, list) and len(generator) != noise_shape[0]:
+            raise ValueError(
+                f"`generator` must be one or {noise_shape[0]}, one for every result, got {len(generator)}"
+            )
+        return TryOnInputs(
+            persons=persons,
+            cloths=cloths,
+            masks=masks,
+            profiles=person_profiles,
+            height=height,
+            width=width,
+            padding=None if padding_mask_crop is None else int(padding_mask_crop),
+            noise_shape=tuple(noise_shape),
+            prompts=self._check_prompts(
+                count, guidance_scale > 1, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
+            ),
+        )
 
     def _check_sampling(
         self,
         *,
-        num_inference_steps: int,
-        num_images_per_prompt: int,
-        timesteps: list[int] | None,
         guidance_scale: float,
-        guidance_rescale: float,
-        guidance_interval: tuple[float, float],
-        eta: float,
-        output_type: str,
-        cross_attention_kwargs: dict[str, Any] | None,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str],
-        prompts: dict[str, Any],
+        num_inference_steps: int = 1,
+        timesteps: list[int] | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        eta: float = 0.0,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = [],
     ) -> None:
-        for name, number in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_prompt", num_images_per_prompt),
-        ):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"`{name}` must be a positive whole number, got {number!r}")
-        for name, number in (
-            ("guidance_scale", guidance_scale),
-            ("guidance_rescale", guidance_rescale),
-            ("eta", eta),
-        ):
-            if not isinstance(number, (int, float)) or not math.isfinite(number):
-                raise ValueError(f"`{name}` must be a finite number, got {number!r}")
+        if not is_whole(num_inference_steps) or num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be a positive whole number, got {num_inference_steps!r}")
+        if not is_number(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}")
+        for name, number in (("guidance_rescale", guidance_rescale), ("eta", eta)):
+            if not is_number(number) or not 0 <= number <= 1:
+                raise ValueError(f"`{name}` must be a number from 0 to 1, got {number!r}")
         try:
             start, end = guidance_interval
             ordered = 0 <= start <= end <= 1
@@ -1651,8 +1959,6 @@ class StableDiffusionVTONPipeline(
             )
         if timesteps is not None and len(timesteps) == 0:
             raise ValueError(f"`timesteps` must be None or hold at least one, got {timesteps!r}")
-        if output_type not in {"pil", "np", "pt", "latent"}:
-            raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}")
         if cross_attention_kwargs is not None and (
             not isinstance(cross_attention_kwargs, dict) or cross_attention_kwargs.keys() - {"scale"}
         ):
@@ -1665,15 +1971,60 @@ class StableDiffusionVTONPipeline(
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {sorted(unknown)}"
             )
-        for name in ("prompt", "negative_prompt"):
-            prompt, embeds = prompts[name], prompts[f"{name}_embeds"]
-            texts = prompt if isinstance(prompt, list) else [prompt]
-            if prompt is not None and not all(isinstance(text, str) for text in texts):
-                raise TypeError(f"`{name}` must be a string or a list of them, got {prompt!r}")
+
+    def _check_prompts(
+        self,
+        count: int,
+        guided: bool,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+    ) -> dict[str, Any] | None:
+        """`encode_prompt`'s arguments for `count` persons, or None where text is not used."""
+        text, features = self.config.cross_attention == "prompt", self.unet.config.cross_attention_dim
+        for name, words, embeds in (
+            ("prompt", prompt, prompt_embeds),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds),
+        ):
+            listed = words if isinstance(words, list) else [words or ""]
+            if not all(isinstance(one, str) for one in listed):
+                raise TypeError(f"`{name}` must be a string or a list of them, got {words!r}")
             if embeds is not None and not isinstance(embeds, torch.Tensor):
                 raise TypeError(f"`{name}_embeds` must be a tensor, got {type(embeds).__name__}")
-            if prompt is not None and embeds is not None:
-                raise ValueError(f"`{name}` and `{name}_embeds` say the same: give one, got {prompt!r} and a tensor")
+            if words is not None and embeds is not None:
+                raise ValueError(f"`{name}` and `{name}_embeds` say the same: give one, got {words!r} and a tensor")
+            if text and isinstance(words, list) and len(words) != count:
+                raise ValueError(f"`{name}` must be one string or {count}, as the pictures are, got {len(words)}")
+            if text and embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (count, features)):
+                raise ValueError(
+                    f"`{name}_embeds` must have shape ({count}, tokens, {features}), got {tuple(embeds.shape)}"
+                )
+        if not text:
+            return None
+        if prompt_embeds is None and (self.text_encoder is None or self.tokenizer is None):
+            raise ValueError(
+                "`prompt_embeds` must be given: this adapter uses text, and there is no `text_encoder` and `tokenizer`"
+            )
+        if guided and prompt_embeds is not None and negative_prompt_embeds is None:
+            raise ValueError(
+                "`negative_prompt_embeds` must be given with `prompt_embeds` where guidance_scale > 1, got None"
+            )
+        if guided and negative_prompt_embeds is not None:
+            tokens = self.tokenizer.model_max_length if prompt_embeds is None else prompt_embeds.shape[1]
+            if negative_prompt_embeds.shape[1] != tokens:
+                raise ValueError(
+                    f"`negative_prompt_embeds` must have {tokens} tokens, as the prompt has, got {negative_prompt_embeds.shape[1]}"
+                )
+        prompt, negative_prompt = (
+            words if isinstance(words, list) else [words or ""] * count for words in (prompt, negative_prompt)
+        )
+        return {
+            "prompt": prompt if prompt_embeds is None else None,
+            "negative_prompt": negative_prompt if negative_prompt_embeds is None else None,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+        }
 
     @torch.no_grad()
     def prepare_mask(self, person: torch.Tensor, cloth_type: str) -> torch.Tensor:
@@ -1719,7 +2070,7 @@ class StableDiffusionVTONPipeline(
         else:
             masks = [as_pil(mask).crop(region) for mask, region in zip(inputs.masks, inputs.regions)]
             mask = self.mask_processor.preprocess(masks, **size)
-        return TryOnLatents.encode(
+        encoded = TryOnLatents.encode(
             self.vae,
             self.image_processor.preprocess(persons, **size).to(device),
             mask.to(device),
@@ -1730,51 +2081,9 @@ class StableDiffusionVTONPipeline(
             canvas_axis=self.config.canvas_axis,
             dtype=dtype,
         )
-
-    def encode_prompts(
-        self,
-        count: int,
-        num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
-        prompts: dict[str, Any],
-        lora_scale: float | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Prompt and negative prompt embeddings (count * num_images_per_prompt, 77, 768), or None where text is not used."""
-        if self.config.cross_attention != "prompt":
-            return None, None
-        prompts, features = dict(prompts), self.unet.config.cross_attention_dim
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            embeds = prompts[name]
-            if embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (count, features)):
-                raise ValueError(f"`{name}` must have shape ({count}, tokens, {features}), got {tuple(embeds.shape)}")
-        if prompts["prompt_embeds"] is None:
-            if self.text_encoder is None or self.tokenizer is None:
-                raise ValueError(
-                    "`prompt_embeds` must be given: this adapter uses text, and there is no `text_encoder` and `tokenizer`"
-                )
-            for name in ("prompt", "negative_prompt"):
-                prompts[name] = [prompts[name] or ""] * count if not isinstance(prompts[name], list) else prompts[name]
-                if len(prompts[name]) != count:
-                    raise ValueError(
-                        f"`{name}` must be one string or {count}, as the pictures are, got {len(prompts[name])}"
-                    )
-        elif do_classifier_free_guidance and prompts["negative_prompt_embeds"] is None:
-            raise ValueError(
-                "`negative_prompt_embeds` must be given with `prompt_embeds` where guidance_scale > 1, got None"
-            )
-        embeds, negative_embeds = self.encode_prompt(
-            device=self._execution_device,
-            num_images_per_prompt=num_images_per_prompt,
-            do_classifier_free_guidance=do_classifier_free_guidance,
-            lora_scale=lora_scale,
-            **prompts,
-        )
-        if do_classifier_free_guidance and negative_embeds.shape != embeds.shape:
-            raise ValueError(
-                f"`negative_prompt_embeds` must have {embeds.shape[1]} tokens, as the prompt has, got {negative_embeds.shape[1]}"
-            )
-        dtype = self.unet.dtype  # transformers loads a text encoder in the dtype it was saved in
-        return embeds.to(dtype), None if negative_embeds is None else negative_embeds.to(dtype)
+        for latents in (encoded.person, encoded.cloth):
+            check_finite(latents, "the VAE's encoder", self.vae.dtype)
+        return encoded
 
     def prepare_latents(
         self,
@@ -1783,17 +2092,8 @@ class StableDiffusionVTONPipeline(
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         """The first noise, (B, 4, h, w) or a whole canvas, at the scheduler's initial scale."""
-        generators = generator if isinstance(generator, list) else [generator]
-        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
-            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}")
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(f"`generator` must be one or {shape[0]}, one for every result, got {len(generator)}")
-        if latents is not None and not isinstance(latents, torch.Tensor):
-            raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
         return latents.to(self._execution_device, self.unet.dtype) * self.scheduler.init_noise_sigma
 
     def read_cloth(
@@ -1829,6 +2129,11 @@ class StableDiffusionVTONPipeline(
             rows = conditioning.canvas_rows(noisy, cloth_seen=True)
             rows = torch.cat([conditioning.canvas_rows(noisy, cloth_seen=False), rows]) if guided else rows
         if guided and prompt_embeds is not None:
+            if negative_prompt_embeds is None:
+                raise ValueError(
+                    f"`guidance_scale` rose to {self.guidance_scale} in a run that began at 1 or less, without `negative_prompt_embeds`: "
+                    "begin above 1, with a `guidance_interval`"
+                )
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         noise_pred = self.unet(
             rows, t, prompt_embeds, cross_attention_kwargs=self.cross_attention_kwargs, return_dict=False
@@ -1842,6 +2147,7 @@ class StableDiffusionVTONPipeline(
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, 4, h, w) to pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
         decoded = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
+        check_finite(decoded, "the VAE's decoder", self.vae.dtype)
         return self.image_processor.postprocess(decoded, output_type="pt").float().cpu()
 
     def check_safety(self, images: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[bool] | None]:
@@ -1854,15 +2160,6 @@ class StableDiffusionVTONPipeline(
             checked.append(torch.from_numpy(array[0]).movedim(-1, 0))
             flags += flagged
         return checked, flags
-
-    @staticmethod
-    def _convert_output(
-        images: list[torch.Tensor], output_type: str, profiles: list[bytes | None]
-    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        if output_type == "pil":
-            return [as_pil(image, profile) for image, profile in zip(images, profiles)]
-        stack = torch.stack(images)
-        return stack if output_type == "pt" else stack.movedim(1, -1).numpy()
 
     # ---- what a running call shows
 
@@ -1890,6 +2187,7 @@ class StableDiffusionVTONPipeline(
     def interrupt(self) -> bool:
         return self._interrupt
 
+    @in_turn
     @torch.no_grad()
     def __call__(
         self,
@@ -1909,7 +2207,7 @@ class StableDiffusionVTONPipeline(
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int = 1,
-        eta: float = 0.0,
+        eta: float | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -1930,7 +2228,7 @@ class StableDiffusionVTONPipeline(
                 draws it with the human parser, or needs a mask-free adapter.
             cloth_type: `"upper"`, `"lower"` or `"dress"`, for the human parser.
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as in `StableDiffusionPipeline`; used by adapters
-                with `cross_attention="prompt"`.
+                with `cross_attention="prompt"`, which may bring a prompt for calls that give none.
             height, width: the size to work at, multiples of 64 for SD1.5. None keeps the person's aspect at about the native
                 area; one alone takes the other from the aspect.
             num_inference_steps: denoising steps, 50 by default.
@@ -1941,7 +2239,7 @@ class StableDiffusionVTONPipeline(
             guidance_interval: [start, end) in fractions of the steps; outside it the conditional branch runs alone
                 (arXiv:2404.07724).
             num_images_per_prompt: results for every person.
-            eta: for DDIM.
+            eta: noise that DDIM adds again at every step, 0 to 1 (arXiv:2010.02502); None takes the adapter's own.
             cross_attention_kwargs: `{"scale": ...}` of a LoRA.
             generator: one, or a list with one for every result.
             latents: the first noise (N * num_images_per_prompt, 4, h, w), before the scheduler's scale; the whole canvas in
@@ -1961,68 +2259,60 @@ class StableDiffusionVTONPipeline(
         Raises:
             ValueError, TypeError: an argument is wrong; the sentence names it and its value.
         """
-        # 1. Check, and learn what there is to do
-        prompts = {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-        }
-        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        self._check_sampling(
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=num_images_per_prompt,
-            timesteps=timesteps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            eta=eta,
-            output_type=output_type,
-            cross_attention_kwargs=cross_attention_kwargs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            prompts=prompts,
+        # 1. Check, and learn what there is to do; what was not said is as the adapter says
+        callback_on_step_end_tensor_inputs = check_callback(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         )
-        inputs = self.check_inputs(person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop)
-        sizes = {tuple(person.shape[1:]) for person in inputs.persons}
-        if composite and output_type in {"np", "pt"} and len(sizes) > 1:
-            raise ValueError(
-                f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(sizes)}: use 'pil'"
-            )
+        prompt = self.config.prompt if prompt is None and prompt_embeds is None else prompt
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        eta = (self.config.eta or 0.0) if eta is None else eta
+        inputs = self.check_inputs(
+            person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop,
+            num_images_per_prompt=num_images_per_prompt, generator=generator, latents=latents, composite=composite,
+            output_type=output_type, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps, timesteps=timesteps,
+            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, eta=eta,
+            cross_attention_kwargs=cross_attention_kwargs, callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        num_images_per_prompt = int(num_images_per_prompt)
+        timesteps, num_inference_steps = retrieve_timesteps(
+            self.scheduler, int(num_inference_steps) if timesteps is None else None, self._execution_device, timesteps
+        )
+        accepted = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
         self._guidance_scale = guidance_scale
         self._guidance_rescale = guidance_rescale
         self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
-        reference = self.config.cloth_conditioning == "reference"
-        device, count = self._execution_device, len(inputs.persons)
-
-        # 2. Text encoder: the prompt, for adapters that use one
-        prompt_embeds, negative_prompt_embeds = self.encode_prompts(
-            count,
-            num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            prompts,
-            (cross_attention_kwargs or {}).get("scale"),
-        )
-
-        # 3. VAE: person, mask and cloth to latents
-        conditioning = self.encode_pictures(inputs)
-        one_cloth_each = prompt_embeds is not None or not reference  # text changes how a cloth is read
-        if one_cloth_each and len(conditioning.cloth) < count:
-            conditioning.cloth = conditioning.cloth.expand(count, -1, -1, -1)
-            conditioning.cloth_condition = conditioning.cloth_condition.expand(count, -1, -1, -1)
-        cloth_embeds = None if prompt_embeds is None else prompt_embeds[::num_images_per_prompt]
-        conditioning = conditioning.repeat(num_images_per_prompt, cloth=not reference)
-
-        # 4. Timesteps, and the first noise
-        timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, None if timesteps is not None else num_inference_steps, device, timesteps
-        )
         self._num_timesteps = len(timesteps)
-        noise_like = conditioning.person if reference else conditioning.canvas(conditioning.person, conditioning.cloth)
-        latents = self.prepare_latents(tuple(noise_like.shape), latents, generator)
-        accepted = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
+        self._interrupt = False
+        reference, dtype = self.config.cloth_conditioning == "reference", self.unet.dtype
+
+        # 2. Human parser: the masks, where none is given
+        if mask_image is None and self.human_parser is not None:
+            persons = {id(person): person for person in inputs.persons}  # one with many cloths is read once
+            drawn = {key: self.prepare_mask(person, cloth_type) for key, person in persons.items()}
+            inputs = replace(inputs, masks=[drawn[id(person)] for person in inputs.persons])
+
+        # 3. Text encoder: the prompt, for adapters that use one
+        prompt_embeds = negative_prompt_embeds = cloth_embeds = None
+        if inputs.prompts is not None:
+            embeds = self.encode_prompt(
+                device=self._execution_device,
+                num_images_per_prompt=num_images_per_prompt,
+                do_classifier_free_guidance=self.do_classifier_free_guidance,
+                lora_scale=(cross_attention_kwargs or {}).get("scale"),
+                **inputs.prompts,
+            )  # in the dtype that the text encoder was saved in
+            prompt_embeds, negative_prompt_embeds = (None if one is None else one.to(dtype) for one in embeds)
+            cloth_embeds = prompt_embeds[::num_images_per_prompt]
+
+        # 4. VAE: person, mask and cloth to latents; and the first noise
+        conditioning = self.encode_pictures(inputs)
+        if prompt_embeds is not None or not reference:  # text changes how a cloth is read
+            conditioning = conditioning.one_cloth_each()
+        conditioning = conditioning.repeat(num_images_per_prompt, cloth=not reference)
+        latents = self.prepare_latents(inputs.noise_shape, latents, generator)
 
         # 5. UNet: read the cloth once, then denoise
         processor = ClothCacheAttnProcessor if reference else None
@@ -2047,13 +2337,11 @@ class StableDiffusionVTONPipeline(
                         "prompt_embeds": prompt_embeds,
                         "negative_prompt_embeds": negative_prompt_embeds,
                     }
-                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    returned = callback_on_step_end(self, i, t, asked) or {}
-                    latents = returned.get("latents", latents)
-                    prompt_embeds = returned.get("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = returned.get("negative_prompt_embeds", negative_prompt_embeds)
+                    tensors |= call_back(callback_on_step_end, self, i, t, tensors, callback_on_step_end_tensor_inputs)
+                    latents, prompt_embeds, negative_prompt_embeds = tensors.values()
                 progress_bar.update()
         latents = latents if reference else conditioning.person_part(latents)
+        check_finite(latents, "the UNet", self.unet.dtype)
 
         # 6. VAE: decode, and lay the result into the photograph
         if output_type == "latent":
@@ -2067,7 +2355,10 @@ class StableDiffusionVTONPipeline(
                     for image, i in zip(images, index)
                 ]
             images, flags = self.check_safety(images)
-            images = self._convert_output(images, output_type, [inputs.profiles[i] for i in index])
+            if output_type == "pil":
+                images = [as_pil(image, inputs.profiles[i]) for image, i in zip(images, index)]
+            else:  # (N, 3, H, W) or (N, H, W, 3)
+                images = torch.stack(images) if output_type == "pt" else torch.stack(images).movedim(1, -1).numpy()
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, flags

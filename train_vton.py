@@ -92,6 +92,7 @@ from pipeline_vton import (
     colour_profiles,
     convert_profile,
     fit_cloth,
+    fit_size,
     read_adapter,
     read_safetensors,
     vton_attention,
@@ -103,8 +104,10 @@ from pipeline_vton import (
 logger = get_logger("train_vton")
 SEED_GUIDANCE = 7.5  # where nothing better is known
 ASPECT_TOLERANCE = 1.1
+HULL_SIDES = 32  # of the polygon that stands for a convex hull
 PROBED_TIMESTEPS = (250, 500, 750)  # where the masked error without, with and with a wrong cloth is logged
 PROBED_PAIRS = 16
+READING = 2  # counts the changes of how pictures are read: latents cached before one are of other pictures
 SIZED_ROWS = 16  # of a table, whose persons' sizes are looked at
 LATENTS = ("person", "mask", "cloth", "cloth_condition")  # the tensors of `TryOnLatents`
 GUIDANCE_SCALES, GUIDANCE_STEPS = (1, 1.5, 2, 2.5, 3.5, 5, 7.5), 25
@@ -174,7 +177,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="training height in pixels (default: the base's native area at the data's aspect)",
     )
     add("--width", type=POSITIVE_COUNT, help="training width in pixels, at the data's aspect")
-    add("--augment", nargs="*", default=[], choices=("flip", "crop", "color"), help="mirror, zoom in, recolour (default none)")  # fmt: skip
+    add("--augment", nargs="*", default=[], choices=("flip", "crop", "color", "mask"), help="mirror, zoom in, recolour, loosen masks (default none)")  # fmt: skip
     add("--cache_latents", nargs="?", type=Path, const=True, help="encode once into this folder (default OUTPUT_DIR/latents)")  # fmt: skip
     add("--dataloader_num_workers", type=COUNT, default=2, help="reading processes (default 2)")
 
@@ -251,6 +254,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
     if args.cache_latents and (args.augment or args.streaming or args.caption_column):
         parser.error("--cache_latents would freeze --augment, and knows neither --streaming nor --caption_column")
+    if args.mask_free and "mask" in args.augment:
+        parser.error("--augment mask loosens masks, and --mask_free has none")
     if args.lora_rank and args.trainable not in {"self_attention", "attention"}:
         parser.error(f"--lora_rank needs --trainable self_attention or attention, got {args.trainable}")
     if args.lora_rank and args.push_to_hub:
@@ -290,7 +295,10 @@ class Preparation:
         for role, picture in pictures.items():
             processor = self.mask_processor if role == "mask" else self.image_processor
             item[role] = processor.preprocess(picture, **size)[0]
-        return self.recolor(item, rng)
+        item = self.recolor(item, rng)
+        if "mask" in self.augment:
+            item["mask"] = loosen(item["mask"], rng)
+        return item
 
     def move(self, pictures: dict[str, Image.Image], rng: np.random.Generator) -> dict[str, Image.Image]:
         """Mirror every picture, or none; show the same part, at least 4/5 a side, of all but the cloth."""
@@ -312,6 +320,26 @@ class Preparation:
             gamma = torch.tensor(2 ** rng.uniform(-0.4, 0.4, (3, 1, 1)), dtype=torch.float32)
             item |= {k: 2 * (v / 2 + 0.5).clamp(0, 1) ** gamma - 1 for k, v in item.items() if k != "mask"}
         return item
+
+
+def loosen(mask: Tensor, rng: np.random.Generator) -> Tensor:
+    """A mask (1, H, W) that tells less of the cloth that is worn: itself, its hull or its box, grown by up to H/16 pixels."""
+    margin, sides = rng.uniform(0, mask.shape[1] / 16), rng.choice([0, HULL_SIDES, 4])
+    if sides:
+        return circumscribe(mask, sides, margin) if mask.any() else mask
+    reach = round(margin)
+    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):
+        mask = F.max_pool2d(mask, kernel, stride=1, padding=tuple(side // 2 for side in kernel))
+    return mask
+
+
+def circumscribe(mask: Tensor, sides: int, margin: float) -> Tensor:
+    """The polygon around a mask (1, H, W) whose sides, evenly turned, are `margin` pixels off it: four make a box, many its hull."""
+    rows, columns = (torch.arange(side, dtype=torch.float32) for side in mask.shape[1:])
+    angles = torch.arange(sides)[:, None, None] * (2 * math.pi / sides)
+    along = angles.cos() * columns + angles.sin() * rows[:, None]  # (sides, H, W), how far each pixel lies to a side
+    farthest = along[:, mask[0] >= 0.5].amax(dim=1) + margin + 1e-3  # a rounding error
+    return (along <= farthest[:, None, None]).all(dim=0, keepdim=True).to(mask.dtype)
 
 
 def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> Image.Image:
@@ -718,6 +746,27 @@ class LatentCache(PairDataset):
         accelerator.wait_for_everyone()
 
 
+def cache_key(vae: AutoencoderKL, settings: AdapterSettings, pairs: TreePairs | RowPairs) -> str:
+    """A name for everything that changes the latents: pictures, size, VAE, settings, and how pictures are read."""
+    weights = hashlib.sha256(json.dumps(dict(vae.config), default=str).encode())
+    for name, weight in vae.state_dict().items():
+        weights.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    said = [getattr(settings, name) for name in ("height", "width", "condition_latents", "mask_free")]
+    key = json.dumps([READING, weights.hexdigest(), str(vae.dtype), said, pairs.identity()])
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def load_pairs(
+    args: argparse.Namespace, columns: dict[str, str], accelerator: accelerate.Accelerator
+) -> TreePairs | RowPairs:
+    """What to train on. The first process looks at every file of a tree, once, and the others believe it."""
+    if args.dataset_root is None:
+        return RowPairs(load_rows(args, "train", columns), columns)
+    looked_at = {"index": args.output_dir / "train_pairs.json", "checked": not accelerator.is_main_process}
+    with accelerator.main_process_first():
+        return TreePairs(args.dataset_root, "train", True, tuple(columns), args.condition_column, **looked_at)
+
+
 def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
     """What is random in a step, each row from its own seed: three noises (B, *shape) and two numbers (B,) in [0, 1)."""
     rows = []
@@ -805,22 +854,16 @@ def training_size(
     """Height and width to train at, which are those that a call without a size works at.
 
     Args:
-        pipe: knows the base's native area and what its sides must be multiples of.
+        pipe: still without a size of its own, so that it works at the base's native area.
         persons: widths and heights; the one with the middle aspect stands for all.
         asked: (height, width), refused where the aspect differs from the persons' by more than a tenth; None takes the
             native area.
     """
     width, height = sorted(persons, key=lambda size: size[0] / size[1])[len(persons) // 2]
-
-    def worked_at(size: tuple[int, int] | None) -> tuple[int, int]:
-        """The size of a call's work with an adapter of this size, or without one."""
-        before = {"height": None, "width": None} if size is None else {"height": size[0], "width": size[1]}
-        pipe.register_to_config(**before)
-        return pipe.resolve_size(height, width, None, None)
-
-    size, again = None, worked_at(asked)
+    size, again = None, asked or pipe.resolve_size(height, width, None, None)
     while size != again:  # rounding may take more than once to come to rest
-        size, again = again, worked_at(again)
+        size, area = again, again[0] * again[1]
+        again = fit_size(height, width, None, None, area=area, multiple=pipe.size_multiple)
     if asked is None:
         logger.info("persons of %d x %d (height x width) are trained at %d x %d", height, width, *size)
         return size
@@ -887,7 +930,9 @@ class Trainer:
         self.step, self.losses, self.grad_norm, self.accumulated = 0, [], 0.0, 0
         self.stop, self.stopping = StopRequest(), False  # of this process; as all processes know
         self.load_base()
-        self.load_pairs()
+        self.roles = ("person", "cloth", "condition" if args.mask_free else "mask")
+        self.columns = {role: getattr(args, f"{role}_column") for role in self.roles}
+        self.pairs = load_pairs(args, self.columns, self.accelerator)
         self.load_settings()
         self.checkpoints = Checkpoints(self)
         self.load_data()
@@ -917,7 +962,7 @@ class Trainer:
             if args.lora_rank:
                 raise ValueError("--lora_rank cannot train the conv_in that a 4-channel base gets: take one of 8 or 9")
             widen_conv_in(self.unet)
-        self.prompt_embeds = self.empty_embeds = None  # (1, 77, 768)
+        self.tokenizer = self.text_encoder = self.prompt_embeds = self.empty_embeds = None  # the embeds (1, 77, 768)
         if args.cross_attention == "prompt":
             self.tokenizer = CLIPTokenizer.from_pretrained(**self.base, subfolder="tokenizer")
             self.text_encoder = self.load(CLIPTextModel, "text_encoder")
@@ -930,23 +975,10 @@ class Trainer:
         tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self.accelerator.device))[0]
 
-    def load_pairs(self) -> None:
-        """What to train on. The first process looks at every file of a tree, once, and the others believe it."""
-        args = self.args
-        self.roles = ("person", "cloth", "condition" if args.mask_free else "mask")
-        self.columns = {role: getattr(args, f"{role}_column") for role in self.roles}
-        if args.dataset_root is None:
-            self.pairs = RowPairs(load_rows(args, "train", self.columns), self.columns)
-            return
-        index = args.output_dir / "train_pairs.json"
-        with self.accelerator.main_process_first():
-            looked_at = {"index": index, "checked": not self.accelerator.is_main_process}
-            self.pairs = TreePairs(args.dataset_root, "train", True, self.roles, args.condition_column, **looked_at)
-
     def load_settings(self) -> None:
         """The size, and the settings that travel with the adapter."""
         args = self.args
-        parts = (self.vae, self.unet, self.noise_scheduler)
+        parts = (self.vae, self.unet, self.noise_scheduler, self.text_encoder, self.tokenizer)
         self.pipe = StableDiffusionVTONPipeline(*parts, base_in_channels=self.in_channels)
         self.pipe.set_progress_bar_config(disable=True)
         size = (args.height, args.width) if args.height else None
@@ -981,7 +1013,8 @@ class Trainer:
             source = "--dataset_root" if args.dataset_root is not None else "--dataset_name"
             raise ValueError(f"--train_batch_size: a step takes {rows} pairs, and {source} has {len(self.dataset)}")
         if args.cache_latents is not None:
-            self.dataset = LatentCache(self.pairs, self.prepare, folder=self.cache_folder())
+            folder = args.cache_latents / cache_key(self.vae, self.settings, self.pairs)
+            self.dataset = LatentCache(self.pairs, self.prepare, folder=folder)
             self.dataset.fill(self.encode, self.accelerator, **loading)
         self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
 
@@ -993,17 +1026,6 @@ class Trainer:
         self.dataset = StreamedPairs(rows, self.columns, self.prepare, *place, args.caption_column)
         workers = min(1, args.dataloader_num_workers)
         self.loader = DataLoader(self.dataset, batch_size=args.train_batch_size, num_workers=workers)
-
-    def cache_folder(self) -> Path:
-        """A folder of --cache_latents for everything that changes the latents: pictures, size, VAE and settings."""
-        vae = hashlib.sha256(json.dumps(dict(self.vae.config), default=str).encode())
-        for name, weight in self.vae.state_dict().items():
-            vae.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        settings = {
-            name: getattr(self.settings, name) for name in ("height", "width", "condition_latents", "mask_free")
-        }
-        key = json.dumps([vae.hexdigest(), str(self.vae.dtype), settings, self.pairs.identity()])
-        return self.args.cache_latents / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def prepare_parameters(self) -> None:
         """What learns, in float32: the adapter's weights, or a LoRA of the same modules."""
@@ -1351,11 +1373,7 @@ class Validation:
         return logs
 
     def try_on(self, person: PictureInput, cloth: PictureInput, mask: PictureInput | None, **options) -> list | Tensor:
-        """A call of the pipeline as users call it."""
-        if self.trainer.prompt_embeds is not None:
-            count = len(person) if isinstance(person, Tensor) else 1
-            options["prompt_embeds"] = self.trainer.prompt_embeds.expand(count, -1, -1)
-            options["negative_prompt_embeds"] = self.trainer.empty_embeds.expand(count, -1, -1)
+        """A call of the pipeline as users make it; its results."""
         with self.accelerator.autocast():
             return self.trainer.pipe(person, cloth, mask, **options).images
 

@@ -34,6 +34,7 @@ from test_pictures import LINEAR
 from tiny import ROOT, box_mask, picture, run, seeded, tiny_pipe
 
 import train_vton
+from demo.make_dataset import make_dataset
 from pipeline_vton import (
     ADAPTER_NAME,
     LORA_NAME,
@@ -46,14 +47,17 @@ from pipeline_vton import (
     vton_attention,
 )
 from train_vton import (
+    HULL_SIDES,
     LatentCache,
     PairDataset,
     Preparation,
     StreamedPairs,
     Trainer,
     TreePairs,
+    circumscribe,
     draw,
     load_rows,
+    loosen,
     main,
     parse_args,
     refuse_sharding,
@@ -85,10 +89,8 @@ def bases(tmp_path_factory) -> dict[int, Path]:
 
 @pytest.fixture(scope="session")
 def tested(tmp_path_factory) -> Path:
-    from make_dataset import make_dataset  # `tiny` puts demo/ on the path
-
     root = tmp_path_factory.mktemp("tested")
-    make_dataset(root, TRAIN, TEST, seed=0)
+    make_dataset(root, TRAIN, TEST, seed=0, height=64)
     return root
 
 
@@ -1262,6 +1264,34 @@ def test_augmentation_is_the_same_for_all_pictures():
     assert torch.equal(item["mask"], before["mask"])
 
 
+def test_loosened_masks_hold_the_mask_and_tell_less_of_its_shape():
+    mask = torch.zeros(1, 64, 48)
+    mask[:, 20:40, 10:16] = mask[:, 34:40, 10:36] = 1  # an L
+    box = torch.zeros(1, 64, 48)
+    box[:, 20:40, 10:36] = 1
+    assert torch.equal(circumscribe(mask, 4, 0), box) and torch.equal(circumscribe(box, HULL_SIDES, 0), box)
+    hull = circumscribe(mask, HULL_SIDES, 0)
+    assert (hull >= mask).all() and (hull <= box).all() and hull[0, 34, 22] and not hull[0, 21, 34]
+    rng = np.random.default_rng(0)
+    loosened = [loosen(mask, rng) for _ in range(30)]
+    assert all((one >= mask).all() and set(one.unique().tolist()) == {0.0, 1.0} for one in loosened)
+    assert all(not one[0, :16].any() and not one[0, 44:].any() and not one[0, :, :6].any() for one in loosened)
+    assert 8 < len({one.sum().item() for one in loosened}) and any(one[0, 21, 34] for one in loosened)
+    assert not loosen(torch.zeros(1, 64, 48), rng).any()
+
+
+def test_loosening_touches_the_mask_alone_and_is_drawn_for_the_pair():
+    pictures = {role: picture(i, 64, 48) for i, role in enumerate(("person", "cloth"))} | {"mask": box_mask(64, 48)}
+    plain, loosened = Preparation(64, 48, augment=("color",)), Preparation(64, 48, augment=("color", "mask"))
+    masks = []
+    for i in range(6):
+        before, after = plain(pictures, 0, i), loosened(pictures, 0, i)
+        assert torch.equal(after["mask"], loosened(pictures, 0, i)["mask"])
+        assert all(torch.equal(after[role], before[role]) for role in ("person", "cloth"))
+        masks.append(after["mask"].sum().item())
+    assert len(set(masks)) > 3 and min(masks) >= before["mask"].sum()
+
+
 @pytest.fixture
 def worn_otherwise(own_data) -> Path:
     """A dataset with the persons in other cloths: here, other persons."""
@@ -1308,7 +1338,8 @@ def test_cached_latents_train_the_same(bases, own_data, tmp_path, monkeypatch):
     written = [shard.stat().st_mtime_ns for shard in shards]
     content = load_file(shards[1])
     shards[1].unlink()
-    Trainer(parse_args(cached))  # fills the gap and leaves the rest
+    again = [str(tmp_path / "again") if word == str(tmp_path / "cached") else word for word in cached]
+    Trainer(parse_args(again))  # fills the gap and leaves the rest
     assert equal(load_file(shards[1]), content)
     assert [shard.stat().st_mtime_ns for shard in (shards[0], shards[2])] == [written[0], written[2]]
 
@@ -1320,7 +1351,7 @@ def test_cached_latents_train_the_same(bases, own_data, tmp_path, monkeypatch):
         }[change]
         if change == "picture":
             os.utime(own_data / "train/cloth/00003_00.png", (0, 0))
-        Trainer(parse_args([*cached, *changed]))
+        Trainer(parse_args([*again, *changed]))
     assert len(list((tmp_path / "latents").iterdir())) == 4
 
 
@@ -1387,6 +1418,7 @@ def test_arguments_that_do_not_fit(bases, data, tmp_path, changed, message):
         ),
         ({"caption_column": "text"}, "--caption_column text needs --dataset_name"),
         ({"cache_latents": True, "augment": "flip"}, "--cache_latents would freeze --augment"),
+        ({"mask_free": True, "augment": "mask"}, "--augment mask loosens masks"),
         ({"lora_rank": 4, "trainable": "all"}, "--lora_rank needs --trainable self_attention or attention, got all"),
     ],
 )
