@@ -1113,7 +1113,9 @@ def plot_distributions(
         return
     columns = min(3, len(frames))
     lines = math.ceil(len(frames) / columns)
-    sheet = matplotlib_figure.Figure(figsize=(4 * columns, 2.6 * lines), layout="tight")
+    width, height = 4 * columns, 2.6 * lines  # inches
+    sheet = matplotlib_figure.Figure(figsize=(width, height))
+    sheet.subplots_adjust(0.6 / width, 0.4 / height, 1 - 0.2 / width, 1 - 0.3 / height, wspace=0.25, hspace=0.35)
     for place, (title, by_compositing) in enumerate(frames.items(), start=1):
         axes = sheet.add_subplot(lines, columns, place)
         edges = np.histogram_bin_edges(np.concatenate(list(by_compositing.values())), bins=24)
