@@ -43,6 +43,7 @@ from diffusers import (
     UNet2DConditionModel,
     __version__,
 )
+from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import FrozenDict
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
@@ -1529,6 +1530,102 @@ class VTONHubMixin:
 # -------------------------------------------------------------------------------------------------------- the pipeline
 
 
+def check_sampling(
+    *,
+    guidance_scale: float,
+    num_inference_steps: int = 1,
+    timesteps: list[int] | None = None,
+    guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    eta: float = 0.0,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """ValueError where a call's arguments of how to denoise are wrong; the sentence names one and its value."""
+    if not is_whole(num_inference_steps) or num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be a positive whole number, got {num_inference_steps!r}")
+    if not is_number(guidance_scale):
+        raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}")
+    for name, number in (("guidance_rescale", guidance_rescale), ("eta", eta)):
+        if not is_number(number) or not 0 <= number <= 1:
+            raise ValueError(f"`{name}` must be a number from 0 to 1, got {number!r}")
+    try:
+        start, end = guidance_interval
+        ordered = 0 <= start <= end <= 1
+    except (TypeError, ValueError):
+        ordered = False
+    if not ordered:
+        raise ValueError(
+            f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval!r}"
+        )
+    if timesteps is not None and len(timesteps) == 0:
+        raise ValueError(f"`timesteps` must be None or hold at least one, got {timesteps!r}")
+    if cross_attention_kwargs is not None and (
+        not isinstance(cross_attention_kwargs, dict) or cross_attention_kwargs.keys() - {"scale"}
+    ):
+        raise ValueError(
+            f"`cross_attention_kwargs` must be None or {{'scale': a LoRA's scale}}, got {cross_attention_kwargs!r}"
+        )
+
+
+def check_callback(callback: Callable | None, names: list[str], known: list[str]) -> list[str]:
+    """The tensors that a callback gets: those named, or those that one of diffusers' own asks for itself.
+
+    Raises:
+        TypeError, ValueError: it is no callback, or asks for what is not known here.
+    """
+    if callback is not None and not callable(callback):
+        raise TypeError(f"`callback_on_step_end` must be callable, got {type(callback).__name__}")
+    callbacks = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
+    if any(isinstance(one, IPAdapterScaleCutoffCallback) for one in callbacks):
+        raise ValueError("`callback_on_step_end` sets the scale of an IP-Adapter, which try-on has none of")
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        names = callback.tensor_inputs
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`callback_on_step_end_tensor_inputs` must be a list of names, got {names!r}")
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` may name {', '.join(known)}, got {', '.join(unknown)}")
+    return list(names)
+
+
+def call_back(
+    callback: Callable,
+    pipe: DiffusionPipeline,
+    step: int,
+    t: torch.Tensor,
+    tensors: dict[str, torch.Tensor | None],
+    names: list[str],
+) -> dict[str, torch.Tensor]:
+    """Call `callback_on_step_end` and check what it returns: the tensors that replace those in `tensors`, by their names.
+
+    diffusers' own callbacks look at prompt embeddings where there are none, and take their last row for the conditional ones:
+    they get embeddings of no tokens, and that row replaces nothing.
+    """
+    official = isinstance(callback, (PipelineCallback, MultiPipelineCallbacks))
+    nothing = tensors["latents"].new_zeros(len(tensors["latents"]), 0, pipe.unet.config.cross_attention_dim)
+    shown = {name: nothing if official and tensors[name] is None else tensors[name] for name in names}
+    returned = callback(pipe, step, t, dict(shown))
+    returned = {} if returned is None else returned
+    if not isinstance(returned, dict):
+        raise TypeError(
+            f"`callback_on_step_end` must return a dictionary of the tensors that it changed, got {type(returned).__name__}"
+        )
+    changed = {}
+    for name, value in returned.items():
+        if name not in tensors:
+            raise ValueError(f"`callback_on_step_end` may return {', '.join(tensors)}, got {name!r}")
+        before = tensors[name]
+        if value is before or before is None:
+            continue
+        tensor = isinstance(value, torch.Tensor)
+        if official and tensor and torch.equal(value, before[-1:]):
+            continue
+        if not tensor or value.shape != before.shape:
+            got = tuple(value.shape) if tensor else type(value).__name__
+            raise ValueError(f"`callback_on_step_end` must return `{name}` of shape {tuple(before.shape)}, got {got}")
+        changed[name] = value.to(before)
+    return changed
+
+
 class Turn:
     """Whose turn it is with a UNet or a scheduler: a lock, and the pipelines whose calls hold it, with their schedulers."""
 
@@ -1566,6 +1663,67 @@ def in_turn(call: Callable) -> Callable:
             return call(self, *args, **kwargs)
 
     return waiting
+
+
+# What a UNet's config may ask for beside latents, a timestep and text.
+OTHER_INPUTS = {
+    "encoder_hid_dim_type": "the pictures of an IP-Adapter, or other features",
+    "addition_embed_type": "SDXL's sizes and pooled text, or other embeddings",
+    "class_embed_type": "class labels",
+    "num_class_embeds": "class labels",
+    "time_cond_proj_dim": "an embedding of the guidance scale",
+}
+
+
+def check_unet(unet: UNet2DConditionModel, reference: bool) -> None:
+    """ValueError where a UNet asks for what try-on does not give, or carries what would mix the cloth's pass with the person's.
+
+    Args:
+        unet: the UNet.
+        reference: whether the cloth is read in a pass of its own.
+    """
+    for name, what in OTHER_INPUTS.items():
+        if (asked := unet.config.get(name)) is not None:
+            raise ValueError(f"the UNet asks for {what}, which try-on does not give: its `{name}` is {asked!r}")
+    if not reference:
+        return
+    if (wrapper := getattr(unet.forward, "__module__", None) or "").partition(".")[0] == "DeepCache":
+        raise ValueError(
+            f"DeepCache ({wrapper}) counts the pass that reads the cloth as a step: disable its helper first"
+        )
+    for module in unet.modules():
+        for name, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items():
+            if hook._is_stateful:
+                raise ValueError(
+                    f"the UNet's {name} hook keeps results from call to call, and would keep those of the pass that reads the cloth: "
+                    "disable it first"
+                )
+
+
+def check_scheduler(scheduler: KarrasDiffusionSchedulers) -> None:
+    """ValueError where a scheduler cannot step Stable Diffusion's latents from noise, as those for flow matching cannot."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"the `scheduler` {name} is set up for flow matching, which Stable Diffusion's UNets do not predict"
+        )
+    lacking = [part for part in ("init_noise_sigma", "scale_model_input", "timesteps") if not hasattr(scheduler, part)]
+    parameters = list(inspect.signature(scheduler.step).parameters.values())
+    asked = [p.name for p in parameters[3:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if lacking or asked:
+        trouble = f"it has no {lacking[0]}" if lacking else f"its steps ask for {asked[0]}"
+        raise ValueError(f"the `scheduler` {name} is not for Stable Diffusion: {trouble}; DDPMScheduler is the card's")
+
+
+def check_finite(values: torch.Tensor, what: str, dtype: torch.dtype) -> None:
+    """ValueError where a model's result holds NaN or infinity, with the usual remedy."""
+    if not torch.isfinite(values).all():
+        remedy = (
+            "load it in torch.bfloat16 or torch.float32, whose range is wider"
+            if dtype == torch.float16
+            else "check its weights, and `latents` and `guidance_scale` if they were given"
+        )
+        raise ValueError(f"{what} in {dtype} gave NaN or infinity, which would be a black picture: {remedy}")
 
 
 @dataclass
@@ -1715,6 +1873,11 @@ class StableDiffusionVTONPipeline(
         Raises:
             ValueError, TypeError: one is wrong; the sentence names it and its value.
         """
+        for name in ("vae", "unet", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"a call needs the component `{name}`, got None")
+        check_unet(self.unet, self.config.cloth_conditioning == "reference")
+        check_scheduler(self.scheduler)
         if self.unet.config.in_channels not in {8, 9}:
             raise ValueError(
                 f"the UNet has {self.unet.config.in_channels} input channels, try-on needs 8 or 9: load an adapter with load_vton_adapter first"
@@ -1731,7 +1894,7 @@ class StableDiffusionVTONPipeline(
             raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}")
         if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be a positive whole number, got {num_images_per_prompt!r}")
-        self._check_sampling(guidance_scale=guidance_scale, **sampling)
+        check_sampling(guidance_scale=guidance_scale, **sampling)
         if mask_image is None and self.human_parser is None:
             if not self.config.mask_free:
                 raise ValueError(
@@ -1801,50 +1964,6 @@ class StableDiffusionVTONPipeline(
                 count, guidance_scale > 1, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
             ),
         )
-
-    def _check_sampling(
-        self,
-        *,
-        guidance_scale: float,
-        num_inference_steps: int = 1,
-        timesteps: list[int] | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        eta: float = 0.0,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = [],
-    ) -> None:
-        if not is_whole(num_inference_steps) or num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be a positive whole number, got {num_inference_steps!r}")
-        if not is_number(guidance_scale):
-            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}")
-        for name, number in (("guidance_rescale", guidance_rescale), ("eta", eta)):
-            if not is_number(number) or not 0 <= number <= 1:
-                raise ValueError(f"`{name}` must be a number from 0 to 1, got {number!r}")
-        try:
-            start, end = guidance_interval
-            ordered = 0 <= start <= end <= 1
-        except (TypeError, ValueError):
-            ordered = False
-        if not ordered:
-            raise ValueError(
-                f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval!r}"
-            )
-        if timesteps is not None and len(timesteps) == 0:
-            raise ValueError(f"`timesteps` must be None or hold at least one, got {timesteps!r}")
-        if cross_attention_kwargs is not None and (
-            not isinstance(cross_attention_kwargs, dict) or cross_attention_kwargs.keys() - {"scale"}
-        ):
-            raise ValueError(
-                f"`cross_attention_kwargs` must be None or {{'scale': a LoRA's scale}}, got {cross_attention_kwargs!r}"
-            )
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"`callback_on_step_end` must be callable, got {type(callback_on_step_end).__name__}")
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {sorted(unknown)}"
-            )
 
     def _check_prompts(
         self,
@@ -1944,7 +2063,7 @@ class StableDiffusionVTONPipeline(
         else:
             masks = [as_pil(mask).crop(region) for mask, region in zip(inputs.masks, inputs.regions)]
             mask = self.mask_processor.preprocess(masks, **size)
-        return TryOnLatents.encode(
+        encoded = TryOnLatents.encode(
             self.vae,
             self.image_processor.preprocess(persons, **size).to(device),
             mask.to(device),
@@ -1955,6 +2074,9 @@ class StableDiffusionVTONPipeline(
             canvas_axis=self.config.canvas_axis,
             dtype=dtype,
         )
+        for latents in (encoded.person, encoded.cloth):
+            check_finite(latents, "the VAE's encoder", self.vae.dtype)
+        return encoded
 
     def prepare_latents(
         self,
@@ -2000,6 +2122,11 @@ class StableDiffusionVTONPipeline(
             rows = conditioning.canvas_rows(noisy, cloth_seen=True)
             rows = torch.cat([conditioning.canvas_rows(noisy, cloth_seen=False), rows]) if guided else rows
         if guided and prompt_embeds is not None:
+            if negative_prompt_embeds is None:
+                raise ValueError(
+                    f"`guidance_scale` rose to {self.guidance_scale} in a run that began at 1 or less, without `negative_prompt_embeds`: "
+                    "begin above 1, with a `guidance_interval`"
+                )
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         noise_pred = self.unet(
             rows, t, prompt_embeds, cross_attention_kwargs=self.cross_attention_kwargs, return_dict=False
@@ -2013,6 +2140,7 @@ class StableDiffusionVTONPipeline(
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, 4, h, w) to pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
         decoded = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
+        check_finite(decoded, "the VAE's decoder", self.vae.dtype)
         return self.image_processor.postprocess(decoded, output_type="pt").float().cpu()
 
     def check_safety(self, images: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[bool] | None]:
@@ -2125,6 +2253,9 @@ class StableDiffusionVTONPipeline(
             ValueError, TypeError: an argument is wrong; the sentence names it and its value.
         """
         # 1. Check, and learn what there is to do; what was not said is as the adapter says
+        callback_on_step_end_tensor_inputs = check_callback(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
         prompt = self.config.prompt if prompt is None and prompt_embeds is None else prompt
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         eta = (self.config.eta or 0.0) if eta is None else eta
@@ -2134,8 +2265,7 @@ class StableDiffusionVTONPipeline(
             output_type=output_type, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps, timesteps=timesteps,
             guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, eta=eta,
-            cross_attention_kwargs=cross_attention_kwargs, callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            cross_attention_kwargs=cross_attention_kwargs,
         )  # fmt: skip
         num_images_per_prompt = int(num_images_per_prompt)
         timesteps, num_inference_steps = retrieve_timesteps(
@@ -2199,13 +2329,11 @@ class StableDiffusionVTONPipeline(
                         "prompt_embeds": prompt_embeds,
                         "negative_prompt_embeds": negative_prompt_embeds,
                     }
-                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    returned = callback_on_step_end(self, i, t, asked) or {}
-                    latents = returned.get("latents", latents)
-                    prompt_embeds = returned.get("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = returned.get("negative_prompt_embeds", negative_prompt_embeds)
+                    tensors |= call_back(callback_on_step_end, self, i, t, tensors, callback_on_step_end_tensor_inputs)
+                    latents, prompt_embeds, negative_prompt_embeds = tensors.values()
                 progress_bar.update()
         latents = latents if reference else conditioning.person_part(latents)
+        check_finite(latents, "the UNet", self.unet.dtype)
 
         # 6. VAE: decode, and lay the result into the photograph
         if output_type == "latent":
