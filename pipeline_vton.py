@@ -475,7 +475,11 @@ def _output(attn: Attention, attended: torch.Tensor) -> torch.Tensor:
 
 
 class ClothAttnProcessor:
-    """`attn1` that computes attention where `set_attention_backend` says, as diffusers' own processors do."""
+    """`attn1` that computes attention where `set_attention_backend` says, as diffusers' own processors do.
+
+    diffusers hands every processor the same arguments: a self-attention of these UNets has no use for `encoder_hidden_states`
+    and `temb`, and at inference nobody gives an `attention_mask`.
+    """
 
     _attention_backend = None  # class attributes: diffusers looks for them, and sets them on an instance
     _parallel_config = None
@@ -550,7 +554,7 @@ class ClothBesideAttnProcessor(ClothAttnProcessor):
 
 
 class SkipAttnProcessor:
-    """`attn2` that adds nothing."""
+    """`attn2` that adds nothing, whatever it is given."""
 
     def __call__(
         self,
@@ -1097,10 +1101,13 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
             )
         self._refuse_changed_unet()
+        weights = {name: parameter.detach().to(dtype) for name, parameter in self._adapter_parameters().items()}
+        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, self._settings(loras=False))
+
+    def _adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What an adapter of this UNet holds, LoRAs aside."""
         settings = self._settings(loras=False)
-        parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
-        weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
-        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, settings)
+        return adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
 
     def load_lora_weights(
         self,
@@ -1358,13 +1365,7 @@ class VTONHubMixin:
             raise ValueError(
                 "`push_to_hub=True` would upload before the code is written: call pipe.push_to_hub(repo_id) instead"
             )
-        for name in ("unet", "text_encoder"):
-            component = getattr(self, name)
-            if component is not None and any(_lora_modules(component)):
-                raise ValueError(
-                    f"`{name}` has LoRA layers, and with them would be saved what does not load: call unload_lora_weights first, "
-                    "after fuse_lora to keep what they do"
-                )
+        self._refuse_lora_layers()
         if self.unet.config.in_channels != 4:
             self._refuse_changed_unet()
         with written_whole(save_directory) as folder:
@@ -1407,6 +1408,7 @@ class VTONHubMixin:
         Returns:
             The commit's address.
         """
+        self._refuse_changed_unet() if adapter_only else self._refuse_lora_layers()
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as directory:
             folder = Path(directory)
@@ -1422,6 +1424,15 @@ class VTONHubMixin:
             return self._upload_folder(
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
             )
+
+    def _refuse_lora_layers(self) -> None:
+        for name in ("unet", "text_encoder"):
+            component = getattr(self, name)
+            if component is not None and any(_lora_modules(component)):
+                raise ValueError(
+                    f"`{name}` has LoRA layers, and with them would be saved what does not load: call unload_lora_weights first, "
+                    "after fuse_lora to keep what they do"
+                )
 
     def _save_adapter_repository(self, folder: Path, repo_id: str) -> None:
         """The adapter, its code, and a `vton.py` that tells who loads it as a whole pipeline how to load it."""
@@ -1450,12 +1461,12 @@ class VTONHubMixin:
 
     def _lossless_dtype(self) -> torch.dtype | None:
         """float16 where that changes no weight (trainers write so), else None: the UNet's own."""
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.base_in_channels == 4).values()
+        parameters = self._adapter_parameters().values()
         return torch.float16 if all(torch.equal(p, p.half().to(p.dtype)) for p in parameters) else None
 
     def _published_base(self) -> str | None:
         """The base's repository on the Hub, as the adapter or the loading says, unless it is a folder."""
-        return hub_repository(self.config.base_model) or hub_repository(self.name_or_path)
+        return hub_repository(self._settings(loras=False).base_model) or hub_repository(self.name_or_path)
 
     def _write_card(
         self, folder: Path, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult] | None
@@ -1473,10 +1484,10 @@ class VTONHubMixin:
     def _new_card(
         self, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult]
     ) -> ModelCard:
-        base = self._published_base()
+        base, settings = self._published_base(), self._settings(loras=False)
         if license is None:
             license = "creativeml-openrail-m" if base in OPENRAIL_BASES else "unknown"
-            if self.config.cross_attention == "identity":  # CatVTON's weights, whatever became of them
+            if settings.cross_attention == "identity":  # CatVTON's weights, whatever became of them
                 license = "cc-by-nc-sa-4.0"
         data = ModelCardData(
             license=license,
@@ -1488,9 +1499,9 @@ class VTONHubMixin:
         code = CARD_CODE.format(
             load=onto if adapter_only else whole,
             adapter=f'pipe.load_vton_adapter("{name}")\n' if adapter_only else "",
-            mask="None" if self.config.mask_free else 'load_image("mask.png")',
+            mask="None" if settings.mask_free else 'load_image("mask.png")',
         )
-        settings = {name: value for name, value in asdict(self._settings()).items() if value is not None}
+        known = {name: value for name, value in asdict(settings).items() if value is not None}
         measured = [
             f"| {r.dataset_name} | {r.metric_name or r.metric_type} | {r.metric_value} |" for r in eval_results
         ]
@@ -1503,7 +1514,7 @@ class VTONHubMixin:
             if adapter_only
             else f"`custom_pipeline` may be left out. The adapter alone goes onto a base that is already there with "
             f'`DiffusionPipeline.from_pretrained({onto}, trust_remote_code=True)` and `pipe.load_vton_adapter("{name}")`.\n',
-            settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
+            settings="\n".join(f"| {name} | {value} |" for name, value in known.items()),
             measured="\n".join(["| data | metric | value |", "|---|---|---|", *measured])
             if measured
             else "Nothing yet.",
