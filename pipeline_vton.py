@@ -475,7 +475,11 @@ def _output(attn: Attention, attended: torch.Tensor) -> torch.Tensor:
 
 
 class ClothAttnProcessor:
-    """`attn1` that computes attention where `set_attention_backend` says, as diffusers' own processors do."""
+    """`attn1` that computes attention where `set_attention_backend` says, as diffusers' own processors do.
+
+    diffusers hands every processor the same arguments: a self-attention of these UNets has no use for `encoder_hidden_states`
+    and `temb`, and at inference nobody gives an `attention_mask`.
+    """
 
     _attention_backend = None  # class attributes: diffusers looks for them, and sets them on an instance
     _parallel_config = None
@@ -550,7 +554,7 @@ class ClothBesideAttnProcessor(ClothAttnProcessor):
 
 
 class SkipAttnProcessor:
-    """`attn2` that adds nothing."""
+    """`attn2` that adds nothing, whatever it is given."""
 
     def __call__(
         self,
@@ -1097,10 +1101,13 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
             )
         self._refuse_changed_unet()
+        weights = {name: parameter.detach().to(dtype) for name, parameter in self._adapter_parameters().items()}
+        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, self._settings(loras=False))
+
+    def _adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What an adapter of this UNet holds, LoRAs aside."""
         settings = self._settings(loras=False)
-        parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
-        weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
-        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, settings)
+        return adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
 
     def load_lora_weights(
         self,
@@ -1358,13 +1365,7 @@ class VTONHubMixin:
             raise ValueError(
                 "`push_to_hub=True` would upload before the code is written: call pipe.push_to_hub(repo_id) instead"
             )
-        for name in ("unet", "text_encoder"):
-            component = getattr(self, name)
-            if component is not None and any(_lora_modules(component)):
-                raise ValueError(
-                    f"`{name}` has LoRA layers, and with them would be saved what does not load: call unload_lora_weights first, "
-                    "after fuse_lora to keep what they do"
-                )
+        self._refuse_lora_layers()
         if self.unet.config.in_channels != 4:
             self._refuse_changed_unet()
         with written_whole(save_directory) as folder:
@@ -1407,6 +1408,7 @@ class VTONHubMixin:
         Returns:
             The commit's address.
         """
+        self._refuse_changed_unet() if adapter_only else self._refuse_lora_layers()
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as directory:
             folder = Path(directory)
@@ -1422,6 +1424,15 @@ class VTONHubMixin:
             return self._upload_folder(
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
             )
+
+    def _refuse_lora_layers(self) -> None:
+        for name in ("unet", "text_encoder"):
+            component = getattr(self, name)
+            if component is not None and any(_lora_modules(component)):
+                raise ValueError(
+                    f"`{name}` has LoRA layers, and with them would be saved what does not load: call unload_lora_weights first, "
+                    "after fuse_lora to keep what they do"
+                )
 
     def _save_adapter_repository(self, folder: Path, repo_id: str) -> None:
         """The adapter, its code, and a `vton.py` that tells who loads it as a whole pipeline how to load it."""
@@ -1450,12 +1461,12 @@ class VTONHubMixin:
 
     def _lossless_dtype(self) -> torch.dtype | None:
         """float16 where that changes no weight (trainers write so), else None: the UNet's own."""
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.base_in_channels == 4).values()
+        parameters = self._adapter_parameters().values()
         return torch.float16 if all(torch.equal(p, p.half().to(p.dtype)) for p in parameters) else None
 
     def _published_base(self) -> str | None:
         """The base's repository on the Hub, as the adapter or the loading says, unless it is a folder."""
-        return hub_repository(self.config.base_model) or hub_repository(self.name_or_path)
+        return hub_repository(self._settings(loras=False).base_model) or hub_repository(self.name_or_path)
 
     def _write_card(
         self, folder: Path, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult] | None
@@ -1473,10 +1484,10 @@ class VTONHubMixin:
     def _new_card(
         self, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult]
     ) -> ModelCard:
-        base = self._published_base()
+        base, settings = self._published_base(), self._settings(loras=False)
         if license is None:
             license = "creativeml-openrail-m" if base in OPENRAIL_BASES else "unknown"
-            if self.config.cross_attention == "identity":  # CatVTON's weights, whatever became of them
+            if settings.cross_attention == "identity":  # CatVTON's weights, whatever became of them
                 license = "cc-by-nc-sa-4.0"
         data = ModelCardData(
             license=license,
@@ -1488,9 +1499,9 @@ class VTONHubMixin:
         code = CARD_CODE.format(
             load=onto if adapter_only else whole,
             adapter=f'pipe.load_vton_adapter("{name}")\n' if adapter_only else "",
-            mask="None" if self.config.mask_free else 'load_image("mask.png")',
+            mask="None" if settings.mask_free else 'load_image("mask.png")',
         )
-        settings = {name: value for name, value in asdict(self._settings()).items() if value is not None}
+        known = {name: value for name, value in asdict(settings).items() if value is not None}
         measured = [
             f"| {r.dataset_name} | {r.metric_name or r.metric_type} | {r.metric_value} |" for r in eval_results
         ]
@@ -1503,7 +1514,7 @@ class VTONHubMixin:
             if adapter_only
             else f"`custom_pipeline` may be left out. The adapter alone goes onto a base that is already there with "
             f'`DiffusionPipeline.from_pretrained({onto}, trust_remote_code=True)` and `pipe.load_vton_adapter("{name}")`.\n',
-            settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
+            settings="\n".join(f"| {name} | {value} |" for name, value in known.items()),
             measured="\n".join(["| data | metric | value |", "|---|---|---|", *measured])
             if measured
             else "Nothing yet.",
@@ -1528,6 +1539,43 @@ class VTONHubMixin:
 
 
 # -------------------------------------------------------------------------------------------------------- the pipeline
+
+
+def check_sampling(
+    *,
+    guidance_scale: float,
+    num_inference_steps: int = 1,
+    timesteps: list[int] | None = None,
+    guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    eta: float = 0.0,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """ValueError where a call's arguments of how to denoise are wrong; the sentence names one and its value."""
+    if not is_whole(num_inference_steps) or num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be a positive whole number, got {num_inference_steps!r}")
+    if not is_number(guidance_scale):
+        raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}")
+    for name, number in (("guidance_rescale", guidance_rescale), ("eta", eta)):
+        if not is_number(number) or not 0 <= number <= 1:
+            raise ValueError(f"`{name}` must be a number from 0 to 1, got {number!r}")
+    try:
+        start, end = guidance_interval
+        ordered = 0 <= start <= end <= 1
+    except (TypeError, ValueError):
+        ordered = False
+    if not ordered:
+        raise ValueError(
+            f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval!r}"
+        )
+    if timesteps is not None and len(timesteps) == 0:
+        raise ValueError(f"`timesteps` must be None or hold at least one, got {timesteps!r}")
+    if cross_attention_kwargs is not None and (
+        not isinstance(cross_attention_kwargs, dict) or cross_attention_kwargs.keys() - {"scale"}
+    ):
+        raise ValueError(
+            f"`cross_attention_kwargs` must be None or {{'scale': a LoRA's scale}}, got {cross_attention_kwargs!r}"
+        )
 
 
 def check_callback(callback: Callable | None, names: list[str], known: list[str]) -> list[str]:
@@ -1857,7 +1905,7 @@ class StableDiffusionVTONPipeline(
             raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}")
         if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be a positive whole number, got {num_images_per_prompt!r}")
-        self._check_sampling(guidance_scale=guidance_scale, **sampling)
+        check_sampling(guidance_scale=guidance_scale, **sampling)
         if mask_image is None and self.human_parser is None:
             if not self.config.mask_free:
                 raise ValueError(
@@ -1927,50 +1975,6 @@ class StableDiffusionVTONPipeline(
                 count, guidance_scale > 1, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
             ),
         )
-
-    def _check_sampling(
-        self,
-        *,
-        guidance_scale: float,
-        num_inference_steps: int = 1,
-        timesteps: list[int] | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        eta: float = 0.0,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = [],
-    ) -> None:
-        if not is_whole(num_inference_steps) or num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be a positive whole number, got {num_inference_steps!r}")
-        if not is_number(guidance_scale):
-            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}")
-        for name, number in (("guidance_rescale", guidance_rescale), ("eta", eta)):
-            if not is_number(number) or not 0 <= number <= 1:
-                raise ValueError(f"`{name}` must be a number from 0 to 1, got {number!r}")
-        try:
-            start, end = guidance_interval
-            ordered = 0 <= start <= end <= 1
-        except (TypeError, ValueError):
-            ordered = False
-        if not ordered:
-            raise ValueError(
-                f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval!r}"
-            )
-        if timesteps is not None and len(timesteps) == 0:
-            raise ValueError(f"`timesteps` must be None or hold at least one, got {timesteps!r}")
-        if cross_attention_kwargs is not None and (
-            not isinstance(cross_attention_kwargs, dict) or cross_attention_kwargs.keys() - {"scale"}
-        ):
-            raise ValueError(
-                f"`cross_attention_kwargs` must be None or {{'scale': a LoRA's scale}}, got {cross_attention_kwargs!r}"
-            )
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"`callback_on_step_end` must be callable, got {type(callback_on_step_end).__name__}")
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {sorted(unknown)}"
-            )
 
     def _check_prompts(
         self,
@@ -2272,8 +2276,7 @@ class StableDiffusionVTONPipeline(
             output_type=output_type, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps, timesteps=timesteps,
             guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, eta=eta,
-            cross_attention_kwargs=cross_attention_kwargs, callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            cross_attention_kwargs=cross_attention_kwargs,
         )  # fmt: skip
         num_images_per_prompt = int(num_images_per_prompt)
         timesteps, num_inference_steps = retrieve_timesteps(
