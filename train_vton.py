@@ -12,8 +12,8 @@
 writes OUTPUT_DIR/vton_adapter.safetensors, for `pipe.load_vton_adapter(OUTPUT_DIR)`. How the cloth enters the UNet is the
 pipeline's own code, imported from pipeline_vton.py.
 
-The file reads in the order of a run: arguments, pairs of pictures, what is random, the trainer (setting up, one step,
-looking at it, keeping it, the loop).
+The file reads in the order of a run: arguments, pairs of pictures, what is random, the loss, the trainer (setting up, one step,
+the loop), what it shows of itself (`Validation`) and what is kept of it (`Checkpoints`).
 """
 
 import argparse
