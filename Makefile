@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo measure test style demo-model clean
+.PHONY: help demo measure test test-eval style demo-model clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,11 @@ measure: $(READY)  ## the README's figures of the demo model, on 64 held-out lin
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+test-eval:  ## test the metrics with torchvision's and torch-fidelity's classes, in an environment of its own (5.5 GB)
+	$(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/python -m pip install -q -r requirements-eval.txt -r requirements-dev.txt
+	.venv-eval/bin/python -m pytest -p no:xdist tests/test_evaluate.py
+
 style: $(READY)  ## check format and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -31,4 +36,4 @@ demo-model: $(READY)  ## train demo/model again, from nothing (many hours on two
 	bash demo/train_model.sh
 
 clean:  ## remove the environment and everything under runs/
-	rm -rf .venv runs
+	rm -rf .venv .venv-eval runs

@@ -53,10 +53,29 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline_vton import LORA_NAME, StableDiffusionVTONPipeline, as_pil, as_tensors, resize
-from train_vton import DRESS_CODE_FOLDERS, RowPairs, TreePairs, load_rows, open_picture
+from pipeline_vton import (
+    LORA_NAME,
+    StableDiffusionVTONPipeline,
+    as_masks,
+    as_pil,
+    as_tensors,
+    composite_result,
+    resize,
+)
+from train_vton import (
+    DRESS_CODE_FOLDERS,
+    RowPairs,
+    TreePairs,
+    check_sizes,
+    in_persons_colours,
+    load_rows,
+    open_picture,
+)
 
 
+os.environ.setdefault(
+    "MKL_CBWR", "AUTO"
+)  # else MKL rounds otherwise where several processes compute, and a byte flips
 logger = get_logger("evaluate_vton")
 SETTINGS = ("paired", "unpaired")
 METRICS = ("ssim", "psnr", "lpips", "fid", "kid")
@@ -377,7 +396,40 @@ class Line:
         return folder if folder in DRESS_CODE_FOLDERS else None
 
     def __str__(self) -> str:
-        return f"{self.setting} {self.person} {self.cloth}"
+        return f"{self.setting}\t{self.person}\t{self.cloth}"
+
+
+class EvaluatedPairs(TreePairs):
+    """The trainer's pairs, with the `names` of their lines; files are opened when their line's turn comes, which then fails alone.
+
+    With `frozen` they are its lines, whatever lists the tree has.
+    """
+
+    def __init__(self, frozen: Path | None, *args: Any) -> None:
+        self.frozen, self.names = frozen, []
+        super().__init__(*args)
+
+    def named_pairs(self, folder: str, split: str, paired: bool) -> list[tuple[str, str, str]]:
+        named = super().named_pairs(folder, split, paired) if self.frozen is None else self.listed(folder, paired)
+        before = f"{folder}/" if self.dress_code else ""
+        self.names += [(before + person, before + cloth) for person, cloth, _ in named]
+        return named
+
+    def listed(self, folder: str, paired: bool) -> list[tuple[str, str, str]]:
+        """The lines `SETTING PERSON CLOTH`, with tabs between them, of one folder."""
+        named, before = [], f"{folder}/" if self.dress_code else ""
+        for number, text in enumerate(self.frozen.read_text(encoding="utf-8").splitlines(), start=1):
+            words, where = text.split("\t"), f"{self.frozen}, line {number}"
+            if len(words) != 3 or words[0] not in SETTINGS:
+                raise ValueError(
+                    f"{where}: must be {' or '.join(SETTINGS)}, a person and a cloth with tabs between, got {text!r}"
+                )
+            if words[0] == SETTINGS[not paired] and words[1].startswith(before):
+                named.append((*(word.removeprefix(before) for word in words[1:]), where))
+        return named
+
+    def check(self) -> None:
+        pass
 
 
 @dataclass(eq=False)
@@ -404,27 +456,23 @@ class TreeSource:
     frozen: Path | None = None
 
     def __post_init__(self) -> None:
-        self.places: dict[Line, tuple[TreePairs, int]] = {}
+        self.places: dict[Line, tuple[EvaluatedPairs, int]] = {}
         for setting in self.settings:
             pairs = self.read(setting)
-            for index, (name, where, files) in enumerate(pairs.pairs):
-                folder = files["person"].relative_to(self.root).parts[0]
-                line = Line(setting, *(f"{folder}/{part}" if pairs.dress_code else part for part in name.split()))
-                if line in self.places:
-                    raise ValueError(f"{where}: {name} stands in the list twice")
+            for index, names in enumerate(pairs.names):
+                if (line := Line(setting, *names)) in self.places:
+                    raise ValueError(f"{pairs.pairs[index][1]}: {pairs.name(index)} stands in the list twice")
                 self.places[line] = pairs, index
         self.lines = list(self.places)
         wheres = [pairs.pairs[index][1] for pairs, index in self.places.values()]
         self.lists = list(dict.fromkeys(where.rsplit(", line ", 1)[0] for where in wheres))
         self.known = self.read_factors()
 
-    def read(self, setting: str) -> TreePairs:
+    def read(self, setting: str) -> EvaluatedPairs:
         roles = (
             ["person", "cloth"] + ["mask"] * self.masked + ["condition"] * (self.conditioned and setting == "paired")
         )
-        if self.frozen is not None:
-            return FrozenPairs(self.frozen, setting, self.root, self.split, roles, self.condition_folder)
-        return TreePairs(self.root, self.split, setting == "paired", roles, self.condition_folder)
+        return EvaluatedPairs(self.frozen, self.root, self.split, setting == "paired", roles, self.condition_folder)
 
     def read_factors(self) -> dict[Line, dict[str, dict[str, str | None]]]:
         """Of every line that factors.jsonl has: `factors` and `attributes`."""
@@ -448,7 +496,10 @@ class TreeSource:
         pairs, index = self.places[line]
         pictures, files = pairs.pictures(index), self.files(line)
         if "truth" in files:
-            pictures["truth"] = open_picture(partial(Image.open, files["truth"]), str(files["truth"]), "truth")
+            pictures["truth"] = read_picture(files["truth"], "truth")
+        check_sizes(
+            {role: picture.size for role, picture in pictures.items() if role != "truth"}, str(files["person"])
+        )
         return pictures
 
     def factors(self, line: Line) -> dict[str, str]:
@@ -460,27 +511,6 @@ class TreeSource:
         """What can be recognised of the cloth in a line's truth."""
         attributes = self.known.get(line, {}).get("attributes", {})
         return {name: value for name, value in attributes.items() if value is not None}
-
-
-class FrozenPairs(TreePairs):
-    """The lines `SETTING PERSON CLOTH` of a list that another run wrote, whatever lists the tree has."""
-
-    def __init__(
-        self, file: Path, setting: str, root: Path, split: str, roles: list[str], condition_folder: str
-    ) -> None:
-        self.root, self.roles, self.condition_folder = root, roles, condition_folder
-        self.dress_code = any((root / folder).is_dir() for folder in DRESS_CODE_FOLDERS)
-        self.pairs = []
-        for number, line in enumerate(file.read_text().splitlines(), start=1):
-            words = line.split()
-            if len(words) != 3 or words[0] not in SETTINGS:
-                known = " or ".join(SETTINGS)
-                raise ValueError(f"{file}, line {number}: must be {known}, a person and a cloth, got {line!r}")
-            folder, names = split, words[1:]
-            if self.dress_code:
-                folder, names = names[0].split("/")[0], [name.split("/", 1)[-1] for name in names]
-            if words[0] == setting:
-                self.add_pair(names, f"{file}, line {number}", folder, paired=False)
 
 
 @dataclass(eq=False)
@@ -538,6 +568,15 @@ class StreamedRows:
             return self.row
 
 
+def read_picture(file: Path, role: str) -> Image.Image:
+    return open_picture(partial(Image.open, file), str(file), role)
+
+
+def read_result(file: Path, person: Image.Image) -> Image.Image:
+    """In the colours of the person, whose profile ours carry."""
+    return in_persons_colours({"person": person, "result": read_picture(file, "result")})["result"]
+
+
 def settings_of(args: argparse.Namespace) -> Sequence[str]:
     return SETTINGS if args.setting == "both" else (args.setting,)
 
@@ -574,7 +613,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 def perceptual_hash(file: Path) -> np.ndarray:
     """The picture at 12x16 pixels, (576,): alike for other sizes and after lossy storage, unlike for another cloth."""
-    picture = open_picture(partial(Image.open, file), str(file), "person")
+    picture = read_picture(file, "person")
     return np.asarray(picture.resize(HASH_SIZE, Image.Resampling.BOX), dtype=np.float32).ravel()
 
 
@@ -645,7 +684,7 @@ class Model:
 
     def draw_mask(self, line: Line, person: Image.Image) -> Image.Image:
         kind = CLOTH_TYPES.get(line.category, self.args.cloth_type)
-        return as_pil(self.pipe.prepare_mask(as_tensors(person, "person_image", 3)[0], kind))
+        return as_pil(self.pipe.prepare_mask(as_tensors(person, "person_image")[0], kind))
 
     def bare(self, line: Line, pictures: dict[str, Image.Image], seed: int, size: tuple[int, int]) -> Tensor:
         """The bare decode (3, H, W) in [0, 1] at the working size."""
@@ -673,7 +712,6 @@ class Predictions:
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.folder, self.both = args.pred_dir, args.setting == "both"
-        self.pipe = StableDiffusionVTONPipeline(None, None, None)  # for its compositing alone
 
     def working_size(self, person: Image.Image) -> tuple[int, int]:
         return person.height, person.width
@@ -690,9 +728,7 @@ class Predictions:
 
     def bare(self, line: Line, pictures: dict[str, Image.Image], seed: int, size: tuple[int, int]) -> Tensor:
         """The picture as it was given, (3, H, W) in [0, 1]."""
-        return as_tensors(
-            open_picture(partial(Image.open, self.file(line)), str(self.file(line)), "result"), "result", 3
-        )[0]
+        return as_tensors(read_result(self.file(line), pictures["person"]), "result")[0]
 
     def file(self, line: Line) -> Path:
         """The line's picture, which is none of the tree's own."""
@@ -743,7 +779,7 @@ def to_size(picture: Image.Image, size: tuple[int, int], what: str) -> Tensor:
         raise ValueError(
             f"the {what} of {picture.width}x{picture.height} pixels would be stretched to {width}x{height}"
         )
-    return resize(as_tensors(picture, what, 3)[0], height, width)
+    return resize(as_tensors(picture, what)[0], height, width)
 
 
 def check_untouched(result: Image.Image, person: Image.Image, mask: Image.Image) -> None:
@@ -790,9 +826,7 @@ class Scorer:
         regions, values = {"picture": None}, {}
         if mask is not None:
             mask = mask.resize(self.size[::-1], Image.Resampling.NEAREST)
-            regions["mask"] = as_tensors(mask, "mask", 1)[0].to(self.device)
-            if not (regions["mask"] >= 0.5).any():
-                raise ValueError("the mask is empty")
+            regions["mask"] = as_masks(mask, "mask")[0].to(self.device)
         if "ssim" in self.metrics:
             similarity = ssim_map(*pair)
             values |= {(region, "ssim"): (masked_mean(similarity, inside), 1.0) for region, inside in regions.items()}
@@ -1193,7 +1227,7 @@ class Evaluation:
             file = self.args.output_dir / "masks" / f"{Path(line.person).with_suffix('')}.png"
             if not file.is_file():
                 save_picture(file, self.model.draw_mask(line, pictures["person"]))
-            pictures["mask"] = open_picture(partial(Image.open, file), str(file), "mask")
+            pictures["mask"] = read_picture(file, "mask")
         return pictures
 
     def make(self) -> None:
@@ -1223,7 +1257,7 @@ class Evaluation:
         try:
             return work(line, *rest)
         except (OSError, ValueError) as error:
-            self.failures.append({"line": str(line), "error": str(error)})
+            self.failures.append({"line": str(line).replace("\t", " "), "error": str(error)})
             return None
 
     def try_on(self, line: Line, pictures: dict[str, Image.Image], seed: int) -> list[tuple]:
@@ -1232,12 +1266,13 @@ class Evaluation:
         bare = self.model.bare(line, pictures, seed, self.working_size)
         made = {"bare": bare}
         if "mask" in pictures:
-            person = as_tensors(pictures.get("condition", pictures["person"]), "person_image", 3)[0]
-            mask = (as_tensors(pictures["mask"], "mask_image", 1)[0] >= 0.5).float()
-            made["composited"] = self.model.pipe.composite(bare, person, mask, (0, 0, *person.shape[:0:-1]))
+            person = as_tensors(pictures.get("condition", pictures["person"]), "person_image")[0]
+            mask = as_masks(pictures["mask"], "mask_image")[0]
+            made["composited"] = composite_result(bare, person, mask, (0, 0, *person.shape[:0:-1]))
         seconds = time.perf_counter() - started
         missing = [name for name in made if not self.is_made(seed, line, name)]
-        return [(self.file(seed, line, name), as_pil(made[name]), seconds) for name in missing]
+        profile = pictures["person"].info.get("icc_profile")
+        return [(self.file(seed, line, name), as_pil(made[name], profile), seconds) for name in missing]
 
     # ---- scoring
 
@@ -1245,11 +1280,10 @@ class Evaluation:
         """Rows of every line and seed, in the list's order, on every process."""
         jobs = [(index, seed) for seed in self.seeds for index in range(len(self.lines))]
         jobs = jobs[self.accelerator.process_index :: self.accelerator.num_processes]
-        failed = {failure["line"] for failure in self.failures}
         rows = []
         for index, seed in tqdm(jobs, desc="score", disable=not self.accelerator.is_local_main_process):
             line = self.lines[index]
-            if str(line) not in failed and (row := self.attempt(self.score_line, line, index, seed)) is not None:
+            if (row := self.attempt(self.score_line, line, index, seed)) is not None:
                 rows.append(row)
         return sorted(gather_object(rows), key=lambda row: (row.seed, row.index))
 
@@ -1262,7 +1296,7 @@ class Evaluation:
             check_truth(pictures, truth)
         for compositing in self.compositings:
             file = self.file(seed, line, compositing)
-            result = open_picture(partial(Image.open, file), str(file), "result")
+            result = read_result(file, person)
             if compositing != self.given:
                 seconds = read_seconds(file)
             if compositing == "composited":
@@ -1413,23 +1447,26 @@ class Evaluation:
     def shown(self, line: Line) -> dict[str, Image.Image]:
         pictures = self.pictures(line)
         file = self.file(self.seeds[0], line, self.compositings[0])
-        pictures["result"] = open_picture(partial(Image.open, file), str(file), "result")
+        pictures["result"] = read_result(file, pictures["person"])
         return {"truth": pictures["person"]} | pictures
 
     def push(self, found: list[Figure], protocol: dict[str, Any]) -> None:
         """The figures of all lines into the card of the adapter, or of the whole pipeline."""
-        results = [
-            EvalResult(
-                task_type="image-to-image",
-                dataset_type=str(self.args.dataset_name or self.args.dataset_root.name),
-                dataset_name=f"{self.args.dataset_name or self.args.dataset_root.name}, {f.setting}, {f.compositing}, {protocol['size']}",
-                metric_type=f.metric,
-                metric_name=measure_name(f, protocol),
-                metric_value=float(number(f.value, f.metric)),
+        data, results = str(self.args.dataset_name or self.args.dataset_root.name), []
+        for figure in (figure for figure in found if figure.group == "all"):
+            where = f"{figure.setting}, {figure.compositing}, {protocol['size']}"
+            results.append(
+                EvalResult(
+                    task_type="image-to-image",
+                    dataset_type=data,
+                    dataset_name=f"{data}, {where}",
+                    dataset_config=where,  # by which the card tells results apart
+                    dataset_split=self.args.split,
+                    metric_type=figure.metric,
+                    metric_name=measure_name(figure, protocol),
+                    metric_value=float(number(figure.value, figure.metric)),
+                )
             )
-            for f in found
-            if f.group == "all"
-        ]
         adapter_only = self.args.adapter is not None
         self.model.pipe.push_to_hub(self.args.push_to_hub, "Figures", adapter_only=adapter_only, eval_results=results)
 

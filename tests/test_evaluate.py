@@ -1,5 +1,6 @@
 """evaluate_vton.py on a tiny base and a tiny tree: figures against the libraries' own, and against each other."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -22,6 +23,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from evaluate_vton import (
     Features,
+    Inception,
+    Line,
     bootstrap,
     clean_resize,
     compare,
@@ -29,10 +32,12 @@ from evaluate_vton import (
     find_duplicates,
     frechet_distance,
     kernel_distance,
+    load_lpips,
     main,
     masked_psnr,
     metric_library,
     parse_args,
+    seed_of,
     ssim,
 )
 from pipeline_vton import StableDiffusionVTONPipeline, as_tensors
@@ -163,7 +168,7 @@ def finished(tree, model, tmp_path_factory) -> tuple[Path, dict]:
 
 
 def test_measures_are_torchmetrics_own():
-    one, other = (torch.stack([as_tensors(picture(i), "p", 3)[0] for i in some]) for some in ((1, 2, 3), (4, 5, 6)))
+    one, other = (torch.stack([as_tensors(picture(i), "p")[0] for i in some]) for some in ((1, 2, 3), (4, 5, 6)))
     similar = [ssim(*pair) for pair in zip(one, other)]
     direct = structural_similarity_index_measure(one.double(), other.double(), data_range=1.0, reduction="none")
     assert similar == pytest.approx(direct.tolist(), abs=1e-6)
@@ -240,7 +245,7 @@ def test_the_report_is_what_the_pictures_say(finished, tree):
         for compositing in ("composited", "bare"):
             names = [out / f"seed-0/{setting}/{compositing}/{i:02d}__{j:02d}.png" for i, j in pairs]
             shown, true = (
-                torch.stack([as_tensors(p.resize((24, 32), Image.Resampling.LANCZOS), "p", 3)[0] for p in pictures])
+                torch.stack([as_tensors(p.resize((24, 32), Image.Resampling.LANCZOS), "p")[0] for p in pictures])
                 for pictures in (map(Image.open, names), truths)
             )
             psnr = peak_signal_noise_ratio(shown, true, data_range=1.0)
@@ -262,13 +267,11 @@ def test_the_report_is_what_the_pictures_say(finished, tree):
 def persons(tree: Path) -> torch.Tensor:
     files = sorted((tree / "test/image").iterdir())
     shrunk = [Image.open(file).resize((24, 32), Image.Resampling.LANCZOS) for file in files]
-    return torch.stack([as_tensors(p, "p", 3)[0] for p in shrunk])
+    return torch.stack([as_tensors(p, "p")[0] for p in shrunk])
 
 
 def test_composited_pictures_are_the_pipelines(finished, tree, model):
     """Pixel by pixel what a call with the line's seed returns."""
-    from evaluate_vton import Line, seed_of
-
     out, _ = finished
     pipe = StableDiffusionVTONPipeline.from_pretrained(model)
     pipe.load_vton_adapter(model)
@@ -294,8 +297,8 @@ def test_two_processes_change_nothing(finished, tree, model, tmp_path):
     )  # what accelerate launch starts, forked
     two = json.loads((tmp_path / "report.json").read_text())
     assert two["cost"]["processes"] == 2 and len(results(tmp_path)) == 2 * COUNT
-    assert_close(two, report)
     assert same(results(tmp_path), results(out))
+    assert_close(two, report)
 
 
 def test_a_killed_run_goes_on(finished, tree, model, tmp_path):
@@ -399,7 +402,7 @@ def test_what_cannot_be_read_leaves_no_figures(own_tree, model, tmp_path):
     file.write_bytes(file.read_bytes()[:200])
     failures = fails(tmp_path / "out", own_tree, model, setting="both", metrics=["psnr"])
     assert {failure["line"] for failure in failures} == {"paired 03.png 03.png", "unpaired 01.png 03.png"}
-    assert all("cloth/03.png cannot be read" in failure["error"] for failure in failures)
+    assert all("cloth/03.png` must be a whole picture" in failure["error"] for failure in failures)
     assert "No figures: 2 of 10 lines failed" in (tmp_path / "out/report.md").read_text()
 
     save(picture(103, HEIGHT, WIDTH), file)  # mended, the run goes on
@@ -429,10 +432,10 @@ def test_predictions_that_fail(own_tree, tmp_path, what):
     (failure,) = fails(tmp_path / "out", own_tree, pred_dir=pictures, **PREDICTED)
     said = {
         "missing": "no picture named 02__04 or 02",
-        "unreadable": "02__04.png cannot be read",
+        "unreadable": "got one that cannot be read",
         "stretched": "the result of 48x48 pixels would be stretched to 48x64",
         "truth is the cloth": "the truth and the cloth are the same picture",
-        "empty mask": "the mask is empty",
+        "empty mask": "mask that is black everywhere",
     }
     assert failure["line"] == "unpaired 02.png 04.png" and said[what] in failure["error"]
 
@@ -454,7 +457,7 @@ def test_a_frozen_list_needs_no_other(finished, own_tree, tmp_path):
     pictures, _ = predict(own_tree, tmp_path / "pictures"), finished
     first = evaluate(tmp_path / "one", own_tree, pred_dir=pictures, **PREDICTED)
     lines = (tmp_path / "one/list.txt").read_text()
-    assert lines.splitlines()[1] == "unpaired 01.png 03.png"
+    assert lines.splitlines()[1] == "unpaired\t01.png\t03.png"
     (own_tree / "test_pairs.txt").write_text("00.png 01.png\n")
     again = evaluate(tmp_path / "two", own_tree, pred_dir=pictures, list=tmp_path / "one/list.txt", **PREDICTED)
     assert again["protocol"] == first["protocol"]
@@ -464,7 +467,9 @@ def test_a_frozen_list_needs_no_other(finished, own_tree, tmp_path):
     other = evaluate(tmp_path / "three", own_tree, pred_dir=pictures, list=shuffled, **PREDICTED)
     assert other["protocol"]["list"] != first["protocol"]["list"]
     shuffled.write_text("01.png 03.png\n")
-    with pytest.raises(ValueError, match="shuffled.txt, line 1: must be paired or unpaired, a person and a cloth"):
+    with pytest.raises(
+        ValueError, match="shuffled.txt, line 1: must be paired or unpaired, a person and a cloth with tabs"
+    ):
         evaluate(tmp_path / "four", own_tree, pred_dir=pictures, list=shuffled, **PREDICTED)
 
 
@@ -493,7 +498,9 @@ def test_dress_code_is_pooled_and_by_category(tree, tmp_path):
         assert (pooled["count"], dresses["count"]) == (8, 4) and pooled["value"] != dresses["value"]
         assert dresses["value"] == pytest.approx(figure(alone, "paired", "bare", metric)["value"], abs=1e-9)
     assert (
-        (tmp_path / "out/list.txt").read_text().startswith("paired upper_body/000000_0.png upper_body/000000_1.png\n")
+        (tmp_path / "out/list.txt")
+        .read_text()
+        .startswith("paired\tupper_body/000000_0.png\tupper_body/000000_1.png\n")
     )
     frozen = evaluate(tmp_path / "frozen", root, list=tmp_path / "out/list.txt", **options)
     assert_close(frozen, report)
@@ -514,9 +521,9 @@ def test_rows_are_measured_as_a_tree(finished, tree, model, tmp_path, streaming)
     options = {"dataset_name": tmp_path / "rows", "streaming": streaming, "num_samples": 3, "metrics": ["psnr"]}
     report = evaluate(tmp_path / "out", None, model, **options)
     assert (tmp_path / "out/list.txt").read_text().splitlines()[3:] == [
-        "unpaired row-0 row-1", "unpaired row-1 row-2", "unpaired row-2 row-3" if streaming is None else "unpaired row-2 row-0",
+        "unpaired\trow-0\trow-1", "unpaired\trow-1\trow-2", "unpaired\trow-2\trow-3" if streaming is None else "unpaired\trow-2\trow-0",
     ]  # fmt: skip
-    (tree / "three.txt").write_text("".join(f"paired {name}.png {name}.png\n" for name in names[:3]))
+    (tree / "three.txt").write_text("".join(f"paired\t{name}.png\t{name}.png\n" for name in names[:3]))
     again = evaluate(tmp_path / "again", tree, pred_dir=renamed(tmp_path / "out/seed-0/paired/bare", tmp_path / "made"), list=tree / "three.txt", setting="paired", metrics=["psnr"], eval_height=32, eval_width=24)  # fmt: skip
     assert figure(again, "paired", "bare", "psnr")["value"] == pytest.approx(
         figure(report, "paired", "bare", "psnr")["value"]
@@ -547,7 +554,7 @@ def test_training_persons_among_the_tested_fail_or_leave(tree, tmp_path):
     (tmp_path / "pictures/03__00.png").unlink()
     report = evaluate(tmp_path / "out", tree, drop_duplicates=True, **options)
     assert report["lines"] == COUNT - 1 and report["duplicates"] == {"03.png": "train/image/02.jpg"}
-    assert "unpaired 03.png" not in (tmp_path / "out/list.txt").read_text()
+    assert "03.png\t00.png" not in (tmp_path / "out/list.txt").read_text()
 
 
 # ----------------------------------------------------------------------------------- factors, recognition, comparing
@@ -605,22 +612,14 @@ def test_reports_side_by_side(tree, tmp_path, capsys):
     overlapping = figure(nearer, "unpaired", "bare", "psnr", "mask")["low"] <= high
     assert ("≈" in cells[5]) == overlapping and "≈" not in cells[6]
 
-    changes = {
-        "size": {"eval_height": 32, "eval_width": 24},
-        "compositing": {"masks": "none"},
-        "list": {"num_samples": 5},
-    }
-    changes["list"] = {"list": reversed_list(tmp_path)}
-    for name, changed in changes.items():
-        evaluate(tmp_path / name, tree, pred_dir=tmp_path / "near", **PREDICTED, **changed)
-        with pytest.raises(ValueError, match=f"were measured differently: {name} is "):
-            compare([reports[0], tmp_path / name / "report.json"])
-
-
-def reversed_list(folder: Path) -> Path:
-    lines = (folder / "near_out/list.txt").read_text().splitlines(keepends=True)
-    (folder / "reversed.txt").write_text("".join(reversed(lines)))
-    return folder / "reversed.txt"
+    evaluate(tmp_path / "smaller", tree, pred_dir=tmp_path / "near", **PREDICTED, eval_height=32, eval_width=24)
+    with pytest.raises(ValueError, match="were measured differently: size is 64x48 and 32x24"):
+        compare([reports[0], tmp_path / "smaller/report.json"])
+    for name in near["protocol"]:
+        other = near | {"protocol": near["protocol"] | {name: "another"}}
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=f"measured differently: {name} is {near['protocol'][name]} and another"):
+            compare([reports[0], tmp_path / "other.json"])
 
 
 def test_figures_stand_in_the_adapters_card(finished, tree, model, tmp_path, hub, monkeypatch):
@@ -653,3 +652,75 @@ def test_arguments(capsys, line, said):
     with pytest.raises(SystemExit):
         parse_args(line)
     assert said in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- the classes that need torchvision: make test-eval
+
+real_classes = pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is None, reason="needs make test-eval")
+
+
+@pytest.fixture(scope="session")
+def random_weights(tmp_path_factory) -> dict[str, Path]:
+    """Files as torch-fidelity's and torchvision's, with random weights."""
+    import torchvision
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    files = {name: tmp_path_factory.mktemp("weights") / f"{name}.pth" for name in ("inception", "squeeze")}
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), files["squeeze"])
+    torch.save({}, files["inception"])
+    with pytest.MonkeyPatch.context() as patch:  # it can only be made of a file
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(files["inception"]))
+    torch.save(net.state_dict(), files["inception"])
+    return files
+
+
+@real_classes
+def test_inception_is_torch_fidelitys(random_weights):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    pictures = torch.stack([(as_tensors(picture(i, 80, 60), "p")[0] * 255).round().to(torch.uint8) for i in range(2)])
+    net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(random_weights["inception"]))
+    legacy, clean = (Inception(mode, random_weights["inception"]).eval() for mode in ("legacy", "clean"))
+    with torch.no_grad():
+        assert torch.allclose(legacy(pictures), net(pictures)[0], atol=1e-6)
+        assert not torch.allclose(clean(pictures), legacy(pictures), atol=1e-4)
+        square = clean_resize(pictures.float(), (299, 299)).round().to(torch.uint8)  # nothing left to resize
+        assert torch.allclose(clean(square), net(square)[0], atol=1e-6)
+
+
+@real_classes
+@pytest.mark.parametrize("net", ["squeeze"])
+def test_lpips_is_torchmetrics(random_weights, tmp_path, net):
+    """From a file, without a download; torch's own cache is left alone."""
+    from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
+
+    one, other = (as_tensors(picture(i, 64, 48), "p")[0][None] for i in (1, 2))
+    before = torch.hub.get_dir()
+    measured = load_lpips(net, random_weights[net])(one, other).item()
+    assert torch.hub.get_dir() == before
+    torch.hub.set_dir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(random_weights[net], tmp_path / "checkpoints/squeezenet1_1-b8a52dc0.pth")
+    try:
+        direct = learned_perceptual_image_patch_similarity(one, other, net, normalize=True).item()
+    finally:
+        torch.hub.set_dir(before)
+    assert measured == pytest.approx(direct, abs=1e-6) and measured > 0
+
+
+@real_classes
+def test_a_perfect_prediction_by_the_real_classes(own_tree, random_weights, tmp_path):
+    for i in range(COUNT):
+        shutil.copy(own_tree / f"test/image/{i:02d}.png", own_tree / f"test/tryon/{i:02d}__{(i + 2) % COUNT:02d}.png")
+    options = {"pred_dir": predict(own_tree, tmp_path / "pictures"), "setting": "unpaired", "pred_composited": True}
+    options |= {"inception_weights": random_weights["inception"], "lpips_weights": random_weights["squeeze"]}
+    options["metrics"] = ["ssim", "psnr", "lpips", "fid", "kid"]
+    main(parse_args(flags(tmp_path / "out", own_tree, **options)))
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert figure(report, "unpaired", "composited", "fid")["value"] == pytest.approx(0, abs=1e-3)
+    assert figure(report, "unpaired", "composited", "lpips")["value"] == pytest.approx(0, abs=1e-6)
+    assert report["protocol"]["lpips_net"] == "squeeze" and len(report["protocol"]["inception_weights"]) == 16
+    text = (tmp_path / "out/report.md").read_text()
+    assert "LPIPS (squeeze) ↓" in text and "FID (clean) ↓" in text and "KID × 1000 ↓" in text
