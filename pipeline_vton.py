@@ -27,7 +27,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,12 @@ def is_number(value: Any) -> bool:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number that no float holds
         return False
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: on one line, and not all of a long one."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def is_whole(value: Any) -> bool:
@@ -312,7 +318,7 @@ def fit_size(
     """
     for name, side in (("height", height), ("width", width)):
         if side is not None and (not is_whole(side) or side <= 0 or side % multiple):
-            raise ValueError(f"`{name}` must be a positive multiple of {multiple}, got {side!r}")
+            raise ValueError(f"`{name}` must be a positive multiple of {multiple}, got {shown(side)}")
     if height is None and width is None:
         scale = math.sqrt(area / (person_height * person_width))
         height, width = person_height * scale, person_width * scale
@@ -447,14 +453,17 @@ class TryOnLatents:
     def person_part(self, canvas: torch.Tensor) -> torch.Tensor:
         return canvas.chunk(2, dim=self.canvas_dim)[0]
 
+    def one_cloth_each(self) -> "TryOnLatents":
+        """The same, with a cloth for every person where one was for all."""
+        cloths = {
+            name: getattr(self, name).expand(len(self.person), -1, -1, -1) for name in ("cloth", "cloth_condition")
+        }
+        return replace(self, **cloths)
+
     def repeat(self, times: int, cloth: bool) -> "TryOnLatents":
         """Every person `times` times in a row, and every cloth too if asked."""
-        repeated = {name: getattr(self, name).repeat_interleave(times, dim=0) for name in ("person", "mask")}
-        if cloth:
-            repeated |= {
-                name: getattr(self, name).repeat_interleave(times, dim=0) for name in ("cloth", "cloth_condition")
-            }
-        return TryOnLatents(**(vars(self) | repeated))
+        names = ("person", "mask", "cloth", "cloth_condition") if cloth else ("person", "mask")
+        return replace(self, **{name: getattr(self, name).repeat_interleave(times, dim=0) for name in names})
 
 
 # ----------------------------------------------------------------------------------------- attention that sees a cloth
@@ -693,8 +702,7 @@ class AdapterSettings:
         if "choices" in about:
             valid = isinstance(value, type(setting.default)) and value in about["choices"]
         elif "kind" in about:
-            number = numbers.Integral if about["kind"] is int else numbers.Real
-            valid = isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+            valid = is_whole(value) if about["kind"] is int else is_number(value)
             valid = valid and about["low"] <= value <= about["high"]
         else:
             valid = isinstance(value, str) and about["valid"](value)
@@ -1527,24 +1535,17 @@ class VTONHubMixin:
 # -------------------------------------------------------------------------------------------------------- the pipeline
 
 
-def check_callback(callback: Callable | None, names: list[str], known: list[str]) -> list[str]:
-    """The tensors that a callback gets: those named, or those that one of diffusers' own asks for itself.
-
-    Raises:
-        TypeError, ValueError: it is no callback, or asks for what is not known here.
-    """
+def check_callback(callback: Callable | None, names: list[str], known: list[str]) -> None:
+    """TypeError or ValueError where `callback_on_step_end` is no callback, or asks for what is not known here."""
     if callback is not None and not callable(callback):
         raise TypeError(f"`callback_on_step_end` must be callable, got {type(callback).__name__}")
     callbacks = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
     if any(isinstance(one, IPAdapterScaleCutoffCallback) for one in callbacks):
         raise ValueError("`callback_on_step_end` sets the scale of an IP-Adapter, which try-on has none of")
-    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-        names = callback.tensor_inputs
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"`callback_on_step_end_tensor_inputs` must be a list of names, got {names!r}")
+        raise TypeError(f"`callback_on_step_end_tensor_inputs` must be a list of names, got {shown(names)}")
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"`callback_on_step_end_tensor_inputs` may name {', '.join(known)}, got {', '.join(unknown)}")
-    return list(names)
 
 
 def call_back(
@@ -1675,6 +1676,18 @@ def check_scheduler(scheduler: KarrasDiffusionSchedulers) -> None:
         raise ValueError(f"the `scheduler` {name} is not for Stable Diffusion: {trouble}; DDPMScheduler is the card's")
 
 
+def check_tensor(value: Any, name: str) -> None:
+    """TypeError or ValueError unless an argument is a dense tensor of finite floating-point numbers."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.device.type == "meta" or not value.is_floating_point():
+        raise TypeError(
+            f"`{name}` must be a dense tensor of floating-point numbers, got {value.dtype}, {value.layout}, on {value.device}"
+        )
+    if not torch.isfinite(value).all():
+        raise ValueError(f"`{name}` must have finite values, got NaN or infinity")
+
+
 def check_finite(values: torch.Tensor, what: str, dtype: torch.dtype) -> None:
     """ValueError where a model's result holds NaN or infinity, with the usual remedy."""
     if not torch.isfinite(values).all():
@@ -1688,15 +1701,24 @@ def check_finite(values: torch.Tensor, what: str, dtype: torch.dtype) -> None:
 
 @dataclass
 class TryOnInputs:
-    """What `check_inputs` learnt of a call: the pictures, where in them to work, and at which size."""
+    """What `check_inputs` learnt of a call: the pictures, where in them to work, at which size, and with which text."""
 
     persons: list[torch.Tensor]  # N of (3, H, W) in [0, 1]
     cloths: list[torch.Tensor]  # 1 or N of (3, H, W)
-    masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none
-    regions: list[tuple[int, int, int, int]]  # N of (left, top, right, bottom)
+    masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none (yet)
     profiles: list[bytes | None]  # N ICC profiles of the persons, which the results carry
     height: int
     width: int
+    padding: int | None  # `padding_mask_crop`
+    noise_shape: tuple[int, ...]  # (B, 4, h, w) of all results, or whole canvases
+    prompts: dict[str, Any] | None  # `encode_prompt`'s arguments, for N; None where text is not used
+
+    @functools.cached_property
+    def regions(self) -> list[tuple[int, int, int, int]]:
+        """Where in every photograph to work, as (left, top, right, bottom): all of it, or the mask's surroundings."""
+        if self.padding is None:
+            return [(0, 0, person.shape[2], person.shape[1]) for person in self.persons]
+        return [crop_region(mask, self.height, self.width, self.padding) for mask in self.masks]
 
 
 class StableDiffusionVTONPipeline(
@@ -1774,17 +1796,14 @@ class StableDiffusionVTONPipeline(
         )
         self._begin_settings(**{setting.name: values[setting.name] for setting in fields(AdapterSettings)})
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        unet_levels = len(unet.config.block_out_channels) if unet is not None else 4
+        self.size_multiple = self.vae_scale_factor * 2 ** (unet_levels - 1)  # of heights and widths; 64 for SD1.5
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.mask_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
 
     # ---- what a call is asked for
-
-    @property
-    def size_multiple(self) -> int:
-        """Heights and widths are multiples of this: 64 for SD1.5."""
-        return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     def resolve_size(
         self, person_height: int, person_width: int, height: int | None, width: int | None
@@ -1801,13 +1820,32 @@ class StableDiffusionVTONPipeline(
         self,
         person_image: PictureInput,
         cloth_image: PictureInput,
-        mask_image: PictureInput | None,
-        cloth_type: str,
-        height: int | None,
-        width: int | None,
-        padding_mask_crop: int | None,
+        mask_image: PictureInput | None = None,
+        cloth_type: str = "upper",
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+        *,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        composite: bool = True,
+        output_type: str = "pil",
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        **sampling: Any,
     ) -> TryOnInputs:
-        """Check the pictures and sizes of a call; returns them as the rest of the call uses them."""
+        """Check everything that a call was asked for, before any model runs; returns what the rest of the call uses.
+
+        Args:
+            person_image, ..., sampling: the call's, those that it takes from the adapter resolved.
+
+        Raises:
+            ValueError, TypeError: one is wrong; the sentence names it and its value.
+        """
         for name in ("vae", "unet", "scheduler"):
             if getattr(self, name) is None:
                 raise ValueError(f"a call needs the component `{name}`, got None")
@@ -1819,26 +1857,33 @@ class StableDiffusionVTONPipeline(
             )
         if self.safety_checker is not None and self.feature_extractor is None:
             raise ValueError("`feature_extractor` must be given with a `safety_checker`, got None")
-        if cloth_type not in REPAINTED_LABELS:
-            raise ValueError(f"`cloth_type` must be one of {', '.join(REPAINTED_LABELS)}, got {cloth_type!r}")
+        if not isinstance(cloth_type, str) or cloth_type not in REPAINTED_LABELS:
+            raise ValueError(f"`cloth_type` must be one of {', '.join(REPAINTED_LABELS)}, got {shown(cloth_type)}")
         if padding_mask_crop is not None and (not is_whole(padding_mask_crop) or padding_mask_crop < 0):
             raise ValueError(
-                f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {padding_mask_crop!r}"
+                f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {shown(padding_mask_crop)}"
             )
+        if not isinstance(output_type, str) or output_type not in {"pil", "np", "pt", "latent"}:
+            raise ValueError(f"`output_type` must be pil, np, pt or latent, got {shown(output_type)}")
+        if not isinstance(composite, (bool, np.bool_)):
+            raise TypeError(f"`composite` must be True or False, got {shown(composite)}")
+        if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
+            raise ValueError(
+                f"`num_images_per_prompt` must be a positive whole number, got {shown(num_images_per_prompt)}"
+            )
+        self._check_sampling(guidance_scale=guidance_scale, **sampling)
+        if mask_image is None and self.human_parser is None:
+            if not self.config.mask_free:
+                raise ValueError(
+                    "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
+                )
+            if padding_mask_crop is not None:
+                raise ValueError(
+                    f"`padding_mask_crop` needs a `mask_image`, got {shown(padding_mask_crop)} without one"
+                )
         persons, person_profiles = as_tensors(person_image, "person_image"), colour_profiles(person_image)
         cloths, cloth_profiles = as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image)
-        if mask_image is not None:
-            masks = as_masks(mask_image, "mask_image")
-        elif self.human_parser is not None:
-            masks = [self.prepare_mask(person, cloth_type) for person in persons]
-        elif not self.config.mask_free:
-            raise ValueError(
-                "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
-            )
-        elif padding_mask_crop is not None:
-            raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding_mask_crop!r} without one")
-        else:
-            masks = [None]
+        masks = [None] if mask_image is None else as_masks(mask_image, "mask_image")
         count = max(len(persons), len(cloths), len(masks))
         for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks)):
             if len(pictures) not in {1, count}:
@@ -1857,81 +1902,148 @@ class StableDiffusionVTONPipeline(
                 raise ValueError(
                     f"`mask_image` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(mask.shape[1:])}"
                 )
-        sizes = {self.resolve_size(*person.shape[1:], height, width) for person in persons}
+        own_sizes = {tuple(person.shape[1:]) for person in persons}
+        if composite and output_type in {"np", "pt"} and len(own_sizes) > 1:
+            raise ValueError(
+                f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(own_sizes)}: use 'pil'"
+            )
+        sizes = {self.resolve_size(*size, height, width) for size in own_sizes}
         if len(sizes) > 1:
             raise ValueError(
                 f"`person_image` has pictures for {sorted(sizes)} (height, width): give `height` and `width`, or call once a size"
             )
         height, width = sizes.pop()
-        if padding_mask_crop is None:
-            regions = [(0, 0, person.shape[2], person.shape[1]) for person in persons]
-        else:
-            regions = [crop_region(mask, height, width, int(padding_mask_crop)) for mask in masks]
-        return TryOnInputs(persons, cloths, masks, regions, person_profiles, height, width)
+        noise_shape = [
+            count * int(num_images_per_prompt), self.vae.config.latent_channels,
+            height // self.vae_scale_factor, width // self.vae_scale_factor,
+        ]  # fmt: skip
+        if self.config.cloth_conditioning == "joint":
+            noise_shape[2 if self.config.canvas_axis == "height" else 3] *= 2
+        if latents is not None:
+            check_tensor(latents, "latents")
+        if latents is not None and list(latents.shape) != noise_shape:
+            raise ValueError(f"`latents` must have shape {tuple(noise_shape)}, got {tuple(latents.shape)}")
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        if not all(isinstance(one, torch.Generator) for one in generators):
+            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {shown(generator)}")
+        if isinstance(generator, list) and len(generator) != noise_shape[0]:
+            raise ValueError(
+                f"`generator` must be one or {noise_shape[0]}, one for every result, got {len(generator)}"
+            )
+        return TryOnInputs(
+            persons=persons,
+            cloths=cloths,
+            masks=masks,
+            profiles=person_profiles,
+            height=height,
+            width=width,
+            padding=None if padding_mask_crop is None else int(padding_mask_crop),
+            noise_shape=tuple(noise_shape),
+            prompts=self._check_prompts(
+                count, guidance_scale > 1, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
+            ),
+        )
 
     def _check_sampling(
         self,
         *,
-        num_inference_steps: int,
-        num_images_per_prompt: int,
-        timesteps: list[int] | None,
         guidance_scale: float,
-        guidance_rescale: float,
-        guidance_interval: tuple[float, float],
-        eta: float,
-        output_type: str,
-        cross_attention_kwargs: dict[str, Any] | None,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str],
-        prompts: dict[str, Any],
+        num_inference_steps: int = 1,
+        timesteps: list[int] | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        eta: float = 0.0,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = [],
     ) -> None:
-        for name, number in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_prompt", num_images_per_prompt),
-        ):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"`{name}` must be a positive whole number, got {number!r}")
-        for name, number in (
-            ("guidance_scale", guidance_scale),
-            ("guidance_rescale", guidance_rescale),
-            ("eta", eta),
-        ):
-            if not isinstance(number, (int, float)) or not math.isfinite(number):
-                raise ValueError(f"`{name}` must be a finite number, got {number!r}")
-        try:
-            start, end = guidance_interval
-            ordered = 0 <= start <= end <= 1
-        except (TypeError, ValueError):
-            ordered = False
-        if not ordered:
+        if not is_whole(num_inference_steps) or num_inference_steps < 1:
             raise ValueError(
-                f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval!r}"
+                f"`num_inference_steps` must be a positive whole number, got {shown(num_inference_steps)}"
             )
-        if timesteps is not None and len(timesteps) == 0:
-            raise ValueError(f"`timesteps` must be None or hold at least one, got {timesteps!r}")
-        if output_type not in {"pil", "np", "pt", "latent"}:
-            raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}")
+        if not is_number(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be a finite number, got {shown(guidance_scale)}")
+        for name, number in (("guidance_rescale", guidance_rescale), ("eta", eta)):
+            if not is_number(number) or not 0 <= number <= 1:
+                raise ValueError(f"`{name}` must be a number from 0 to 1, got {shown(number)}")
+        ends = guidance_interval if isinstance(guidance_interval, (list, tuple)) else ()
+        if len(ends) != 2 or not all(map(is_number, ends)) or not 0 <= ends[0] <= ends[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {shown(guidance_interval)}"
+            )
+        if timesteps is not None:
+            count = self.scheduler.config.num_train_timesteps
+            valid = isinstance(timesteps, (list, tuple)) and len(timesteps) > 0
+            valid = valid and all(is_whole(t) and 0 <= t < count for t in timesteps)
+            if not valid or any(later >= t for t, later in zip(timesteps, timesteps[1:])):
+                raise ValueError(
+                    f"`timesteps` must be None or fall from at most {count - 1} to 0, got {shown(timesteps)}"
+                )
         if cross_attention_kwargs is not None and (
-            not isinstance(cross_attention_kwargs, dict) or cross_attention_kwargs.keys() - {"scale"}
+            not isinstance(cross_attention_kwargs, dict)
+            or cross_attention_kwargs.keys() - {"scale"}
+            or not all(map(is_number, cross_attention_kwargs.values()))
         ):
             raise ValueError(
-                f"`cross_attention_kwargs` must be None or {{'scale': a LoRA's scale}}, got {cross_attention_kwargs!r}"
+                f"`cross_attention_kwargs` must be None or {{'scale': a LoRA's scale}}, got {shown(cross_attention_kwargs)}"
             )
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"`callback_on_step_end` must be callable, got {type(callback_on_step_end).__name__}")
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+
+    def _check_prompts(
+        self,
+        count: int,
+        guided: bool,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+    ) -> dict[str, Any] | None:
+        """`encode_prompt`'s arguments for `count` persons, or None where text is not used."""
+        text, features = self.config.cross_attention == "prompt", self.unet.config.cross_attention_dim
+        for name, words, embeds in (
+            ("prompt", prompt, prompt_embeds),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds),
+        ):
+            listed = words if isinstance(words, list) else [] if words is None else [words]
+            if not all(isinstance(one, str) for one in listed):
+                raise TypeError(f"`{name}` must be a string or a list of them, got {shown(words)}")
+            if embeds is not None:
+                check_tensor(embeds, f"{name}_embeds")
+            if words is not None and embeds is not None:
+                raise ValueError(
+                    f"`{name}` and `{name}_embeds` say the same: give one, got {shown(words)} and a tensor"
+                )
+            if text and isinstance(words, list) and len(words) != count:
+                raise ValueError(f"`{name}` must be one string or {count}, as the pictures are, got {len(words)}")
+            if text and embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (count, features)):
+                raise ValueError(
+                    f"`{name}_embeds` must have shape ({count}, tokens, {features}), got {tuple(embeds.shape)}"
+                )
+        if not text:
+            return None
+        if prompt_embeds is None and (self.text_encoder is None or self.tokenizer is None):
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {sorted(unknown)}"
+                "`prompt_embeds` must be given: this adapter uses text, and there is no `text_encoder` and `tokenizer`"
             )
-        for name in ("prompt", "negative_prompt"):
-            prompt, embeds = prompts[name], prompts[f"{name}_embeds"]
-            texts = prompt if isinstance(prompt, list) else [prompt]
-            if prompt is not None and not all(isinstance(text, str) for text in texts):
-                raise TypeError(f"`{name}` must be a string or a list of them, got {prompt!r}")
-            if embeds is not None and not isinstance(embeds, torch.Tensor):
-                raise TypeError(f"`{name}_embeds` must be a tensor, got {type(embeds).__name__}")
-            if prompt is not None and embeds is not None:
-                raise ValueError(f"`{name}` and `{name}_embeds` say the same: give one, got {prompt!r} and a tensor")
+        if guided and prompt_embeds is not None and negative_prompt_embeds is None:
+            raise ValueError(
+                "`negative_prompt_embeds` must be given with `prompt_embeds` where guidance_scale > 1, got None"
+            )
+        if guided and negative_prompt_embeds is not None:
+            tokens = self.tokenizer.model_max_length if prompt_embeds is None else prompt_embeds.shape[1]
+            if negative_prompt_embeds.shape[1] != tokens:
+                raise ValueError(
+                    f"`negative_prompt_embeds` must have {tokens} tokens, as the prompt has, got {negative_prompt_embeds.shape[1]}"
+                )
+        prompt, negative_prompt = (
+            words if isinstance(words, list) else [words or ""] * count for words in (prompt, negative_prompt)
+        )
+        return {
+            "prompt": prompt if prompt_embeds is None else None,
+            "negative_prompt": negative_prompt if negative_prompt_embeds is None else None,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+        }
 
     @torch.no_grad()
     def prepare_mask(self, person: torch.Tensor, cloth_type: str) -> torch.Tensor:
@@ -1992,51 +2104,6 @@ class StableDiffusionVTONPipeline(
             check_finite(latents, "the VAE's encoder", self.vae.dtype)
         return encoded
 
-    def encode_prompts(
-        self,
-        count: int,
-        num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
-        prompts: dict[str, Any],
-        lora_scale: float | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Prompt and negative prompt embeddings (count * num_images_per_prompt, 77, 768), or None where text is not used."""
-        if self.config.cross_attention != "prompt":
-            return None, None
-        prompts, features = dict(prompts), self.unet.config.cross_attention_dim
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            embeds = prompts[name]
-            if embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (count, features)):
-                raise ValueError(f"`{name}` must have shape ({count}, tokens, {features}), got {tuple(embeds.shape)}")
-        if prompts["prompt_embeds"] is None:
-            if self.text_encoder is None or self.tokenizer is None:
-                raise ValueError(
-                    "`prompt_embeds` must be given: this adapter uses text, and there is no `text_encoder` and `tokenizer`"
-                )
-            for name in ("prompt", "negative_prompt"):
-                prompts[name] = [prompts[name] or ""] * count if not isinstance(prompts[name], list) else prompts[name]
-                if len(prompts[name]) != count:
-                    raise ValueError(
-                        f"`{name}` must be one string or {count}, as the pictures are, got {len(prompts[name])}"
-                    )
-        elif do_classifier_free_guidance and prompts["negative_prompt_embeds"] is None:
-            raise ValueError(
-                "`negative_prompt_embeds` must be given with `prompt_embeds` where guidance_scale > 1, got None"
-            )
-        embeds, negative_embeds = self.encode_prompt(
-            device=self._execution_device,
-            num_images_per_prompt=num_images_per_prompt,
-            do_classifier_free_guidance=do_classifier_free_guidance,
-            lora_scale=lora_scale,
-            **prompts,
-        )
-        if do_classifier_free_guidance and negative_embeds.shape != embeds.shape:
-            raise ValueError(
-                f"`negative_prompt_embeds` must have {embeds.shape[1]} tokens, as the prompt has, got {negative_embeds.shape[1]}"
-            )
-        dtype = self.unet.dtype  # transformers loads a text encoder in the dtype it was saved in
-        return embeds.to(dtype), None if negative_embeds is None else negative_embeds.to(dtype)
-
     def prepare_latents(
         self,
         shape: tuple[int, ...],
@@ -2044,17 +2111,8 @@ class StableDiffusionVTONPipeline(
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         """The first noise, (B, 4, h, w) or a whole canvas, at the scheduler's initial scale."""
-        generators = generator if isinstance(generator, list) else [generator]
-        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
-            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}")
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(f"`generator` must be one or {shape[0]}, one for every result, got {len(generator)}")
-        if latents is not None and not isinstance(latents, torch.Tensor):
-            raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
         return latents.to(self._execution_device, self.unet.dtype) * self.scheduler.init_noise_sigma
 
     def read_cloth(
@@ -2121,15 +2179,6 @@ class StableDiffusionVTONPipeline(
             checked.append(torch.from_numpy(array[0]).movedim(-1, 0))
             flags += flagged
         return checked, flags
-
-    @staticmethod
-    def _convert_output(
-        images: list[torch.Tensor], output_type: str, profiles: list[bytes | None]
-    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        if output_type == "pil":
-            return [as_pil(image, profile) for image, profile in zip(images, profiles)]
-        stack = torch.stack(images)
-        return stack if output_type == "pt" else stack.movedim(1, -1).numpy()
 
     # ---- what a running call shows
 
@@ -2229,73 +2278,64 @@ class StableDiffusionVTONPipeline(
         Raises:
             ValueError, TypeError: an argument is wrong; the sentence names it and its value.
         """
-        # 1. Check, and learn what there is to do
-        callback_on_step_end_tensor_inputs = check_callback(
-            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
-        )
+        # 1. Check, and learn what there is to do; what was not said is as the adapter says
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         prompt = self.config.prompt if prompt is None and prompt_embeds is None else prompt
-        eta = (self.config.eta or 0.0) if eta is None else eta
-        prompts = {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-        }
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        self._check_sampling(
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=num_images_per_prompt,
-            timesteps=timesteps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            eta=eta,
-            output_type=output_type,
-            cross_attention_kwargs=cross_attention_kwargs,
-            callback_on_step_end=callback_on_step_end,
+        eta = (self.config.eta or 0.0) if eta is None else eta
+        if not isinstance(return_dict, (bool, np.bool_)):
+            raise TypeError(f"`return_dict` must be True or False, got {shown(return_dict)}")
+        inputs = self.check_inputs(
+            person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop,
+            num_images_per_prompt=num_images_per_prompt, generator=generator, latents=latents, composite=composite,
+            output_type=output_type, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps, timesteps=timesteps,
+            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, eta=eta,
+            cross_attention_kwargs=cross_attention_kwargs, callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            prompts=prompts,
-        )
-        inputs = self.check_inputs(person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop)
-        sizes = {tuple(person.shape[1:]) for person in inputs.persons}
-        if composite and output_type in {"np", "pt"} and len(sizes) > 1:
-            raise ValueError(
-                f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(sizes)}: use 'pil'"
-            )
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
-        reference = self.config.cloth_conditioning == "reference"
-        device, count = self._execution_device, len(inputs.persons)
-
-        # 2. Text encoder: the prompt, for adapters that use one
-        prompt_embeds, negative_prompt_embeds = self.encode_prompts(
-            count,
-            num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            prompts,
-            (cross_attention_kwargs or {}).get("scale"),
-        )
-
-        # 3. VAE: person, mask and cloth to latents
-        conditioning = self.encode_pictures(inputs)
-        one_cloth_each = prompt_embeds is not None or not reference  # text changes how a cloth is read
-        if one_cloth_each and len(conditioning.cloth) < count:
-            conditioning.cloth = conditioning.cloth.expand(count, -1, -1, -1)
-            conditioning.cloth_condition = conditioning.cloth_condition.expand(count, -1, -1, -1)
-        cloth_embeds = None if prompt_embeds is None else prompt_embeds[::num_images_per_prompt]
-        conditioning = conditioning.repeat(num_images_per_prompt, cloth=not reference)
-
-        # 4. Timesteps, and the first noise
+        )  # fmt: skip
+        num_images_per_prompt = int(num_images_per_prompt)
+        timesteps = None if timesteps is None else [int(t) for t in timesteps]
         timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, None if timesteps is not None else num_inference_steps, device, timesteps
+            self.scheduler, int(num_inference_steps) if timesteps is None else None, self._execution_device, timesteps
         )
-        self._num_timesteps = len(timesteps)
-        noise_like = conditioning.person if reference else conditioning.canvas(conditioning.person, conditioning.cloth)
-        latents = self.prepare_latents(tuple(noise_like.shape), latents, generator)
         accepted = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
+        step_kwargs = {
+            name: value for name, value in (("eta", float(eta)), ("generator", generator)) if name in accepted
+        }
+        self._guidance_scale = float(guidance_scale)
+        self._guidance_rescale = float(guidance_rescale)
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._num_timesteps = len(timesteps)
+        self._interrupt = False
+        reference, dtype = self.config.cloth_conditioning == "reference", self.unet.dtype
+
+        # 2. Human parser: the masks, where none is given
+        if mask_image is None and self.human_parser is not None:
+            persons = {id(person): person for person in inputs.persons}  # one with many cloths is read once
+            drawn = {key: self.prepare_mask(person, cloth_type) for key, person in persons.items()}
+            inputs = replace(inputs, masks=[drawn[id(person)] for person in inputs.persons])
+
+        # 3. Text encoder: the prompt, for adapters that use one
+        prompt_embeds = negative_prompt_embeds = cloth_embeds = None
+        if inputs.prompts is not None:
+            embeds = self.encode_prompt(
+                device=self._execution_device,
+                num_images_per_prompt=num_images_per_prompt,
+                do_classifier_free_guidance=self.do_classifier_free_guidance,
+                lora_scale=(cross_attention_kwargs or {}).get("scale"),
+                **inputs.prompts,
+            )  # in the dtype that the text encoder was saved in
+            prompt_embeds, negative_prompt_embeds = (None if one is None else one.to(dtype) for one in embeds)
+            cloth_embeds = prompt_embeds[::num_images_per_prompt]
+
+        # 4. VAE: person, mask and cloth to latents; and the first noise
+        conditioning = self.encode_pictures(inputs)
+        if prompt_embeds is not None or not reference:  # text changes how a cloth is read
+            conditioning = conditioning.one_cloth_each()
+        conditioning = conditioning.repeat(num_images_per_prompt, cloth=not reference)
+        latents = self.prepare_latents(inputs.noise_shape, latents, generator)
 
         # 5. UNet: read the cloth once, then denoise
         processor = ClothCacheAttnProcessor if reference else None
@@ -2338,7 +2378,10 @@ class StableDiffusionVTONPipeline(
                     for image, i in zip(images, index)
                 ]
             images, flags = self.check_safety(images)
-            images = self._convert_output(images, output_type, [inputs.profiles[i] for i in index])
+            if output_type == "pil":
+                images = [as_pil(image, inputs.profiles[i]) for image, i in zip(images, index)]
+            else:  # (N, 3, H, W) or (N, H, W, 3)
+                images = torch.stack(images) if output_type == "pt" else torch.stack(images).movedim(1, -1).numpy()
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, flags
