@@ -619,6 +619,59 @@ def vton_attention(
         unet.set_attn_processor(before)
 
 
+# --------------------------------------------------------------------------------------------------- one call at a time
+
+
+class Turn:
+    """Whose turn it is with a UNet or a scheduler: a lock, and the pipelines whose calls hold it, with their schedulers."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.held: list[Any] = []
+
+
+# By UNet and by scheduler, which stay free to be copied and pickled. Kept in diffusers, for all copies of this file: whoever
+# loads a `custom_pipeline` twice has executed it twice.
+TURNS = vars(diffusers).setdefault("_vton_turns", weakref.WeakKeyDictionary())
+
+
+def in_turn(call: Callable) -> Callable:
+    """Let the calls of pipelines that share a UNet or a scheduler run one after the other, from whatever threads they come.
+
+    A callback may call another pipeline, on the same UNet too, that has a scheduler of its own.
+    """
+
+    @functools.wraps(call)
+    def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as turns:
+            for part in (unwrap_module(self.unet), self.scheduler):
+                if part is None:
+                    continue
+                turn = TURNS.setdefault(part, Turn())
+                turns.enter_context(turn.lock)
+                if any(held is self or held is self.scheduler for held in turn.held):
+                    raise RuntimeError(
+                        "a callback of a running call must not call the same pipeline, or one with its scheduler, whose state would "
+                        "be overwritten: give the inner pipeline a scheduler of its own"
+                    )
+                turns.callback(setattr, turn, "held", turn.held)
+                turn.held = [*turn.held, self, self.scheduler]
+            return call(self, *args, **kwargs)
+
+    return waiting
+
+
+def between_calls(change: Callable) -> Callable:
+    """Let what changes a UNet's weights wait for the calls of other threads on it."""
+
+    @functools.wraps(change)
+    def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
+        with TURNS.setdefault(unwrap_module(self.unet), Turn()).lock:
+            return change(self, *args, **kwargs)
+
+    return waiting
+
+
 # -------------------------------------------------------------------------------------------------------- the settings
 
 
@@ -1009,6 +1062,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         if scheduler is not self.scheduler:
             self.scheduler = scheduler
 
+    @between_calls
     def load_vton_adapter(
         self,
         pretrained_model_name_or_path: str | os.PathLike,
@@ -1075,6 +1129,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 f"the adapter {file} was trained on {meant}, and its weights replace those of {base}", stacklevel=2
             )
 
+    @between_calls
     def unload_vton_adapter(self) -> None:
         """Put the base's weights back, bit for bit, and the settings that lie below the adapter's."""
         adapter = self._stack["adapter"]
@@ -1114,6 +1169,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         settings = self._settings(loras=False)
         return adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
 
+    @between_calls
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
@@ -1141,6 +1197,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 self._stack["loras"][name] = self._new_layer(brought)
         self._follow_scheduler()
 
+    @between_calls
     def unload_lora_weights(self) -> None:
         """As diffusers unloads LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
         self._keep_fused(set(self._stack["loras"]))
@@ -1321,6 +1378,11 @@ Dress people who agreed to it, say of a result that it is generated, and do not 
 to ridicule. A result shows neither how a cloth fits nor what the body under it looks like. What the base has learnt about
 people, its biases included, is still there.
 """
+
+
+def table_cell(value: Any) -> str:
+    """A value as a cell of a Markdown table: on one line, no bar in it."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 @contextmanager
@@ -1506,7 +1568,8 @@ class VTONHubMixin:
             adapter=f'pipe.load_vton_adapter("{name}")\n' if adapter_only else "",
             mask="None" if settings.mask_free else 'load_image("mask.png")',
         )
-        known = {name: value for name, value in asdict(settings).items() if value is not None}
+        known = asdict(settings) | {"base_model": base}  # a folder of somebody's is nobody else's business
+        known = {name: value for name, value in known.items() if value is not None}
         measured = [
             f"| {r.dataset_name} | {r.metric_name or r.metric_type} | {r.metric_value} |" for r in eval_results
         ]
@@ -1519,7 +1582,7 @@ class VTONHubMixin:
             if adapter_only
             else f"`custom_pipeline` may be left out. The adapter alone goes onto a base that is already there with "
             f'`DiffusionPipeline.from_pretrained({onto}, trust_remote_code=True)` and `pipe.load_vton_adapter("{name}")`.\n',
-            settings="\n".join(f"| {name} | {value} |" for name, value in known.items()),
+            settings="\n".join(f"| {name} | {table_cell(value)} |" for name, value in known.items()),
             measured="\n".join(["| data | metric | value |", "|---|---|---|", *measured])
             if measured
             else "Nothing yet.",
@@ -1637,45 +1700,6 @@ def call_back(
             raise ValueError(f"`callback_on_step_end` must return `{name}` of shape {tuple(before.shape)}, got {got}")
         changed[name] = value.to(before)
     return changed
-
-
-class Turn:
-    """Whose turn it is with a UNet or a scheduler: a lock, and the pipelines whose calls hold it, with their schedulers."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.held: list[Any] = []
-
-
-# By UNet and by scheduler, which stay free to be copied and pickled. Kept in diffusers, for all copies of this file: whoever
-# loads a `custom_pipeline` twice has executed it twice.
-TURNS = vars(diffusers).setdefault("_vton_turns", weakref.WeakKeyDictionary())
-
-
-def in_turn(call: Callable) -> Callable:
-    """Let the calls of pipelines that share a UNet or a scheduler run one after the other, from whatever threads they come.
-
-    A callback may call another pipeline, on the same UNet too, that has a scheduler of its own.
-    """
-
-    @functools.wraps(call)
-    def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as turns:
-            for part in (unwrap_module(self.unet), self.scheduler):
-                if part is None:
-                    continue
-                turn = TURNS.setdefault(part, Turn())
-                turns.enter_context(turn.lock)
-                if any(held is self or held is self.scheduler for held in turn.held):
-                    raise RuntimeError(
-                        "a callback of a running call must not call the same pipeline, or one with its scheduler, whose state would "
-                        "be overwritten: give the inner pipeline a scheduler of its own"
-                    )
-                turns.callback(setattr, turn, "held", turn.held)
-                turn.held = [*turn.held, self, self.scheduler]
-            return call(self, *args, **kwargs)
-
-    return waiting
 
 
 # What a UNet's config may ask for beside latents, a timestep and text.
