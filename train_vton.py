@@ -461,7 +461,7 @@ class TreePairs:
         self.learnt: dict[
             tuple[str, str], list[int]
         ] = {}  # role and file: bytes, nanosecond of writing, width, height
-        if index is not None and index.is_file():
+        if checked or (index is not None and index.is_file()):
             self.read_index(index)
         if checked:
             return

@@ -652,11 +652,13 @@ def test_probes_are_encoded_once_and_never_more_at_a_time_than_in_training(bases
         trainer = trainer_of(bases[9], tested, tmp_path, train_batch_size=size, cloth_conditioning=mode)
         assert encodings and max(encodings) <= size
         encodings.clear()
-        processor = ClothBesideAttnProcessor if mode == "reference" else None
+        rows, processor = [], ClothBesideAttnProcessor if mode == "reference" else None
+        trainer.unet.register_forward_pre_hook(lambda unet, inputs, rows=rows: rows.append(len(inputs[0])))
         with vton_attention(trainer.unet, processor, "skip"):
             errors.append(trainer.validation.run())
-        assert not encodings
-    assert len(errors[0]) == 9 and all(errors[0] == pytest.approx(other, rel=1e-4) for other in errors[1:])
+        assert not encodings and max(rows) <= (2 * size if processor else size)
+    assert len({round(error, 5) for error in errors[0].values()}) == 9  # three cloths, three timesteps
+    assert all(errors[0] == pytest.approx(other, rel=1e-4) for other in errors[1:])
 
 
 def test_masks_that_vanish_are_not_probed(bases, own_data, tmp_path, caplog):
