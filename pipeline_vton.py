@@ -47,7 +47,7 @@ from diffusers.utils.hub_utils import _get_model_file, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -77,13 +77,36 @@ LORA_NAME, LORA_SETTINGS = (
     "vton_adapter",
 )  # diffusers' own; our entry in its metadata
 
-# What a try-on repaints, by the label names of fashn-ai/fashn-human-parser and mattmdjaga/segformer_b2_clothes.
-REPAINTED_LABELS = {
-    "upper": {"top", "upper-clothes", "dress", "scarf", "torso", "arms", "left-arm", "right-arm"},
-    "lower": {"skirt", "pants", "dress", "belt", "legs", "left-leg", "right-leg"},
+# What human parsers call what they see: ATR's labels (mattmdjaga/segformer_b2_clothes), those of fashn-ai/fashn-human-parser and
+# of yolo12138/segformer-b2-human-parse-24, LIP's and CIHP's. Case aside, and with "-" for "_" and " ".
+PARSER_LABELS = {
+    "background": {"background"},
+    "top": {
+        "top", "upper-clothes", "coat", "upper-only-torso-region", "coat-only-torso-region", "left-sleeve-for-upper",
+        "right-sleeve-for-upper",
+    },
+    "dress": {"dress", "dresses-only-torso-region", "jumpsuits"},
+    "skirt": {"skirt", "skirts"},
+    "trousers": {"pants", "left-pants", "right-pants", "right-patns"},
+    "belt": {"belt"},
+    "scarf": {"scarf"},
+    "torso": {"torso", "torso-skin", "skin-around-neck-region"},
+    "arms": {"arms", "left-arm", "right-arm"},
+    "legs": {"legs", "left-leg", "right-leg"},
+    "hands": {"hands", "glove"},
+    "feet": {"feet", "left-shoe", "right-shoe", "socks"},
+    "head": {"face", "hair", "hat", "glasses", "sunglasses"},
+    "bag": {"bag"},
+    "jewelry": {"jewelry"},
+}  # fmt: skip
+# What a try-on repaints of them, and what it never does.
+REPAINTED = {
+    "upper": {"top", "dress", "scarf", "torso", "arms"},
+    "lower": {"skirt", "trousers", "dress", "belt", "legs"},
 }
-REPAINTED_LABELS["dress"] = REPAINTED_LABELS["upper"] | REPAINTED_LABELS["lower"]
-KEPT_LABELS = {"face", "hair", "hat", "glasses", "sunglasses", "hands", "feet", "left-shoe", "right-shoe", "bag"}
+REPAINTED["dress"] = REPAINTED["upper"] | REPAINTED["lower"]
+KEPT = {"head", "hands", "feet", "bag"}
+LOOSENESS = ("tight", "loose", "box")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -160,6 +183,132 @@ def resize(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def fit_cloth(cloth: Image.Image, height: int, width: int) -> Image.Image:
     """The whole cloth, centred on white, at height x width."""
     return ImageOps.pad(cloth, (width, height), method=Image.Resampling.LANCZOS, color="white")
+
+
+# ---------------------------------------------------------------------------------------------------------- the mask
+
+
+def as_cloth_types(cloth_type: str | list[str]) -> list[str]:
+    """One kind of cloth or several as a list; ValueError where one is none of them."""
+    cloth_types = list(cloth_type) if isinstance(cloth_type, (list, tuple)) else [cloth_type]
+    if not cloth_types or not all(isinstance(each, str) and each in REPAINTED for each in cloth_types):
+        raise ValueError(f"`cloth_type` must be one of {', '.join(REPAINTED)}, or a list of them, got {cloth_type!r}")
+    return cloth_types
+
+
+def parser_roles(id2label: dict[int, str]) -> dict[int, str]:
+    """What a human parser's label numbers show, in the words of `PARSER_LABELS`, read by their names.
+
+    Raises:
+        ValueError: a name is unknown; the sentence lists all that were found.
+    """
+    roles = {name: role for role, names in PARSER_LABELS.items() for name in names}
+    found = {i: re.sub("[ _]", "-", label.lower()) for i, label in id2label.items()}
+    if unknown := sorted(set(found.values()) - roles.keys()):
+        raise ValueError(
+            f"`human_parser` must have labels that are known here (rename them in its config's `id2label`), got "
+            f"{', '.join(unknown)} among {', '.join(id2label.values())}"
+        )
+    return {i: roles[name] for i, name in found.items()}
+
+
+def agnostic_mask(parsed: torch.Tensor, roles: dict[int, str], cloth_types: list[str], looseness: str) -> torch.Tensor:
+    """Where a try-on repaints a person: the cloth and the skin that it may cover, without what is never touched.
+
+    Args:
+        parsed: (H, W), a label number for every pixel.
+        roles: what the numbers show, of `parser_roles`.
+        cloth_types: kinds of `REPAINTED`; their regions are united.
+        looseness: `"tight"`, the region grown by 3 % of its larger side; `"loose"`, its convex hull, blurred and grown by 4 %:
+            down to the hips for an upper cloth, else flared by 15 % of its height towards the feet, so that neither sleeves nor
+            hem of the worn cloth show; `"box"`, the box around that, 6 % wider and 2 % higher on each side.
+
+    Returns:
+        (H, W), true where the person is repainted; false everywhere if nothing of the kind is there.
+    """
+
+    def shows(*wanted: str) -> torch.Tensor:
+        return torch.isin(parsed, torch.tensor([i for i, role in roles.items() if role in wanted], dtype=parsed.dtype))
+
+    repainted = set().union(*(REPAINTED[cloth_type] for cloth_type in cloth_types))
+    region = shows(*repainted)
+    if not region.any():
+        return region
+    cleaned = _grow(~_grow(~region, 1), 1)  # without specks, one of which would stretch a hull over half the picture
+    cleaned = cleaned if cleaned.any() else region
+    top, bottom, left, right = _extent(cleaned)
+    side = max(bottom - top, right - left)
+    mask = _grow(region, 0.03 * side)
+    if looseness != "tight":
+        reached = cleaned.clone()
+        if "legs" in repainted:
+            _, _, left, right = _extent(cleaned[bottom - (bottom - top + 9) // 10 : bottom])
+            flare = round(0.15 * (bottom - top))
+            reached[bottom - 1, max(0, left - flare) : right + flare] = True
+        else:
+            reached |= shows("skirt", "trousers", "belt", "legs") & _above_hips(shows("head"), top, bottom)
+        mask |= _hull(reached, side) if looseness == "loose" else _box(reached, side)
+    if "arms" not in repainted:
+        return mask & ~shows("arms", *KEPT)
+    hands = ~_grow(~shows("hands"), 0.01 * side)  # their rim is the cuff's
+    return mask & ~hands & ~shows(*(KEPT - {"hands"}))
+
+
+def _extent(region: torch.Tensor) -> tuple[int, int, int, int]:
+    """First and last row, first and last column, the last ones exclusive."""
+    (rows,), (columns,) = region.any(dim=1).nonzero(as_tuple=True), region.any(dim=0).nonzero(as_tuple=True)
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def _grow(region: torch.Tensor, pixels: float) -> torch.Tensor:
+    """The region and all within so many pixels, at least one, of it along both axes."""
+    reach = max(1, round(pixels))
+    grown = region.float()[None]
+    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):  # a square, one side after the other
+        grown = F.max_pool2d(grown, kernel, stride=1, padding=tuple(size // 2 for size in kernel))
+    return grown[0] > 0
+
+
+def _above_hips(head: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
+    """(H, 1), true down to the crotch: four heads below the crown, as figures are drawn; without a whole head, a third of the
+    cloth's height (`top` to `bottom`) below it.
+    """
+    hips = bottom + (bottom - top) / 3
+    if head.any() and not head[0].any():
+        crown, chin, _, _ = _extent(head)
+        hips = crown + 4 * (chin - crown)
+    return torch.arange(len(head))[:, None] < hips
+
+
+def _hull(region: torch.Tensor, side: int) -> torch.Tensor:
+    """The convex hull (Andrew's monotone chain), blurred by 3 % of the side and so grown by 4 %."""
+    rows = region.any(dim=1).nonzero()[:, 0].tolist()
+    left = region.int().argmax(dim=1).tolist()
+    right = (region.shape[1] - 1 - region.flip(1).int().argmax(dim=1)).tolist()
+
+    def chain(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        turning: list[tuple[int, int]] = []
+        for x, y in points:
+            while len(turning) > 1:
+                (x0, y0), (x1, y1) = turning[-2:]
+                if (x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) > 0:
+                    break
+                turning.pop()
+            turning.append((x, y))
+        return turning
+
+    outline = chain([(right[y], y) for y in rows]) + chain([(left[y], y) for y in reversed(rows)])
+    hull = Image.new("L", (region.shape[1], region.shape[0]))
+    ImageDraw.Draw(hull).polygon(outline, fill=255, outline=255)
+    return torch.from_numpy(np.array(hull.filter(ImageFilter.GaussianBlur(0.03 * side)))) > 0.1 * 255
+
+
+def _box(region: torch.Tensor, side: int) -> torch.Tensor:
+    top, bottom, left, right = _extent(region)
+    x, y = round(0.06 * side), round(0.02 * side)
+    box = torch.zeros_like(region)
+    box[max(0, top - y) : bottom + y, max(0, left - x) : right + x] = True
+    return box
 
 
 # ----------------------------------------------------------------------------------------- latents in the UNet's slots
@@ -1215,7 +1364,7 @@ class StableDiffusionVTONPipeline(
         person_image: PictureInput,
         cloth_image: PictureInput,
         mask_image: PictureInput | None,
-        cloth_type: str,
+        cloth_type: str | list[str],
         height: int | None,
         width: int | None,
         padding_mask_crop: int | None,
@@ -1227,11 +1376,10 @@ class StableDiffusionVTONPipeline(
             )
         if self.safety_checker is not None and self.feature_extractor is None:
             raise ValueError("`feature_extractor` must be given with a `safety_checker`, got None")
-        if cloth_type not in REPAINTED_LABELS:
-            raise ValueError(f"`cloth_type` must be one of {', '.join(REPAINTED_LABELS)}, got {cloth_type!r}")
+        cloth_types = as_cloth_types(cloth_type)
         persons = as_tensors(person_image, "person_image", 3)
         cloths = as_tensors(cloth_image, "cloth_image", 3)
-        masks = self._check_masks(persons, mask_image, cloth_type)
+        masks = self._check_masks(persons, mask_image, cloth_types)
         masks = [None] if masks is None else masks
         count = max(len(persons), len(cloths), len(masks))
         for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks)):
@@ -1257,16 +1405,17 @@ class StableDiffusionVTONPipeline(
         return TryOnInputs(persons, cloths, masks, regions, height, width)
 
     def _check_masks(
-        self, persons: list[torch.Tensor], mask_image: PictureInput | None, cloth_type: str
+        self, persons: list[torch.Tensor], mask_image: PictureInput | None, cloth_types: list[str]
     ) -> list[torch.Tensor] | None:
         if mask_image is None:
             if self.human_parser is not None:
-                return [self.prepare_mask(person, cloth_type) for person in persons]
-            if self.config.mask_free:
+                mask_image = self.predict_mask(persons, cloth_types)
+            elif self.config.mask_free:
                 return None
-            raise ValueError(
-                "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
-            )
+            else:
+                raise ValueError(
+                    "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
+                )
         masks = [(mask >= 0.5).float() for mask in as_tensors(mask_image, "mask_image", 1)]
         if any(not mask.any() for mask in masks):
             raise ValueError("`mask_image` must be white where the cloth goes, got a mask that is black everywhere")
@@ -1350,35 +1499,56 @@ class StableDiffusionVTONPipeline(
                 raise ValueError(f"`{name}` and `{name}_embeds` say the same: give one, got {prompt!r} and a tensor")
 
     @torch.no_grad()
-    def prepare_mask(self, person: torch.Tensor, cloth_type: str) -> torch.Tensor:
-        """Draw the agnostic mask (1, H, W) of a person (3, H, W) with the human parser.
+    def predict_mask(
+        self, person_image: PictureInput, cloth_type: str | list[str] = "upper", looseness: str = "loose"
+    ) -> Image.Image | list[Image.Image]:
+        """Draw the agnostic mask with the human parser: white where a try-on repaints the person, to look at and edit.
 
-        The cloth's region and the skin that a cloth may cover, grown by 2 % of the height; face, hair, hands, feet and bags
-        stay.
+        It covers the worn cloth and the skin that another may cover, and spares head, hands, feet and bags. Parsers without a
+        label for hands count them to the arms.
+
+        Args:
+            person_image: one or N photographs, as a call takes them.
+            cloth_type: `"upper"`, `"lower"` or `"dress"`; the regions of a list are united. A dress over other cloths frees
+                them and the legs, an upper cloth over a dress the whole dress.
+            looseness: how much of the worn cloth's cut the mask tells. `"tight"` is the region, grown; `"loose"` its convex
+                hull, blurred and grown, so that neither sleeve length nor hem show; `"box"` a box around it.
+
+        Returns:
+            A PIL image (mode L) of the person's size, or a list of them for a list or a batch.
+
+        Raises:
+            ValueError: there is no parser, its labels are unknown, or it sees nothing of the kind.
         """
+        cloth_types = as_cloth_types(cloth_type)
+        if looseness not in LOOSENESS:
+            raise ValueError(f"`looseness` must be one of {', '.join(LOOSENESS)}, got {looseness!r}")
         if self.human_parser is None or self.human_parser_processor is None:
-            raise ValueError("prepare_mask needs the components `human_parser` and `human_parser_processor`, got None")
-        inputs = self.human_parser_processor(images=as_pil(person), return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self._execution_device, self.human_parser.dtype)
-        logits = self.human_parser(pixel_values=pixels).logits.float()
-        parsed = F.interpolate(logits, size=person.shape[1:], mode="bilinear").argmax(dim=1).cpu()  # (1, H, W)
-        labels = {
-            i: label.lower().replace("_", "-").replace(" ", "-")
-            for i, label in self.human_parser.config.id2label.items()
-        }
-        repainted, kept = (
-            torch.isin(parsed, torch.tensor([i for i, label in labels.items() if label in names], dtype=parsed.dtype))
-            for names in (REPAINTED_LABELS[cloth_type], KEPT_LABELS)
-        )
-        if not repainted.any():
-            raise ValueError(
-                f"`person_image` shows the human parser nothing of the kind `cloth_type`={cloth_type!r}: give a `mask_image`"
-            )
-        grow = round(0.02 * person.shape[1])
-        grown = repainted.float()
-        for kernel in ((2 * grow + 1, 1), (1, 2 * grow + 1)):  # a square, one side after the other
-            grown = F.max_pool2d(grown, kernel, stride=1, padding=tuple(side // 2 for side in kernel))
-        return (grown * ~kept).float()
+            raise ValueError("predict_mask needs a human parser: call load_human_parser first")
+        roles, masks = parser_roles(self.human_parser.config.id2label), []
+        for person in as_tensors(person_image, "person_image", 3):
+            mask = agnostic_mask(self.parse_person(person), roles, cloth_types, looseness)
+            if not mask.any():
+                raise ValueError(
+                    f"`person_image` shows the human parser nothing of the kind `cloth_type`={cloth_type!r}: give a `mask_image`"
+                )
+            mask = Image.fromarray(mask.numpy().astype(np.uint8) * 255)
+            mask = mask.resize((person.shape[2], person.shape[1]), Image.Resampling.BILINEAR)
+            masks.append(mask.point(lambda value: 255 * (value >= 128)))
+        many = isinstance(person_image, (list, tuple)) or getattr(person_image, "ndim", 3) == 4
+        return masks if many else masks[0]
+
+    def parse_person(self, person: torch.Tensor) -> torch.Tensor:
+        """A person (3, H, W) in [0, 1] to label numbers (h, w), no larger than the picture or the parser's input."""
+        parser = self.human_parser
+        device = self._execution_device if hasattr(parser, "_hf_hook") else parser.device
+        pixels = self.human_parser_processor(images=as_pil(person), return_tensors="pt")["pixel_values"]
+        logits = parser(
+            pixel_values=pixels.to(device, parser.dtype)
+        ).logits.float()  # (1, labels, a quarter of the input)
+        scale = min(1, max(pixels.shape[-2:]) / max(person.shape[1:]))
+        size = [max(1, round(length * scale)) for length in person.shape[1:]]
+        return F.interpolate(logits, size=size, mode="bilinear")[0].argmax(dim=0).cpu()
 
     # ---- the way through the model
 
@@ -1587,7 +1757,7 @@ class StableDiffusionVTONPipeline(
         person_image: PictureInput,
         cloth_image: PictureInput,
         mask_image: PictureInput | None = None,
-        cloth_type: str = "upper",
+        cloth_type: str | list[str] = "upper",
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -1619,7 +1789,7 @@ class StableDiffusionVTONPipeline(
             cloth_image: one cloth, or N, in any size; it is fitted whole on white.
             mask_image: one mask or N, of their person's size: white (at least one half) where the picture may change. None
                 draws it with the human parser, or needs a mask-free adapter.
-            cloth_type: `"upper"`, `"lower"` or `"dress"`, for the human parser.
+            cloth_type: `"upper"`, `"lower"`, `"dress"` or a list of them, for the human parser.
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as in `StableDiffusionPipeline`; used by adapters
                 with `cross_attention="prompt"`.
             height, width: the size to work at, multiples of 64 for SD1.5. None keeps the person's aspect at about the native
