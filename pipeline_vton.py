@@ -9,6 +9,7 @@ The file reads in the order of the data: pictures, latents in the UNet's slots, 
 file, and the pipeline. `train_vton.py` imports the same pieces.
 """
 
+import copy
 import inspect
 import json
 import math
@@ -34,10 +35,12 @@ from diffusers import (
     UNet2DConditionModel,
     __version__,
 )
+from diffusers.configuration_utils import FrozenDict
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
-from diffusers.models.attention_processor import Attention
+from diffusers.loaders.lora_base import _best_guess_weight_name
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, StableDiffusionSafetyChecker
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
@@ -698,7 +701,7 @@ def adapter_parameters(unet: UNet2DConditionModel, trainable: str, widened: bool
     parts, chosen = TRAINABLE_PARTS[trainable], {}
     for name, parameter in unet.named_parameters():
         name = name.removeprefix("_orig_mod.").replace(".base_layer.", ".")
-        if ".lora_" in name:
+        if ".lora_" in name or {"to_qkv", "to_kv"} & set(name.split(".")):  # what unfuse_qkv_projections leaves behind
             continue
         if parts is None or parts & set(name.split(".")) or (widened and name == "conv_in.weight"):
             chosen[name] = parameter
@@ -797,8 +800,98 @@ def catvton_settings(source: str, mask_free: bool | None, base_in_channels: int)
     )
 
 
+def _lora_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules that peft has put around others."""
+    return (module for module in model.modules() if hasattr(module, "merged_adapters"))
+
+
 class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
-    """Loads, unloads and saves try-on adapters, and LoRAs that bring settings, in a pipeline's `unet` and config."""
+    """Adapters, LoRAs and settings of a pipeline: what its `unet` carries, and what its config says of it.
+
+    Settings are a stack of layers: the base's, what was fused into it for good, the adapter's, and those of every LoRA that
+    brings its own and is active, in loading order; None in a layer leaves what lies below. `config` shows the top. The layers
+    stay with the UNet, so that every pipeline around it knows them, and another UNet has its own.
+    """
+
+    @property
+    def config(self) -> FrozenDict:
+        """As diffusers'; the settings in it are the stack's top, whatever happened to the UNet since one looked last."""
+        if "_said" in self.__dict__:
+            settings = asdict(self._settings())
+            if not settings.items() <= self._internal_dict.items():  # set past __setattr__, which asks for `config`
+                self.__dict__["_internal_dict"] = FrozenDict({**self._internal_dict, **settings})
+        return self._internal_dict
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As diffusers'; a setting is said of the layer that is the top one now, and goes with it."""
+        names = [setting.name for setting in fields(AdapterSettings) if setting.name in kwargs]
+        said = {name: kwargs.pop(name) for name in names}
+        super().register_to_config(**kwargs)
+        if said:
+            checked = asdict(AdapterSettings(**asdict(self._settings()) | said))
+            said = {name: checked[name] for name in names}
+            if "base_in_channels" in said:
+                self._stack["base_in_channels"] = said.pop("base_in_channels")
+            number = self._layers()[-1]["number"]
+            for known in (self._said, self._stack["said"]):
+                known[number] = known.get(number, {}) | said
+
+    def _begin_settings(self, **given: Any) -> None:
+        """The settings of a new pipeline: as given, else what was last said of this UNet, else the defaults."""
+        given = {name: value for name, value in given.items() if value is not None}
+        stack = self._stack
+        if not stack["said"]:  # nobody has seen this UNet
+            settings = asdict(AdapterSettings(**{"base_in_channels": stack["base_in_channels"]} | given))
+            stack["base_in_channels"] = settings.pop("base_in_channels")
+            stack["said"][0] = settings
+            given = {}
+        self._said = copy.deepcopy(stack["said"])  # by the numbers of the layers; by this pipeline alone from now on
+        number, checked = self._layers()[-1]["number"], asdict(AdapterSettings(**asdict(self._settings()) | given))
+        self._said[number] = self._said.get(number, {}) | {name: checked[name] for name in given}
+
+    @property
+    def _stack(self) -> dict[str, Any]:
+        """What the UNet carries."""
+        unet = getattr(self.unet, "_orig_mod", self.unet)
+        if unet is None:
+            return {"base_in_channels": None, "said": {}, "fixed": [], "adapter": None, "loras": {}, "layers": 0}
+        if "vton_stack" not in vars(unet):
+            unet.vton_stack = {
+                "base_in_channels": unet.config.in_channels,
+                "said": {0: self._said[0]} if "_said" in self.__dict__ else {},  # by the numbers of the layers
+                "fixed": [],  # layers that were fused into the base
+                "adapter": None,  # its layer, with the base's weights
+                "loras": {},  # layers by the names of LoRAs
+                "layers": 0,  # so far
+            }
+        return unet.vton_stack
+
+    def _new_layer(self, settings: AdapterSettings) -> dict[str, Any]:
+        stack = self._stack
+        stack["layers"] += 1
+        return {"number": stack["layers"], "settings": asdict(settings)}
+
+    def _layers(self, loras: bool = True) -> list[dict[str, Any]]:
+        """The layers in force, from the base up; without `loras` only what the UNet's own weights are."""
+        stack = self._stack
+        layers = [{"number": 0, "settings": {}}, *stack["fixed"]]
+        if stack["adapter"] is not None:
+            layers.append(stack["adapter"])
+        if loras and stack["loras"]:
+            computing = set()
+            for module in _lora_modules(self.unet):  # where some are merged, the others do nothing
+                if not module.disable_adapters:
+                    computing.update(module.merged_adapters or module.active_adapters)
+            layers += [layer for name, layer in stack["loras"].items() if name in computing]
+        return layers
+
+    def _settings(self, loras: bool = True) -> AdapterSettings:
+        """What the layers in force say together."""
+        settings = {}
+        for layer in self._layers(loras):
+            settings |= {name: value for name, value in layer["settings"].items() if value is not None}
+            settings |= self._said.get(layer["number"], {})
+        return AdapterSettings(**settings | {"base_in_channels": self._stack["base_in_channels"]})
 
     def load_vton_adapter(
         self,
@@ -836,7 +929,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             "force_download": force_download,
             "local_files_only": local_files_only,
         }
-        self._refuse_scattered_unet()
+        self._refuse_changed_unet()
         file = self._find_adapter(pretrained_model_name_or_path, weight_name, options)
         weights, metadata = read_safetensors(file)
         if weights and all(map(CATVTON_KEY.fullmatch, weights)):
@@ -848,76 +941,104 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 raise ValueError(f"`mask_free`={mask_free} is not what the adapter {file} says: {settings.mask_free}")
         self._check_adapter(file, weights, settings)
         self._refuse_lora_on_conv_in(widened=settings.base_in_channels == 4)
-        if self._adapter_backup is not None:
+        stack = self._stack
+        if stack["adapter"] is not None:
             self.unload_vton_adapter()
-        backup = {"settings": self._settings(), "conv_in": None}
-        if self.unet.config.in_channels == 4:
-            backup["conv_in"] = widen_conv_in(self.unet)
+        conv_in = widen_conv_in(self.unet) if self.unet.config.in_channels == 4 else None
         parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
-        backup["weights"] = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        self.register_to_config(**asdict(settings))
-        self._adapter_backup = backup
+        stack["adapter"] = self._new_layer(settings) | {"weights": base, "conv_in": conv_in}
 
     def unload_vton_adapter(self) -> None:
-        """Put the base's weights back, bit for bit, and the settings from before the adapter."""
-        if self._adapter_backup is None:
+        """Put the base's weights back, bit for bit, and the settings that lie below the adapter's."""
+        adapter = self._stack["adapter"]
+        if adapter is None:
             raise ValueError(
-                "unload_vton_adapter: no adapter was loaded with load_vton_adapter; weights saved by save_pretrained are merged"
+                "unload_vton_adapter: no adapter was loaded into this UNet with load_vton_adapter, or its weights are merged "
+                "with the base's: saved by save_pretrained, or under a LoRA that was fused and then unloaded"
             )
-        self._refuse_scattered_unet()
-        backup = self._adapter_backup
-        self._refuse_lora_on_conv_in(widened=backup["conv_in"] is not None)
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.base_in_channels == 4)
+        self._refuse_changed_unet()
+        widened = adapter["conv_in"] is not None
+        self._refuse_lora_on_conv_in(widened)
+        parameters = adapter_parameters(self.unet, "all", widened)
         with torch.no_grad():
-            for name, weight in backup["weights"].items():
+            for name, weight in adapter["weights"].items():
                 parameters[name].copy_(weight)
-        if backup["conv_in"] is not None:
-            device_and_dtype = self.unet.conv_in.weight
-            self.unet.conv_in = backup["conv_in"].to(device_and_dtype)
+        if widened:
+            self.unet.conv_in = adapter["conv_in"].to(self.unet.conv_in.weight)  # its device and dtype
             self.unet.register_to_config(in_channels=4)
-        self.register_to_config(**asdict(backup["settings"]))
-        self._adapter_backup = None
+        self._stack["adapter"] = None
 
     def save_vton_adapter(self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-        """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings."""
+        """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings.
+
+        LoRAs that are loaded and not fused are no part of it, neither their weights nor their settings.
+        """
         if self.unet.config.in_channels == 4:
             raise ValueError(
                 "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
             )
-        self._refuse_scattered_unet()
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.base_in_channels == 4)
+        self._refuse_changed_unet()
+        settings = self._settings(loras=False)
+        parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
         weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
-        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, self._settings())
+        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, settings)
 
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
         adapter_name: str | None = None,
-        **kwargs,
+        settings: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """As diffusers loads a LoRA; one that `train_vton.py` trained brings its settings too, until `unload_lora_weights`.
+        """As diffusers loads a LoRA; one that `train_vton.py` trained brings its settings too, as long as it is active.
+
+        Args:
+            pretrained_model_name_or_path_or_dict, adapter_name, kwargs: as in diffusers.
+            settings: the `AdapterSettings` of a LoRA whose file is silent, or that comes as a dict of weights; None takes the
+                file's.
 
         Raises:
             ValueError: the LoRA was trained on a UNet with other input channels, or its settings are damaged.
         """
-        settings = self._find_lora_settings(pretrained_model_name_or_path_or_dict, **kwargs)
+        brought = self._find_lora_settings(pretrained_model_name_or_path_or_dict, **kwargs)
+        brought = brought if settings is None else AdapterSettings(**settings)
+        before = set(getattr(self.unet, "peft_config", {}))
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
-        if settings is not None:
-            self._lora_backup = self._lora_backup or self._settings()
-            self.register_to_config(**asdict(settings))
+        for name in set(getattr(self.unet, "peft_config", {})) - before or {adapter_name}:
+            self._stack["loras"].pop(name, None)
+            if brought is not None:
+                self._stack["loras"][name] = self._new_layer(brought)
 
-    def unload_lora_weights(self, **kwargs) -> None:
-        """As diffusers unloads LoRAs, and the settings from before the first one that brought its own."""
-        super().unload_lora_weights(**kwargs)
-        if self._lora_backup is not None:
-            self.register_to_config(**asdict(self._lora_backup))
-            self._lora_backup = None
+    def unload_lora_weights(self) -> None:
+        """As diffusers unloads LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
+        self._keep_fused(set(self._stack["loras"]))
+        super().unload_lora_weights()
+        self._stack["loras"].clear()
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """As diffusers deletes LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        self._keep_fused(names)
+        super().delete_adapters(adapter_names)
+        for name in names:
+            self._stack["loras"].pop(name, None)
+
+    def _keep_fused(self, names: set[str]) -> None:
+        """Of LoRAs that are about to go: those that are merged become the base's for good, and an adapter under them too."""
+        stack = self._stack
+        merged = {name for module in _lora_modules(self.unet) for name in module.merged_adapters}
+        if merged & names:
+            if stack["adapter"] is not None:
+                stack["fixed"].append({name: stack["adapter"][name] for name in ("number", "settings")})
+                stack["adapter"] = None
+            stack["fixed"] += [layer for name, layer in stack["loras"].items() if name in merged & names]
 
     def _find_lora_settings(
-        self, path: str | os.PathLike | dict, weight_name: str | None = None, **kwargs
+        self, path: str | os.PathLike | dict, weight_name: str | None = None, **kwargs: Any
     ) -> AdapterSettings | None:
         """The settings in a LoRA's metadata; None for a LoRA of another kind."""
         if isinstance(path, dict):
@@ -925,8 +1046,10 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         known = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
         options = {name: kwargs[name] for name in known if name in kwargs}
         try:
+            if weight_name is None:
+                weight_name = _best_guess_weight_name(path, local_files_only=options.get("local_files_only"))
             file = _get_model_file(path, weights_name=weight_name or LORA_NAME, **options)
-        except OSError:  # under another name: diffusers looks further, or says what is missing
+        except (OSError, ValueError):  # diffusers says what is missing
             return None
         metadata = read_safetensors(file)[1] if file.endswith(".safetensors") else {}
         if LORA_SETTINGS not in metadata:
@@ -938,14 +1061,19 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             )
         return settings
 
-    def _settings(self) -> AdapterSettings:
-        """What the config says."""
-        return AdapterSettings(**{setting.name: self.config[setting.name] for setting in fields(AdapterSettings)})
-
-    def _refuse_scattered_unet(self) -> None:
+    def _refuse_changed_unet(self) -> None:
+        """ValueError where the adapter's weights are not there, or are mixed with others'."""
         if _is_group_offload_enabled(self.unet) or any(p.device.type == "meta" for p in self.unet.parameters()):
             raise ValueError(
                 "the UNet's weights are spread by sequential or group offloading: load, save or unload the adapter before it is enabled"
+            )
+        if merged := {name for module in _lora_modules(self.unet) for name in module.merged_adapters}:
+            raise ValueError(
+                f"the UNet's weights are fused with the LoRA {', '.join(sorted(merged))}: call unfuse_lora before the adapter is loaded, saved or unloaded"
+            )
+        if any(isinstance(processor, FusedAttnProcessor2_0) for processor in self.unet.attn_processors.values()):
+            raise ValueError(
+                "the UNet's QKV projections are fused: call unfuse_qkv_projections before the adapter is loaded, saved or unloaded"
             )
 
     def _refuse_lora_on_conv_in(self, widened: bool) -> None:
@@ -1076,6 +1204,15 @@ class VTONHubMixin:
             raise ValueError(
                 "`push_to_hub=True` would upload before the code is written: call pipe.push_to_hub(repo_id) instead"
             )
+        for name in ("unet", "text_encoder"):
+            component = getattr(self, name)
+            if component is not None and any(_lora_modules(component)):
+                raise ValueError(
+                    f"`{name}` has LoRA layers, and with them would be saved what does not load: call unload_lora_weights first, "
+                    "after fuse_lora to keep what they do"
+                )
+        if self.unet.config.in_channels != 4:
+            self._refuse_changed_unet()
         super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text())
@@ -1307,11 +1444,7 @@ class StableDiffusionVTONPipeline(
         trained_steps: int | None = None,
     ) -> None:
         super().__init__()
-        if base_in_channels is None and unet is not None:
-            base_in_channels = unet.config.in_channels
-        given = locals()
-        given = {s.name: given[s.name] for s in fields(AdapterSettings) if given[s.name] is not None}
-        settings = AdapterSettings(**given)
+        values = locals()
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -1323,14 +1456,12 @@ class StableDiffusionVTONPipeline(
             human_parser=human_parser,
             human_parser_processor=human_parser_processor,
         )
-        self.register_to_config(**asdict(settings))
+        self._begin_settings(**{setting.name: values[setting.name] for setting in fields(AdapterSettings)})
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.mask_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
-        self._adapter_backup: dict[str, Any] | None = None  # what unload_vton_adapter puts back
-        self._lora_backup: dict[str, Any] | None = None  # and unload_lora_weights
 
     # ---- what a call is asked for
 
