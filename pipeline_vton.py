@@ -54,6 +54,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
     BaseImageProcessor,
     CLIPImageProcessor,
     CLIPTextModel,
@@ -312,6 +314,113 @@ def _box(region: torch.Tensor, side: int) -> torch.Tensor:
     box = torch.zeros_like(region)
     box[max(0, top - y) : bottom + y, max(0, left - x) : right + x] = True
     return box
+
+
+class VTONMaskMixin:
+    """Draws masks with the components `human_parser` and `human_parser_processor`."""
+
+    def load_human_parser(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str = "",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        dtype: torch.dtype | str = "auto",
+    ) -> None:
+        """Load a Segformer human parser and its processor, for `predict_mask` and for calls without a mask.
+
+        Load it before offloading is enabled, to have it offloaded too. Mind its licence: parsers that were trained from
+        NVIDIA's SegFormer weights are for non-commercial use.
+
+        Args:
+            pretrained_model_name_or_path: a Hub repository or a folder, such as `fashn-ai/fashn-human-parser`.
+            subfolder, revision, token, cache_dir, force_download, local_files_only: as in `from_pretrained`.
+            dtype: of the parser's weights; "auto" is the file's.
+
+        Raises:
+            ValueError: it is no Segformer with a trained head, or its labels are unknown. Nothing has changed then.
+            OSError: there is no such file.
+        """
+        source, options = (
+            str(pretrained_model_name_or_path),
+            {
+                "revision": revision,
+                "token": token,
+                "cache_dir": cache_dir,
+                "force_download": force_download,
+                "local_files_only": local_files_only,
+            },
+        )
+        config = AutoConfig.from_pretrained(source, subfolder=subfolder, **options)
+        if config.model_type != "segformer":
+            raise ValueError(f"load_human_parser: {source} must be a Segformer, got a {config.model_type}")
+        parser_roles(config.id2label)
+        parser, report = SegformerForSemanticSegmentation.from_pretrained(
+            source, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        if report["missing_keys"]:
+            raise ValueError(
+                f"load_human_parser: {source} is no trained parser, {len(report['missing_keys'])} of its weights are missing "
+                f"({sorted(report['missing_keys'])[0]})"
+            )
+        processor = AutoImageProcessor.from_pretrained(source, subfolder=subfolder, **options)
+        device = self._execution_device
+        self.register_modules(human_parser=parser.to(device), human_parser_processor=processor)
+
+    @torch.no_grad()
+    def predict_mask(
+        self, person_image: PictureInput, cloth_type: str | list[str] = "upper", looseness: str = "loose"
+    ) -> Image.Image | list[Image.Image]:
+        """Draw the agnostic mask with the human parser: white where a try-on repaints the person, to look at and edit.
+
+        It covers the worn cloth and the skin that another may cover, and spares head, hands, feet and bags. Parsers without a
+        label for hands count them to the arms.
+
+        Args:
+            person_image: one or N photographs, as a call takes them.
+            cloth_type: `"upper"`, `"lower"` or `"dress"`; the regions of a list are united. A dress over other cloths frees
+                them and the legs, an upper cloth over a dress the whole dress.
+            looseness: how much of the worn cloth's cut the mask tells. `"tight"` is the region, grown; `"loose"` its convex
+                hull, blurred and grown, so that neither sleeve length nor hem show; `"box"` a box around it.
+
+        Returns:
+            A PIL image (mode L) of the person's size, or a list of them for a list or a batch.
+
+        Raises:
+            ValueError: there is no parser, its labels are unknown, or it sees nothing of the kind.
+        """
+        cloth_types = as_cloth_types(cloth_type)
+        if looseness not in LOOSENESS:
+            raise ValueError(f"`looseness` must be one of {', '.join(LOOSENESS)}, got {looseness!r}")
+        if self.human_parser is None or self.human_parser_processor is None:
+            raise ValueError("predict_mask needs a human parser: call load_human_parser first")
+        roles, masks = parser_roles(self.human_parser.config.id2label), []
+        for person in as_tensors(person_image, "person_image", 3):
+            mask = agnostic_mask(self.parse_person(person), roles, cloth_types, looseness)
+            if not mask.any():
+                raise ValueError(
+                    f"`person_image` shows the human parser nothing of the kind `cloth_type`={cloth_type!r}: give a `mask_image`"
+                )
+            mask = Image.fromarray(mask.numpy().astype(np.uint8) * 255)
+            mask = mask.resize((person.shape[2], person.shape[1]), Image.Resampling.BILINEAR)
+            masks.append(mask.point(lambda value: 255 * (value >= 128)))
+        many = isinstance(person_image, (list, tuple)) or getattr(person_image, "ndim", 3) == 4
+        return masks if many else masks[0]
+
+    def parse_person(self, person: torch.Tensor) -> torch.Tensor:
+        """A person (3, H, W) in [0, 1] to label numbers (h, w), no larger than the picture or the parser's input."""
+        parser = self.human_parser
+        device = self._execution_device if hasattr(parser, "_hf_hook") else parser.device
+        pixels = self.human_parser_processor(images=as_pil(person), return_tensors="pt")["pixel_values"]
+        logits = parser(
+            pixel_values=pixels.to(device, parser.dtype)
+        ).logits.float()  # (1, labels, a quarter of the input)
+        scale = min(1, max(pixels.shape[-2:]) / max(person.shape[1:]))
+        size = [max(1, round(length * scale)) for length in person.shape[1:]]
+        return F.interpolate(logits, size=size, mode="bilinear")[0].argmax(dim=0).cpu()
 
 
 # ----------------------------------------------------------------------------------------- latents in the UNet's slots
@@ -1169,13 +1278,18 @@ Virtual try-on with Stable Diffusion 1.5: it puts the cloth of one photograph on
 
 The code is Apache 2.0. The weights are not: they follow their base and the data that they learnt from (here: `{license}`).
 VITON-HD and DressCode are for research only, and so are weights trained on them.
-
+{human_parser}
 ## Photographs of people
 
 Dress people who agreed to it, say of a result that it is generated, and do not make it of children, to deceive, to undress or
 to ridicule. A result shows neither how a cloth fits nor what the body under it looks like. What the base has learnt about
 people, its biases included, is still there.
 """
+
+
+def _hub_name(name: str | None) -> str | None:
+    """The name, if it is a repository's on the Hub and not a folder's."""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists() else None
 
 
 class VTONHubMixin:
@@ -1187,6 +1301,7 @@ class VTONHubMixin:
         *args: Any,
         push_to_hub: bool = False,
         license: str | None = None,
+        human_parser_license: str | None = None,
         eval_results: list[EvalResult] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -1195,6 +1310,8 @@ class VTONHubMixin:
         Args:
             save_directory: the folder; a README.md of your own in it is kept.
             license: of the weights, for the card; None takes what is known of the base.
+            human_parser_license: of the human parser, which is saved too where it is given; its weights have a licence of
+                their own, so None leaves it out.
             eval_results: what was measured, for the card.
             args, kwargs: as in diffusers.
         """
@@ -1213,7 +1330,13 @@ class VTONHubMixin:
                 )
         if self.unet.config.in_channels != 4:
             self._refuse_changed_unet()
-        super().save_pretrained(save_directory, *args, **kwargs)
+        parser = {name: getattr(self, name) for name in ("human_parser", "human_parser_processor")}
+        if human_parser_license is None:
+            self.register_modules(**dict.fromkeys(parser))
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.register_modules(**parser)
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text())
         index["_class_name"] = ["pipeline_vton", type(self).__name__]
@@ -1226,7 +1349,7 @@ class VTONHubMixin:
         self._write_code(folder)
         if self.unet.config.in_channels != 4:
             self.save_vton_adapter(folder, dtype=self._lossless_dtype())
-        self._write_card(folder, folder.resolve().name, False, license, eval_results)
+        self._write_card(folder, folder.resolve().name, False, license, human_parser_license, eval_results)
 
     def push_to_hub(
         self,
@@ -1238,6 +1361,7 @@ class VTONHubMixin:
         variant: str | None = None,
         adapter_only: bool = False,
         license: str | None = None,
+        human_parser_license: str | None = None,
         eval_results: list[EvalResult] | None = None,
     ) -> str:
         """Upload a complete repository, as `save_pretrained` writes it, or the adapter with its code and card alone.
@@ -1246,7 +1370,7 @@ class VTONHubMixin:
             repo_id, commit_message, private, token, create_pr, variant: as in diffusers.
             adapter_only: upload no components: about 100 MB for SD1.5, loaded onto the base by
                 `from_pretrained(BASE, custom_pipeline=repo_id)` and `load_vton_adapter(repo_id)`.
-            license, eval_results: for the card, as in `save_pretrained`. A card of your own on the Hub is kept.
+            license, human_parser_license, eval_results: as in `save_pretrained`. A card of your own on the Hub is kept.
 
         Returns:
             The commit's address.
@@ -1261,8 +1385,8 @@ class VTONHubMixin:
             if adapter_only:
                 self._save_adapter_repository(folder, repo_id)
             else:
-                self.save_pretrained(folder, variant=variant)
-            self._write_card(folder, repo_id, adapter_only, license, eval_results)
+                self.save_pretrained(folder, variant=variant, human_parser_license=human_parser_license)
+            self._write_card(folder, repo_id, adapter_only, license, human_parser_license, eval_results)
             return self._upload_folder(
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
             )
@@ -1293,26 +1417,35 @@ class VTONHubMixin:
 
     def _published_base(self) -> str | None:
         """The base's repository on the Hub, as the adapter or the loading says, unless it is a folder."""
-        for base in (self.config.base_model, self.name_or_path):
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not Path(base).exists():
-                return base
-        return None
+        return _hub_name(self.config.base_model) or _hub_name(self.name_or_path)
 
     def _write_card(
-        self, folder: Path, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult] | None
+        self,
+        folder: Path,
+        name: str,
+        adapter_only: bool,
+        license: str | None,
+        human_parser_license: str | None,
+        eval_results: list[EvalResult] | None,
     ) -> None:
         """README.md: a new one, or with the measurements added where somebody wrote one."""
         file = folder / "README.md"
         if file.exists() and CARD_NOTE not in file.read_text():
             card = ModelCard.load(file)
         else:
-            card = self._new_card(name, adapter_only, license, eval_results or [])
+            parser_license = None if adapter_only else human_parser_license
+            card = self._new_card(name, adapter_only, license, parser_license, eval_results or [])
         if eval_results:
             card.data.model_name, card.data.eval_results = name, eval_results
         populate_model_card(card).save(file)
 
     def _new_card(
-        self, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult]
+        self,
+        name: str,
+        adapter_only: bool,
+        license: str | None,
+        human_parser_license: str | None,
+        eval_results: list[EvalResult],
     ) -> ModelCard:
         base = self._published_base()
         if license is None:
@@ -1329,7 +1462,7 @@ class VTONHubMixin:
         code = CARD_CODE.format(
             load=onto if adapter_only else whole,
             adapter=f'pipe.load_vton_adapter("{name}")\n' if adapter_only else "",
-            mask="None" if self.config.mask_free else 'load_image("mask.png")',
+            mask="None" if self.config.mask_free or human_parser_license else 'load_image("mask.png")',
         )
         settings = {name: value for name, value in asdict(self._settings()).items() if value is not None}
         measured = [
@@ -1349,8 +1482,24 @@ class VTONHubMixin:
             if measured
             else "Nothing yet.",
             license=license,
+            human_parser=self._describe_human_parser(human_parser_license),
         )
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+    def _describe_human_parser(self, license: str | None) -> str:
+        """Whose the human parser is, and what one may do with it."""
+        if self.human_parser is None:
+            return ""
+        source = _hub_name(self.human_parser.name_or_path)
+        if license is not None:
+            named = f", `{source}`," if source else ""
+            return f"\nThe human parser in `human_parser/`{named} has a licence of its own: `{license}`.\n"
+        if source is None:
+            return ""
+        return (
+            f"\nMasks are drawn by `{source}`, which has a licence of its own and is not in here: "
+            f'`pipe.load_human_parser("{source}")`.\n'
+        )
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -1384,6 +1533,7 @@ class TryOnInputs:
 
 
 class StableDiffusionVTONPipeline(
+    VTONMaskMixin,
     VTONAdapterMixin,
     VTONHubMixin,
     DiffusionPipeline,
@@ -1628,58 +1778,6 @@ class StableDiffusionVTONPipeline(
                 raise TypeError(f"`{name}_embeds` must be a tensor, got {type(embeds).__name__}")
             if prompt is not None and embeds is not None:
                 raise ValueError(f"`{name}` and `{name}_embeds` say the same: give one, got {prompt!r} and a tensor")
-
-    @torch.no_grad()
-    def predict_mask(
-        self, person_image: PictureInput, cloth_type: str | list[str] = "upper", looseness: str = "loose"
-    ) -> Image.Image | list[Image.Image]:
-        """Draw the agnostic mask with the human parser: white where a try-on repaints the person, to look at and edit.
-
-        It covers the worn cloth and the skin that another may cover, and spares head, hands, feet and bags. Parsers without a
-        label for hands count them to the arms.
-
-        Args:
-            person_image: one or N photographs, as a call takes them.
-            cloth_type: `"upper"`, `"lower"` or `"dress"`; the regions of a list are united. A dress over other cloths frees
-                them and the legs, an upper cloth over a dress the whole dress.
-            looseness: how much of the worn cloth's cut the mask tells. `"tight"` is the region, grown; `"loose"` its convex
-                hull, blurred and grown, so that neither sleeve length nor hem show; `"box"` a box around it.
-
-        Returns:
-            A PIL image (mode L) of the person's size, or a list of them for a list or a batch.
-
-        Raises:
-            ValueError: there is no parser, its labels are unknown, or it sees nothing of the kind.
-        """
-        cloth_types = as_cloth_types(cloth_type)
-        if looseness not in LOOSENESS:
-            raise ValueError(f"`looseness` must be one of {', '.join(LOOSENESS)}, got {looseness!r}")
-        if self.human_parser is None or self.human_parser_processor is None:
-            raise ValueError("predict_mask needs a human parser: call load_human_parser first")
-        roles, masks = parser_roles(self.human_parser.config.id2label), []
-        for person in as_tensors(person_image, "person_image", 3):
-            mask = agnostic_mask(self.parse_person(person), roles, cloth_types, looseness)
-            if not mask.any():
-                raise ValueError(
-                    f"`person_image` shows the human parser nothing of the kind `cloth_type`={cloth_type!r}: give a `mask_image`"
-                )
-            mask = Image.fromarray(mask.numpy().astype(np.uint8) * 255)
-            mask = mask.resize((person.shape[2], person.shape[1]), Image.Resampling.BILINEAR)
-            masks.append(mask.point(lambda value: 255 * (value >= 128)))
-        many = isinstance(person_image, (list, tuple)) or getattr(person_image, "ndim", 3) == 4
-        return masks if many else masks[0]
-
-    def parse_person(self, person: torch.Tensor) -> torch.Tensor:
-        """A person (3, H, W) in [0, 1] to label numbers (h, w), no larger than the picture or the parser's input."""
-        parser = self.human_parser
-        device = self._execution_device if hasattr(parser, "_hf_hook") else parser.device
-        pixels = self.human_parser_processor(images=as_pil(person), return_tensors="pt")["pixel_values"]
-        logits = parser(
-            pixel_values=pixels.to(device, parser.dtype)
-        ).logits.float()  # (1, labels, a quarter of the input)
-        scale = min(1, max(pixels.shape[-2:]) / max(person.shape[1:]))
-        size = [max(1, round(length * scale)) for length in person.shape[1:]]
-        return F.interpolate(logits, size=size, mode="bilinear")[0].argmax(dim=0).cpu()
 
     # ---- the way through the model
 

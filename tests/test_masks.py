@@ -1,10 +1,14 @@
 """The agnostic mask: what it covers, what it spares, what it tells of the worn cloth, and the human parser that it comes from."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi, hf_hub_download
 from PIL import Image, ImageDraw
 from tiny import picture, seeded, tiny_parser, tiny_pipe
+from transformers import ViTConfig
 
 from pipeline_vton import LOOSENESS, agnostic_mask, parser_roles
 
@@ -263,3 +267,89 @@ def test_what_cannot_be_drawn_is_one_sentence():
         parser_pipe(ATR).predict_mask(picture(1), looseness="wide")
     with pytest.raises(ValueError, match="load_human_parser"):
         tiny_pipe(9).predict_mask(picture(1))
+
+
+# ---- loading, saving and publishing a parser
+
+
+def save_parser(folder, labels=FASHN, processor=True):
+    parser, its_processor = tiny_parser(labels)
+    parser.save_pretrained(folder)
+    if processor:
+        its_processor.save_pretrained(folder)
+    return parser
+
+
+def test_a_parser_loads_into_a_pipeline_and_draws(tmp_path):
+    save_parser(tmp_path / "parser")
+    pipe = tiny_pipe(9)
+    pipe.load_human_parser(tmp_path, subfolder="parser")
+    assert not pipe.human_parser.training
+    drawn = pipe.predict_mask(picture(1, 60, 45), "dress")
+    assert (as_array(drawn) == as_array(parser_pipe(FASHN).predict_mask(picture(1, 60, 45), "dress"))).all()
+    pipe.load_human_parser(tmp_path / "parser", dtype=torch.bfloat16)
+    assert pipe.human_parser.dtype == torch.bfloat16
+
+
+def test_a_parser_loads_from_the_hub(hub, tmp_path):
+    save_parser(tmp_path)
+    name = HfApi(token="hf_me").create_repo("me/parser").repo_id
+    HfApi(token="hf_me").upload_folder(repo_id=name, folder_path=tmp_path)
+    pipe = tiny_pipe(9)
+    pipe.load_human_parser("me/parser", token="hf_me")
+    assert pipe.human_parser.name_or_path == "me/parser"
+
+
+def test_what_is_no_human_parser_is_refused_and_the_old_one_stays(tmp_path):
+    pipe = parser_pipe(ATR)
+    before = pipe.human_parser
+    save_parser(tmp_path / "labels", ["wall", "sky"])
+    ViTConfig().save_pretrained(tmp_path / "kind")
+    backbone = save_parser(tmp_path / "headless").segformer
+    backbone.save_pretrained(tmp_path / "headless")
+    save_parser(tmp_path / "bare", processor=False)
+    for folder, error, words in (
+        ("labels", ValueError, "got sky, wall among wall, sky"),
+        ("kind", ValueError, "must be a Segformer, got a vit"),
+        ("headless", ValueError, "no trained parser"),
+        ("bare", OSError, "preprocessor_config"),
+        ("nowhere", OSError, "nowhere"),
+    ):
+        with pytest.raises(error, match=words):
+            pipe.load_human_parser(tmp_path / folder)
+        assert pipe.human_parser is before
+
+
+def test_a_parser_is_saved_only_with_its_licence(tmp_path):
+    pipe = parser_pipe(FASHN)
+    pipe.human_parser.name_or_path = "someone/parser"
+    pipe.save_pretrained(tmp_path / "without")
+    assert pipe.human_parser is not None and pipe.human_parser_processor is not None
+    assert not list((tmp_path / "without").glob("human_parser*"))
+    card = (tmp_path / "without/README.md").read_text()
+    assert 'pipe.load_human_parser("someone/parser")' in card and "licence of its own and is not in here" in card
+    pipe.save_pretrained(tmp_path / "with", human_parser_license="cc-by-nc-4.0")
+    card = (tmp_path / "with/README.md").read_text()
+    assert "`human_parser/`, `someone/parser`, has a licence of its own: `cc-by-nc-4.0`" in card
+    loaded = type(pipe).from_pretrained(tmp_path / "with")
+    person = picture(1, 60, 45)
+    assert (as_array(loaded.predict_mask(person, "dress")) == as_array(pipe.predict_mask(person, "dress"))).all()
+    assert type(pipe).from_pretrained(tmp_path / "without").human_parser is None
+
+
+def test_a_parser_is_pushed_only_with_its_licence(hub):
+    pipe = parser_pipe(FASHN)
+    for options, pushed in (({}, False), ({"human_parser_license": "mit"}, True)):
+        pipe.push_to_hub("me/with-parser", token="hf_me", **options)
+        files = HfApi(token="hf_me").list_repo_files("me/with-parser")
+        assert ("human_parser/config.json" in files) == pushed
+        card = hf_hub_download("me/with-parser", "README.md", token="hf_me")
+        assert ("`human_parser/` has a licence of its own: `mit`" in Path(card).read_text()) == pushed
+
+
+def test_a_pipeline_may_be_given_its_parser(tmp_path):
+    pipe, other = tiny_pipe(9), parser_pipe(ATR)
+    pipe.save_pretrained(tmp_path)
+    parts = {"human_parser": other.human_parser, "human_parser_processor": other.human_parser_processor}
+    loaded = type(pipe).from_pretrained(tmp_path, **parts)
+    assert loaded.predict_mask(picture(1), "dress").size == picture(1).size
