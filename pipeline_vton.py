@@ -10,15 +10,23 @@ file, and the pipeline. `train_vton.py` imports the same pieces.
 """
 
 import copy
+import functools
 import inspect
+import io
 import json
 import math
 import numbers
 import os
 import re
+import shutil
+import sys
 import tempfile
+import threading
+import uuid
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,6 +48,7 @@ from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.loaders.lora_base import _best_guess_weight_name
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, StableDiffusionSafetyChecker
@@ -47,10 +56,10 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.hub_utils import _get_model_file, populate_model_card
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -114,51 +123,110 @@ KEPT = {"head", "hands", "feet", "bag"}
 LOOSENESS = ("tight", "loose", "box")
 
 
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite real number, numpy's included; truth values are none."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number; a page's 2.0 is one, True is none."""
+    return is_number(value) and value == int(value)
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def as_tensors(pictures: PictureInput, name: str, channels: int) -> list[torch.Tensor]:
-    """Turn whatever shows pictures into a list of float tensors (channels, H, W) in [0, 1].
+PROFILE_SPACES = {"GRAY": ("1", "L", "LA", "La"), "CMYK": ("CMYK",)}  # profiles that no RGB picture can carry
+
+
+def as_tensors(pictures: PictureInput, name: str) -> list[torch.Tensor]:
+    """Turn whatever shows pictures into a list of float tensors (3, H, W) in [0, 1].
 
     Args:
-        pictures: PIL images of any mode (EXIF orientation is applied, transparency lies on white), arrays (H, W, C),
-            tensors (C, H, W), batches of those (N, ...), or a list. uint8 is 0-255, floats are 0-1.
+        pictures: PIL images of any mode (EXIF orientation is applied, transparency lies on white, 16 bits and floats keep
+            their values), arrays (H, W, 1 or 3), tensors (1 or 3, H, W), batches of those (N, ...), or a list. uint8 is
+            0-255, floats are 0-1 and may leave that by 1e-3, as resampled ones do.
         name: the argument's name, for the errors.
-        channels: 3 for photographs, 1 for masks.
+
+    Raises:
+        ValueError, TypeError: a picture is none, is damaged, or has other values.
     """
+    return [_as_tensor(picture, name, "white") for picture in _listed(pictures, name)]
+
+
+def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
+    """Turn whatever shows masks into a list of tensors (1, H, W) that hold 0 and 1, 1 where the person is repainted.
+
+    A mask is grey and nearly black and white, cut at one half. Where its transparency varies, as in a drawing of white
+    strokes, what is transparent is black.
+
+    Args:
+        pictures: as for `as_tensors`.
+        name: the argument's name, for the errors.
+
+    Raises:
+        ValueError: it is no mask: more than 1 % of the pixels are coloured (their channels differ by more than 32/255), more
+            than 20 % lie between .1 and .9, or none is white.
+        TypeError: it is no picture.
+    """
+    masks = []
+    for picture in _listed(pictures, name):
+        mask = _as_tensor(picture, name, "black")
+        coloured = (mask.amax(dim=0) - mask.amin(dim=0) > 32 / 255).float().mean().item()
+        if coloured > 0.01:
+            raise ValueError(
+                f"`{name}` must be a black and white mask, got a picture of which {coloured:.1%} is coloured"
+            )
+        mask = torch.tensordot(torch.tensor([0.299, 0.587, 0.114]), mask, 1)[None]  # luma (ITU-R 601), as PIL's "L"
+        between = ((mask > 0.1) & (mask < 0.9)).float().mean().item()
+        if between > 0.2:
+            raise ValueError(
+                f"`{name}` must be a black and white mask, got a picture of which {between:.1%} lies between 0.1 and 0.9"
+            )
+        mask = (mask >= 0.5 - 1e-6).float()  # the luma of one half is one half, rounding aside
+        if not mask.any():
+            raise ValueError(f"`{name}` must be white where the cloth goes, got a mask that is black everywhere")
+        masks.append(mask)
+    return masks
+
+
+def _listed(pictures: PictureInput, name: str) -> list[Image.Image | np.ndarray | torch.Tensor]:
     if isinstance(pictures, (np.ndarray, torch.Tensor)) and pictures.ndim == 4:
         pictures = list(pictures)
     if not isinstance(pictures, (list, tuple)):
         pictures = [pictures]
     if not pictures:
         raise ValueError(f"`{name}` must hold at least one picture, got {pictures!r}")
-    return [_as_tensor(picture, name, channels) for picture in pictures]
+    return list(pictures)
 
 
-def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, channels: int) -> torch.Tensor:
-    if isinstance(picture, Image.Image):
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I;16"):  # PIL would clip 16 bits at 255
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        picture = picture.convert("LA") if picture.mode == "La" else picture
-        if channels == 3 and picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("RGB")  # before L, which some modes do not turn into
-        picture = np.asarray(picture if channels == 3 else picture.convert("L"))
+def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, background: str) -> torch.Tensor:
+    """One picture as (3, H, W) in [0, 1]; what is transparent shows the background."""
+    picture = _as_array(picture, name, background) if isinstance(picture, Image.Image) else picture
     if isinstance(picture, np.ndarray):
-        picture = torch.from_numpy(np.array(picture[..., None] if picture.ndim == 2 else picture))
-        picture = picture.movedim(-1, 0)
+        if picture.dtype not in (bool, np.uint8) and picture.dtype.kind != "f":
+            raise TypeError(f"`{name}` must be uint8 (0-255) or floating point (0-1), got {picture.dtype}")
+        picture = np.array(picture, dtype=np.float32 if picture.dtype.kind == "f" else picture.dtype)  # any byte order
+        picture = torch.from_numpy(picture[..., None] if picture.ndim == 2 else picture).movedim(-1, 0)
     elif not isinstance(picture, torch.Tensor):
         raise TypeError(
             f"`{name}` must be a PIL image, an array, a tensor or a list of them, got {type(picture).__name__}"
         )
+    if picture.layout != torch.strided or picture.device.type == "meta":
+        kind = "one without values, on the meta device" if picture.device.type == "meta" else picture.layout
+        raise TypeError(f"`{name}` must be a dense tensor, got {kind}")
     picture = picture.detach().cpu()
     picture = picture[None] if picture.ndim == 2 else picture
-    if picture.ndim != 3 or picture.shape[0] not in {1, channels} or 0 in picture.shape:
+    if picture.ndim != 3 or picture.shape[0] not in {1, 3} or 0 in picture.shape:
         shape = tuple(picture.shape)
         raise ValueError(
-            f"`{name}` must have {channels} channel(s), as (C, H, W) tensors or (H, W, C) arrays, got (C, H, W) = {shape}"
+            f"`{name}` must have 1 or 3 channels, as (C, H, W) tensors or (H, W, C) arrays, got (C, H, W) = {shape}"
         )
     if picture.dtype == torch.uint8:
         picture = picture.float() / 255
@@ -166,28 +234,167 @@ def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, chan
         picture = picture.float()
     else:
         raise TypeError(f"`{name}` must be uint8 (0-255) or floating point (0-1), got {picture.dtype}")
-    if not torch.isfinite(picture).all() or picture.min() < 0 or picture.max() > 1:
+    if not torch.isfinite(picture).all() or picture.min() < -1e-3 or picture.max() > 1 + 1e-3:
         low, high = picture.min().item(), picture.max().item()
         raise ValueError(f"`{name}` must have finite values from 0 to 1, got values from {low:g} to {high:g}")
-    return picture.expand(channels, -1, -1)
+    return picture.clamp(0, 1).expand(3, -1, -1)
 
 
-def as_pil(picture: torch.Tensor) -> Image.Image:
-    """(C, H, W) in [0, 1] to a PIL image, RGB or L."""
+def _as_array(picture: Image.Image, name: str, background: str) -> np.ndarray:
+    """A PIL image as (H, W, 3) or (H, W), uint8 or floats in [0, 1]; what is transparent shows the background."""
+    try:
+        picture = ImageOps.exif_transpose(picture)
+    except (OSError, ValueError, SyntaxError, AssertionError) as error:  # opened, but not read until now
+        reason = error if str(error) else "its file is closed"
+        raise ValueError(f"`{name}` must be a whole picture, got one that cannot be read: {reason}") from error
+    if picture.mode == "F" or picture.mode.startswith("I"):  # PIL would cut off at 255
+        array = np.asarray(picture).astype(np.float32)
+        if picture.mode == "F":  # 0-1, or PIL's own 0-255
+            full = 255 if array.max(initial=0) > 1 + 1e-3 else 1
+        else:  # PIL's own 0-255, or 16 bits, as a PGM of them is opened
+            full = 65535 if picture.mode != "I" or array.max(initial=0) > 255 else 255
+        return array / np.float32(full)
+    picture = picture.convert("LA") if picture.mode == "La" else picture
+    profile, space = _read_profile(picture) if background == "white" else (None, None)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        low, high = picture.getchannel("A").getextrema()
+        if background == "white" or low != high or high == 0:  # one thickness all over says nothing of where a mask is
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
+    if space in PROFILE_SPACES:  # the result, an RGB picture, could not carry it
+        picture = picture.convert("L" if space == "GRAY" else space)
+        return np.asarray(
+            ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        )
+    return np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
+
+
+def _read_profile(picture: Image.Image) -> tuple[ImageCms.ImageCmsProfile | None, str | None]:
+    """The colour profile of a PIL image and its space; nothing where there is none, or one that does not fit the picture."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
+    except (KeyError, TypeError, OSError, ImageCms.PyCMSError):
+        return None, None
+    space = profile.profile.xcolor_space.strip()
+    fits = (
+        picture.mode in PROFILE_SPACES[space] if space in PROFILE_SPACES else space == "RGB" and picture.mode != "CMYK"
+    )
+    return (profile, space) if fits else (None, None)
+
+
+def colour_profiles(pictures: PictureInput) -> list[bytes | None]:
+    """The ICC profile of every picture as `as_tensors` returns it; None is sRGB.
+
+    Grey and CMYK pictures with a profile are sRGB by then.
+    """
+    pictures = [picture if isinstance(picture, Image.Image) else None for picture in _listed(pictures, "pictures")]
+    spaces = [None if picture is None else _read_profile(picture)[1] for picture in pictures]
+    return [picture.info["icc_profile"] if space == "RGB" else None for picture, space in zip(pictures, spaces)]
+
+
+def convert_profile(picture: torch.Tensor, before: bytes | None, after: bytes | None) -> torch.Tensor:
+    """The same colours (3, H, W) by another ICC profile, by way of eight bits; None is sRGB."""
+    if before == after:
+        return picture
+    profiles = [
+        ImageCms.createProfile("sRGB") if profile is None else ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        for profile in (before, after)
+    ]
+    converted = ImageCms.profileToProfile(
+        as_pil(picture), *profiles, renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC
+    )
+    return _as_tensor(converted, "image", "white")
+
+
+def as_pil(picture: torch.Tensor, profile: bytes | None = None) -> Image.Image:
+    """(C, H, W) in [0, 1] to a PIL image, RGB or L, with its ICC profile."""
     array = (picture * 255).round().to(torch.uint8).movedim(0, -1).numpy()
-    return Image.fromarray(array if array.shape[-1] == 3 else array[..., 0])
+    image = Image.fromarray(array if array.shape[-1] == 3 else array[..., 0])
+    if profile is not None:
+        image.info["icc_profile"] = profile
+    return image
 
 
 def resize(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(3, h, w) in [0, 1] to (3, height, width), by PIL's LANCZOS; the same tensor where the size is right."""
     if picture.shape[1:] == (height, width):
         return picture
-    return _as_tensor(as_pil(picture).resize((width, height), Image.Resampling.LANCZOS), "image", 3)
+    return _as_tensor(as_pil(picture).resize((width, height), Image.Resampling.LANCZOS), "image", "white")
 
 
 def fit_cloth(cloth: Image.Image, height: int, width: int) -> Image.Image:
     """The whole cloth, centred on white, at height x width."""
     return ImageOps.pad(cloth, (width, height), method=Image.Resampling.LANCZOS, color="white")
+
+
+def fit_size(
+    person_height: int, person_width: int, height: int | None, width: int | None, *, area: float, multiple: int
+) -> tuple[int, int]:
+    """The height and width to work at: as given; else the person's aspect, at about `area` pixels.
+
+    Both are multiples of `multiple`; a given side that is none is a ValueError.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (not is_whole(side) or side <= 0 or side % multiple):
+            raise ValueError(f"`{name}` must be a positive multiple of {multiple}, got {side!r}")
+    if height is None and width is None:
+        scale = math.sqrt(area / (person_height * person_width))
+        height, width = person_height * scale, person_width * scale
+    height = width * person_height / person_width if height is None else height
+    width = height * person_width / person_height if width is None else width
+    return tuple(max(multiple, round(side / multiple) * multiple) for side in (height, width))
+
+
+def crop_region(mask: torch.Tensor, height: int, width: int, padding: int) -> tuple[int, int, int, int]:
+    """The surroundings (left, top, right, bottom) of a mask (1, H, W), `padding` pixels wide, at the aspect of height x width."""
+    return VaeImageProcessor.get_crop_region(as_pil(mask), width, height, pad=padding)
+
+
+def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
+    """Soften a mask (1, H, W) of 0 and 1 inward: 0 outside, rising over `width` pixels to 1.
+
+    Where the mask is thinner than 15 times that, the seam is a half as wide, or a quarter, and so on, or hard: a small mask,
+    and a thin part of a large one, keep a core that is entirely theirs.
+    """
+    rows, columns = mask[0].any(dim=1).nonzero(), mask[0].any(dim=0).nonzero()
+    window = tuple(
+        slice(max(0, int(places.min()) - width), int(places.max()) + 1 + width) for places in (rows, columns)
+    )
+    alpha, inside = mask.clone(), mask[(..., *window)]
+    for radius in sorted({width >> halvings for halvings in range(width.bit_length())}):
+        cells = F.max_pool2d(1 - inside, radius, ceil_mode=True)  # 0 where a square of that side is inside
+        core = 1 - F.max_pool2d(F.max_pool2d(cells, (15, 1), 1, (7, 0)), (1, 15), 1, (0, 7))
+        thick = F.max_pool2d(F.max_pool2d(core, (19, 1), 1, (9, 0)), (1, 19), 1, (0, 9)) > 0
+        thick = thick.repeat_interleave(radius, 1).repeat_interleave(radius, 2)[
+            :, : inside.shape[1], : inside.shape[2]
+        ]
+        blurred = _as_tensor(as_pil(inside).filter(ImageFilter.BoxBlur(radius)), "mask", "black")[:1]
+        seam = (2 * blurred - 1).clamp(min=0) * inside
+        alpha[(..., *window)] = torch.where(thick, seam, alpha[(..., *window)])
+    return alpha
+
+
+def composite_result(
+    image: torch.Tensor, person: torch.Tensor, mask: torch.Tensor | None, region: tuple[int, int, int, int]
+) -> torch.Tensor:
+    """Lay a result (3, h, w) into its photograph (3, H, W): outside the mask every pixel stays exactly as it is.
+
+    Args:
+        image: the result for the region, at any size.
+        person: the photograph.
+        mask: (1, H, W), 0 or 1; None takes the result everywhere.
+        region: (left, top, right, bottom) in the photograph.
+
+    The seam lies inside the mask, over about 1/128 of the region's larger side, less where the mask is thin (`feather`).
+    """
+    left, top, right, bottom = region
+    image = resize(image, bottom - top, right - left)
+    if mask is None:
+        return image
+    window = (slice(None), slice(top, bottom), slice(left, right))
+    alpha, result = feather(mask, max(image.shape[1:]) // 128), person.clone()
+    result[window] = torch.lerp(person[window], image, alpha[window])
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------- the mask
@@ -398,7 +605,7 @@ class VTONMaskMixin:
         if self.human_parser is None or self.human_parser_processor is None:
             raise ValueError("predict_mask needs a human parser: call load_human_parser first")
         roles, masks = parser_roles(self.human_parser.config.id2label), []
-        for person in as_tensors(person_image, "person_image", 3):
+        for person in as_tensors(person_image, "person_image"):
             mask = agnostic_mask(self.parse_person(person), roles, cloth_types, looseness)
             if not mask.any():
                 raise ValueError(
@@ -511,17 +718,30 @@ class TryOnLatents:
 
 
 def _project(attn: Attention, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Queries, keys and values, each (B, heads, N, head_dim)."""
+    """Queries, keys and values, each (B, N, heads, head_dim)."""
     for layer in (attn.to_q, attn.to_k, attn.to_v):
-        yield layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        yield layer(hidden_states).unflatten(-1, (attn.heads, -1))
 
 
 def _output(attn: Attention, attended: torch.Tensor) -> torch.Tensor:
-    """(B, heads, N, head_dim) to (B, N, C), through `to_out`."""
-    return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+    """(B, N, heads, head_dim) to (B, N, C), through `to_out`."""
+    return attn.to_out[1](attn.to_out[0](attended.flatten(2)))
 
 
-class ClothCacheAttnProcessor:
+class ClothAttnProcessor:
+    """`attn1` that computes attention where `set_attention_backend` says, as diffusers' own processors do."""
+
+    _attention_backend = None  # class attributes: diffusers looks for them, and sets them on an instance
+    _parallel_config = None
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """(B, N, heads, head_dim), of as many tokens as the queries have."""
+        return dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+
+
+class ClothCacheAttnProcessor(ClothAttnProcessor):
     """`attn1` at inference: the first call reads the cloths and keeps their keys and values, later ones look at them too.
 
     In later calls the last rows are the conditional ones, a whole number for every cloth; rows before them (the
@@ -529,7 +749,7 @@ class ClothCacheAttnProcessor:
     """
 
     def __init__(self) -> None:
-        self.cloth: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values, (C, heads, N, head_dim)
+        self.cloth: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values, (C, N, heads, head_dim)
         self.rows = 0  # conditional rows of a denoising batch
 
     def __call__(
@@ -543,22 +763,20 @@ class ClothCacheAttnProcessor:
         query, key, value = _project(attn, hidden_states)
         if self.cloth is None:
             self.cloth = key, value
-            return _output(attn, F.scaled_dot_product_attention(query, key, value))
+            return _output(attn, self.attend(query, key, value))
         cloth_key, cloth_value = (x.repeat_interleave(self.rows // len(x), dim=0) for x in self.cloth)
         without = len(query) - self.rows
-        attended = F.scaled_dot_product_attention(
+        attended = self.attend(
             query[without:],
-            torch.cat([key[without:], cloth_key], dim=2),
-            torch.cat([value[without:], cloth_value], dim=2),
+            torch.cat([key[without:], cloth_key], dim=1),
+            torch.cat([value[without:], cloth_value], dim=1),
         )
         if without:
-            attended = torch.cat(
-                [F.scaled_dot_product_attention(query[:without], key[:without], value[:without]), attended]
-            )
+            attended = torch.cat([self.attend(query[:without], key[:without], value[:without]), attended])
         return _output(attn, attended)
 
 
-class ClothBesideAttnProcessor:
+class ClothBesideAttnProcessor(ClothAttnProcessor):
     """`attn1` in training: the batch is `[person rows ; cloth rows]`, and nothing is kept between calls.
 
     Person queries see `[person ; cloth]`, cloth queries the cloth alone. A person row whose `attention_mask` is 0 (the UNet
@@ -577,13 +795,11 @@ class ClothBesideAttnProcessor:
         (query, cloth_query), (key, cloth_key), (value, cloth_value) = (
             x.chunk(2) for x in _project(attn, hidden_states)
         )
-        cloth_attended = F.scaled_dot_product_attention(cloth_query, cloth_key, cloth_value)
+        cloth_attended = self.attend(cloth_query, cloth_key, cloth_value)
         if attention_mask is not None:
             hidden = (attention_mask.chunk(2)[0] < 0)[..., None]  # (B, 1, 1, 1)
             cloth_key, cloth_value = torch.where(hidden, key, cloth_key), torch.where(hidden, value, cloth_value)
-        attended = F.scaled_dot_product_attention(
-            query, torch.cat([key, cloth_key], dim=2), torch.cat([value, cloth_value], dim=2)
-        )
+        attended = self.attend(query, torch.cat([key, cloth_key], dim=1), torch.cat([value, cloth_value], dim=1))
         return _output(attn, torch.cat([attended, cloth_attended]))
 
 
@@ -635,6 +851,8 @@ def vton_attention(
     for name in before:
         if ".attn1." in name and self_attention is not None:
             during[name] = self_attention()
+            if hasattr(before[name], "_attention_backend"):
+                during[name]._attention_backend = before[name]._attention_backend
             installed.append(during[name])
         elif ".attn2." in name and cross_processor is not None:
             during[name] = cross_processor()
@@ -833,6 +1051,13 @@ def widen_conv_in(unet: UNet2DConditionModel) -> torch.nn.Conv2d:
     return old
 
 
+def hub_repository(name: str | os.PathLike | None) -> str | None:
+    """The Hub repository that a name, or a folder in the Hub's cache, stands for; None for any other folder."""
+    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", str(name)):
+        return f"{cached[1]}/{cached[2]}"
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists() else None
+
+
 def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Weights and metadata of a file; ValueError where it is none, or not whole."""
     try:
@@ -905,6 +1130,8 @@ def catvton_settings(source: str, mask_free: bool | None, base_in_channels: int)
         cross_attention="identity",
         mask_free=mask_free,
         guidance_scale=2.5,
+        scheduler_class="DDIMScheduler",
+        eta=1.0,
         base_model="timbrooks/instruct-pix2pix" if mask_free else "stable-diffusion-v1-5/stable-diffusion-inpainting",
     )
 
@@ -926,6 +1153,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
     def config(self) -> FrozenDict:
         """As diffusers'; the settings in it are the stack's top, whatever happened to the UNet since one looked last."""
         if "_said" in self.__dict__:
+            self._follow_scheduler()
             settings = asdict(self._settings())
             if not settings.items() <= self._internal_dict.items():  # set past __setattr__, which asks for `config`
                 self.__dict__["_internal_dict"] = FrozenDict({**self._internal_dict, **settings})
@@ -941,9 +1169,9 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             said = {name: checked[name] for name in names}
             if "base_in_channels" in said:
                 self._stack["base_in_channels"] = said.pop("base_in_channels")
-            number = self._layers()[-1]["number"]
+            top = self._layers()[-1]["id"]
             for known in (self._said, self._stack["said"]):
-                known[number] = known.get(number, {}) | said
+                known[top] = known.get(top, {}) | said
 
     def _begin_settings(self, **given: Any) -> None:
         """The settings of a new pipeline: as given, else what was last said of this UNet, else the defaults."""
@@ -952,38 +1180,37 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         if not stack["said"]:  # nobody has seen this UNet
             settings = asdict(AdapterSettings(**{"base_in_channels": stack["base_in_channels"]} | given))
             stack["base_in_channels"] = settings.pop("base_in_channels")
-            stack["said"][0] = settings
+            stack["said"]["base"] = settings
             given = {}
-        self._said = copy.deepcopy(stack["said"])  # by the numbers of the layers; by this pipeline alone from now on
-        number, checked = self._layers()[-1]["number"], asdict(AdapterSettings(**asdict(self._settings()) | given))
-        self._said[number] = self._said.get(number, {}) | {name: checked[name] for name in given}
+        self._layers_sampled = {layer["id"] for layer in self._layers()}  # whose schedulers had their turn
+        self._said = copy.deepcopy(stack["said"])  # by the layers' ids; by this pipeline alone from now on
+        top, checked = self._layers()[-1]["id"], asdict(AdapterSettings(**asdict(self._settings()) | given))
+        self._said[top] = self._said.get(top, {}) | {name: checked[name] for name in given}
 
     @property
     def _stack(self) -> dict[str, Any]:
         """What the UNet carries."""
-        unet = getattr(self.unet, "_orig_mod", self.unet)
+        unet = unwrap_module(self.unet)
         if unet is None:
-            return {"base_in_channels": None, "said": {}, "fixed": [], "adapter": None, "loras": {}, "layers": 0}
+            return {"base_in_channels": None, "said": {}, "fixed": [], "adapter": None, "loras": {}}
         if "vton_stack" not in vars(unet):
             unet.vton_stack = {
                 "base_in_channels": unet.config.in_channels,
-                "said": {0: self._said[0]} if "_said" in self.__dict__ else {},  # by the numbers of the layers
+                "said": {"base": self._said["base"]} if "_said" in self.__dict__ else {},  # by the layers' ids
                 "fixed": [],  # layers that were fused into the base
                 "adapter": None,  # its layer, with the base's weights
                 "loras": {},  # layers by the names of LoRAs
-                "layers": 0,  # so far
             }
         return unet.vton_stack
 
-    def _new_layer(self, settings: AdapterSettings) -> dict[str, Any]:
-        stack = self._stack
-        stack["layers"] += 1
-        return {"number": stack["layers"], "settings": asdict(settings)}
+    @staticmethod
+    def _new_layer(settings: AdapterSettings) -> dict[str, Any]:
+        return {"id": uuid.uuid4().hex, "settings": asdict(settings)}
 
     def _layers(self, loras: bool = True) -> list[dict[str, Any]]:
         """The layers in force, from the base up; without `loras` only what the UNet's own weights are."""
         stack = self._stack
-        layers = [{"number": 0, "settings": {}}, *stack["fixed"]]
+        layers = [{"id": "base", "settings": {}}, *stack["fixed"]]
         if stack["adapter"] is not None:
             layers.append(stack["adapter"])
         if loras and stack["loras"]:
@@ -999,8 +1226,33 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         settings = {}
         for layer in self._layers(loras):
             settings |= {name: value for name, value in layer["settings"].items() if value is not None}
-            settings |= self._said.get(layer["number"], {})
+            settings |= self._said.get(layer["id"], {})
         return AdapterSettings(**settings | {"base_in_channels": self._stack["base_in_channels"]})
+
+    def _follow_scheduler(self) -> None:
+        """Sample as the layers in force ask for: a new one puts its scheduler in, and one that went takes its own out.
+
+        The scheduler is built from the one before; betas and prediction type stay. A scheduler that somebody else put in is
+        theirs, and stays.
+        """
+        layers = {layer["id"]: layer["settings"].get("scheduler_class") for layer in self._layers()}
+        new = [identity for identity, name in layers.items() if name and identity not in self._layers_sampled]
+        if self.scheduler is None or layers.keys() == self._layers_sampled:
+            return
+        self._layers_sampled.clear()
+        self._layers_sampled.update(layers)
+        scheduler = self.scheduler
+        while getattr(scheduler, "vton_layer", "base") not in {"base", *layers}:
+            scheduler = scheduler.vton_replaced
+        for identity in new:
+            cls, config, options = getattr(diffusers, layers[identity]), scheduler.config, {}
+            silent = "clip_sample" not in config or "clip_sample" in config.get("_use_default_values", [])
+            if silent and "clip_sample" in inspect.signature(cls).parameters:
+                options["clip_sample"] = False  # latents are not pictures in [-1, 1]
+            replaced, scheduler = scheduler, cls.from_config(config, **options)
+            scheduler.vton_layer, scheduler.vton_replaced = identity, replaced
+        if scheduler is not self.scheduler:
+            self.scheduler = scheduler
 
     def load_vton_adapter(
         self,
@@ -1055,11 +1307,18 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self.unload_vton_adapter()
         conv_in = widen_conv_in(self.unet) if self.unet.config.in_channels == 4 else None
         parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
-        base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        stack["adapter"] = self._new_layer(settings) | {"weights": base, "conv_in": conv_in}
+        stack["adapter"] = self._new_layer(settings) | {"weights": before, "conv_in": conv_in}
+        self._follow_scheduler()
+        meant = hub_repository(settings.base_model)
+        base = hub_repository(self._said["base"].get("base_model")) or hub_repository(self.name_or_path)
+        if meant is not None and base is not None and meant != base:
+            warnings.warn(
+                f"the adapter {file} was trained on {meant}, and its weights replace those of {base}", stacklevel=2
+            )
 
     def unload_vton_adapter(self) -> None:
         """Put the base's weights back, bit for bit, and the settings that lie below the adapter's."""
@@ -1080,6 +1339,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self.unet.conv_in = adapter["conv_in"].to(self.unet.conv_in.weight)  # its device and dtype
             self.unet.register_to_config(in_channels=4)
         self._stack["adapter"] = None
+        self._follow_scheduler()
 
     def save_vton_adapter(self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings.
@@ -1121,12 +1381,14 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self._stack["loras"].pop(name, None)
             if brought is not None:
                 self._stack["loras"][name] = self._new_layer(brought)
+        self._follow_scheduler()
 
     def unload_lora_weights(self) -> None:
         """As diffusers unloads LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
         self._keep_fused(set(self._stack["loras"]))
         super().unload_lora_weights()
         self._stack["loras"].clear()
+        self._follow_scheduler()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """As diffusers deletes LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
@@ -1135,6 +1397,22 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         super().delete_adapters(adapter_names)
         for name in names:
             self._stack["loras"].pop(name, None)
+        self._follow_scheduler()
+
+    def set_adapters(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers sets the active LoRAs; their settings and scheduler follow."""
+        super().set_adapters(*args, **kwargs)
+        self._follow_scheduler()
+
+    def enable_lora(self) -> None:
+        """As diffusers enables LoRAs; their settings and scheduler follow."""
+        super().enable_lora()
+        self._follow_scheduler()
+
+    def disable_lora(self) -> None:
+        """As diffusers disables LoRAs; the settings and the scheduler below them follow."""
+        super().disable_lora()
+        self._follow_scheduler()
 
     def _keep_fused(self, names: set[str]) -> None:
         """Of LoRAs that are about to go: those that are merged become the base's for good, and an adapter under them too."""
@@ -1142,7 +1420,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         merged = {name for module in _lora_modules(self.unet) for name in module.merged_adapters}
         if merged & names:
             if stack["adapter"] is not None:
-                stack["fixed"].append({name: stack["adapter"][name] for name in ("number", "settings")})
+                stack["fixed"].append({name: stack["adapter"][name] for name in ("id", "settings")})
                 stack["adapter"] = None
             stack["fixed"] += [layer for name, layer in stack["loras"].items() if name in merged & names]
 
@@ -1287,9 +1565,25 @@ people, its biases included, is still there.
 """
 
 
-def _hub_name(name: str | None) -> str | None:
-    """The name, if it is a repository's on the Hub and not a folder's."""
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists() else None
+@contextmanager
+def written_whole(directory: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder whose files end in `directory` when all of them are written, and nowhere where an error ends it."""
+    directory = Path(directory)
+    new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".unfinished-") as unfinished:
+            yield Path(unfinished)
+            for file in sorted(Path(unfinished).rglob("*")):
+                place = directory / file.relative_to(unfinished)
+                if file.is_dir():
+                    place.mkdir(exist_ok=True)
+                else:
+                    os.replace(file, place)
+    except BaseException:
+        if new:
+            directory.rmdir()
+        raise
 
 
 class VTONHubMixin:
@@ -1331,25 +1625,29 @@ class VTONHubMixin:
         if self.unet.config.in_channels != 4:
             self._refuse_changed_unet()
         parser = {name: getattr(self, name) for name in ("human_parser", "human_parser_processor")}
-        if human_parser_license is None:
-            self.register_modules(**dict.fromkeys(parser))
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.register_modules(**parser)
-        folder = Path(save_directory)
-        index = json.loads((folder / self.config_name).read_text())
-        index["_class_name"] = ["pipeline_vton", type(self).__name__]
-        for (
-            component
-        ) in index.values():  # transformers' name where torchvision is missing; the plain one loads anywhere
-            if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
-                component[-1] = component[-1].removesuffix("Pil")
-        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        self._write_code(folder)
-        if self.unet.config.in_channels != 4:
-            self.save_vton_adapter(folder, dtype=self._lossless_dtype())
-        self._write_card(folder, folder.resolve().name, False, license, human_parser_license, eval_results)
+        with written_whole(save_directory) as folder:
+            if human_parser_license is None:
+                self.register_modules(**dict.fromkeys(parser))
+            try:
+                super().save_pretrained(folder, *args, **kwargs)
+            finally:
+                self.register_modules(**parser)
+            index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
+            index["_class_name"] = ["pipeline_vton", StableDiffusionVTONPipeline.__name__]
+            for component in index.values():
+                # transformers' name where torchvision is missing; the plain one loads anywhere
+                if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
+                    component[-1] = component[-1].removesuffix("Pil")
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / self.config_name).write_text(text, encoding="utf-8")
+            self._write_code(folder)
+            if self.unet.config.in_channels != 4:
+                self.save_vton_adapter(folder, dtype=self._lossless_dtype())
+            if (own := Path(save_directory, "README.md")).is_file():
+                shutil.copy(own, folder)
+            self._write_card(
+                folder, Path(save_directory).resolve().name, False, license, human_parser_license, eval_results
+            )
 
     def push_to_hub(
         self,
@@ -1400,15 +1698,21 @@ class VTONHubMixin:
             f"{repo_id} holds a try-on adapter, not a whole pipeline: load its base with DiffusionPipeline.from_pretrained("
             f"{base!r}, custom_pipeline={repo_id!r}, trust_remote_code=True), then pipe.load_vton_adapter({repo_id!r})"
         )
-        (folder / "vton.py").write_text(f"raise ValueError({message!r})\n")
-        index = {"_class_name": ["vton", type(self).__name__], "_diffusers_version": __version__}
-        (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "vton.py").write_text(f"raise ValueError({message!r})\n", encoding="utf-8")
+        name = StableDiffusionVTONPipeline.__name__
+        index = {"_class_name": ["vton", name], "_diffusers_version": __version__}
+        (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _write_code(self, folder: Path) -> None:
-        """This file, and one line under each of the two names that `custom_pipeline` looks for."""
-        (folder / "pipeline_vton.py").write_text(Path(inspect.getfile(type(self))).read_text())
-        for name in ("pipeline.py", "vton.py"):
-            (folder / name).write_text(f"from .pipeline_vton import {type(self).__name__}  # noqa: F401\n")
+    @staticmethod
+    def _write_code(folder: Path) -> None:
+        """This file, and one line under each of the two names that `custom_pipeline` looks for; of a subclass nothing."""
+        name = StableDiffusionVTONPipeline.__name__
+        if __name__ == "__main__":
+            raise ValueError(f"{name} has no file of its own that could be saved: import it from pipeline_vton.py")
+        code = inspect.getsource(sys.modules[__name__])
+        (folder / "pipeline_vton.py").write_text(code, encoding="utf-8")
+        for file in ("pipeline.py", "vton.py"):
+            (folder / file).write_text(f"from .pipeline_vton import {name}  # noqa: F401\n", encoding="utf-8")
 
     def _lossless_dtype(self) -> torch.dtype | None:
         """float16 where that changes no weight (trainers write so), else None: the UNet's own."""
@@ -1417,7 +1721,7 @@ class VTONHubMixin:
 
     def _published_base(self) -> str | None:
         """The base's repository on the Hub, as the adapter or the loading says, unless it is a folder."""
-        return _hub_name(self.config.base_model) or _hub_name(self.name_or_path)
+        return hub_repository(self.config.base_model) or hub_repository(self.name_or_path)
 
     def _write_card(
         self,
@@ -1430,7 +1734,7 @@ class VTONHubMixin:
     ) -> None:
         """README.md: a new one, or with the measurements added where somebody wrote one."""
         file = folder / "README.md"
-        if file.exists() and CARD_NOTE not in file.read_text():
+        if file.exists() and CARD_NOTE not in file.read_text(encoding="utf-8"):
             card = ModelCard.load(file)
         else:
             parser_license = None if adapter_only else human_parser_license
@@ -1490,7 +1794,7 @@ class VTONHubMixin:
         """Whose the human parser is, and what one may do with it."""
         if self.human_parser is None:
             return ""
-        source = _hub_name(self.human_parser.name_or_path)
+        source = hub_repository(self.human_parser.name_or_path)
         if license is not None:
             named = f", `{source}`," if source else ""
             return f"\nThe human parser in `human_parser/`{named} has a licence of its own: `{license}`.\n"
@@ -1520,6 +1824,45 @@ class VTONHubMixin:
 # -------------------------------------------------------------------------------------------------------- the pipeline
 
 
+class Turn:
+    """Whose turn it is with a UNet or a scheduler: a lock, and the pipelines whose calls hold it, with their schedulers."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.held: list[Any] = []
+
+
+# By UNet and by scheduler, which stay free to be copied and pickled. Kept in diffusers, for all copies of this file: whoever
+# loads a `custom_pipeline` twice has executed it twice.
+TURNS = vars(diffusers).setdefault("_vton_turns", weakref.WeakKeyDictionary())
+
+
+def in_turn(call: Callable) -> Callable:
+    """Let the calls of pipelines that share a UNet or a scheduler run one after the other, from whatever threads they come.
+
+    A callback may call another pipeline, on the same UNet too, that has a scheduler of its own.
+    """
+
+    @functools.wraps(call)
+    def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as turns:
+            for part in (unwrap_module(self.unet), self.scheduler):
+                if part is None:
+                    continue
+                turn = TURNS.setdefault(part, Turn())
+                turns.enter_context(turn.lock)
+                if any(held is self or held is self.scheduler for held in turn.held):
+                    raise RuntimeError(
+                        "a callback of a running call must not call the same pipeline, or one with its scheduler, whose state would "
+                        "be overwritten: give the inner pipeline a scheduler of its own"
+                    )
+                turns.callback(setattr, turn, "held", turn.held)
+                turn.held = [*turn.held, self, self.scheduler]
+            return call(self, *args, **kwargs)
+
+    return waiting
+
+
 @dataclass
 class TryOnInputs:
     """What `check_inputs` learnt of a call: the pictures, where in them to work, and at which size."""
@@ -1528,6 +1871,7 @@ class TryOnInputs:
     cloths: list[torch.Tensor]  # 1 or N of (3, H, W)
     masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none
     regions: list[tuple[int, int, int, int]]  # N of (left, top, right, bottom)
+    profiles: list[bytes | None]  # N ICC profiles of the persons, which the results carry
     height: int
     width: int
 
@@ -1623,22 +1967,13 @@ class StableDiffusionVTONPipeline(
     def resolve_size(
         self, person_height: int, person_width: int, height: int | None, width: int | None
     ) -> tuple[int, int]:
-        """The size to work at: as given; else the person's aspect, at about the native area."""
-        multiple = self.size_multiple
-        for name, side in (("height", height), ("width", width)):
-            if side is not None and (not isinstance(side, int) or side <= 0 or side % multiple):
-                raise ValueError(f"`{name}` must be a positive multiple of {multiple}, got {side!r}")
-        if height is None and width is None:
-            if self.config.height and self.config.width:
-                area = self.config.height * self.config.width
-            else:
-                size = self.unet.config.sample_size
-                area = math.prod(size if isinstance(size, (list, tuple)) else (size, size)) * self.vae_scale_factor**2
-            scale = math.sqrt(area / (person_height * person_width))
-            height, width = person_height * scale, person_width * scale
-        height = width * person_height / person_width if height is None else height
-        width = height * person_width / person_height if width is None else width
-        return tuple(max(multiple, round(side / multiple) * multiple) for side in (height, width))
+        """The size to work at: as given; else the person's aspect, at about the adapter's area, or the UNet's."""
+        if self.config.height and self.config.width:
+            area = self.config.height * self.config.width
+        else:
+            size = self.unet.config.sample_size
+            area = math.prod(size if isinstance(size, (list, tuple)) else (size, size)) * self.vae_scale_factor**2
+        return fit_size(person_height, person_width, height, width, area=area, multiple=self.size_multiple)
 
     def check_inputs(
         self,
@@ -1658,15 +1993,36 @@ class StableDiffusionVTONPipeline(
         if self.safety_checker is not None and self.feature_extractor is None:
             raise ValueError("`feature_extractor` must be given with a `safety_checker`, got None")
         cloth_types = as_cloth_types(cloth_type)
-        persons = as_tensors(person_image, "person_image", 3)
-        cloths = as_tensors(cloth_image, "cloth_image", 3)
-        masks = self._check_masks(persons, mask_image, cloth_types)
-        masks = [None] if masks is None else masks
+        if padding_mask_crop is not None and (not is_whole(padding_mask_crop) or padding_mask_crop < 0):
+            raise ValueError(
+                f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {padding_mask_crop!r}"
+            )
+        persons, person_profiles = as_tensors(person_image, "person_image"), colour_profiles(person_image)
+        cloths, cloth_profiles = as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image)
+        if mask_image is not None:
+            masks = as_masks(mask_image, "mask_image")
+        elif self.human_parser is not None:
+            masks = as_masks(self.predict_mask(persons, cloth_types), "mask_image")
+        elif not self.config.mask_free:
+            raise ValueError(
+                "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
+            )
+        elif padding_mask_crop is not None:
+            raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding_mask_crop!r} without one")
+        else:
+            masks = [None]
         count = max(len(persons), len(cloths), len(masks))
         for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks)):
             if len(pictures) not in {1, count}:
                 raise ValueError(f"`{name}` must number 1 or {count}, as the other pictures do, got {len(pictures)}")
-        persons = persons * count if len(persons) == 1 else persons
+        if len(persons) == 1:
+            persons, person_profiles = persons * count, person_profiles * count
+        if len(cloths) == 1 and len(set(person_profiles)) > 1:  # one cloth, in the colours of each
+            cloths, cloth_profiles = cloths * count, cloth_profiles * count
+        cloths = [
+            convert_profile(cloth, before, after)
+            for cloth, before, after in zip(cloths, cloth_profiles, person_profiles)
+        ]
         masks = masks * count if len(masks) == 1 else masks
         for person, mask in zip(persons, masks):
             if mask is not None and person.shape[1:] != mask.shape[1:]:
@@ -1679,41 +2035,11 @@ class StableDiffusionVTONPipeline(
                 f"`person_image` has pictures for {sorted(sizes)} (height, width): give `height` and `width`, or call once a size"
             )
         height, width = sizes.pop()
-        regions = [
-            self._region(person, person if mask is None else mask, height, width, padding_mask_crop)
-            for person, mask in zip(persons, masks)
-        ]
-        return TryOnInputs(persons, cloths, masks, regions, height, width)
-
-    def _check_masks(
-        self, persons: list[torch.Tensor], mask_image: PictureInput | None, cloth_types: list[str]
-    ) -> list[torch.Tensor] | None:
-        if mask_image is None:
-            if self.human_parser is not None:
-                mask_image = self.predict_mask(persons, cloth_types)
-            elif self.config.mask_free:
-                return None
-            else:
-                raise ValueError(
-                    "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
-                )
-        masks = [(mask >= 0.5).float() for mask in as_tensors(mask_image, "mask_image", 1)]
-        if any(not mask.any() for mask in masks):
-            raise ValueError("`mask_image` must be white where the cloth goes, got a mask that is black everywhere")
-        return masks
-
-    @staticmethod
-    def _region(
-        person: torch.Tensor, mask: torch.Tensor, height: int, width: int, padding: int | None
-    ) -> tuple[int, int, int, int]:
-        """Where in the picture to work: all of it, or the mask's surroundings at the aspect of height x width."""
-        if padding is None:
-            return (0, 0, person.shape[2], person.shape[1])
-        if not isinstance(padding, int) or padding < 0:
-            raise ValueError(f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {padding!r}")
-        if mask is person:
-            raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding!r} without one")
-        return VaeImageProcessor.get_crop_region(as_pil(mask), width, height, pad=padding)
+        if padding_mask_crop is None:
+            regions = [(0, 0, person.shape[2], person.shape[1]) for person in persons]
+        else:
+            regions = [crop_region(mask, height, width, int(padding_mask_crop)) for mask in masks]
+        return TryOnInputs(persons, cloths, masks, regions, person_profiles, height, width)
 
     def _check_sampling(
         self,
@@ -1917,25 +2243,6 @@ class StableDiffusionVTONPipeline(
         decoded = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(decoded, output_type="pt").float().cpu()
 
-    def composite(
-        self, image: torch.Tensor, person: torch.Tensor, mask: torch.Tensor | None, region: tuple[int, int, int, int]
-    ) -> torch.Tensor:
-        """Lay a result (3, h, w) into its photograph (3, H, W): outside the mask every pixel stays exactly as it is.
-
-        The seam is feathered inward only, over about 1/256 of the picture's larger side.
-        """
-        left, top, right, bottom = region
-        image = resize(image, bottom - top, right - left)
-        if mask is None:
-            return image
-        radius = max(person.shape[1:]) // 256
-        blurred = _as_tensor(as_pil(mask).filter(ImageFilter.GaussianBlur(radius)), "mask", 1)
-        alpha = (2 * blurred - 1).clamp(min=0) * mask if radius else mask
-        window = (slice(None), slice(top, bottom), slice(left, right))
-        result = person.clone()
-        result[window] = torch.lerp(person[window], image, alpha[window])
-        return torch.where(alpha > 0, result, person)
-
     def check_safety(self, images: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[bool] | None]:
         if self.safety_checker is None:
             return images, None
@@ -1948,9 +2255,11 @@ class StableDiffusionVTONPipeline(
         return checked, flags
 
     @staticmethod
-    def _convert_output(images: list[torch.Tensor], output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
+    def _convert_output(
+        images: list[torch.Tensor], output_type: str, profiles: list[bytes | None]
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
         if output_type == "pil":
-            return [as_pil(image) for image in images]
+            return [as_pil(image, profile) for image, profile in zip(images, profiles)]
         stack = torch.stack(images)
         return stack if output_type == "pt" else stack.movedim(1, -1).numpy()
 
@@ -1980,6 +2289,7 @@ class StableDiffusionVTONPipeline(
     def interrupt(self) -> bool:
         return self._interrupt
 
+    @in_turn
     @torch.no_grad()
     def __call__(
         self,
@@ -1999,7 +2309,7 @@ class StableDiffusionVTONPipeline(
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int = 1,
-        eta: float = 0.0,
+        eta: float | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -2020,7 +2330,7 @@ class StableDiffusionVTONPipeline(
                 draws it with the human parser, or needs a mask-free adapter.
             cloth_type: `"upper"`, `"lower"`, `"dress"` or a list of them, for the human parser.
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as in `StableDiffusionPipeline`; used by adapters
-                with `cross_attention="prompt"`.
+                with `cross_attention="prompt"`, which may bring a prompt for calls that give none.
             height, width: the size to work at, multiples of 64 for SD1.5. None keeps the person's aspect at about the native
                 area; one alone takes the other from the aspect.
             num_inference_steps: denoising steps, 50 by default.
@@ -2031,7 +2341,7 @@ class StableDiffusionVTONPipeline(
             guidance_interval: [start, end) in fractions of the steps; outside it the conditional branch runs alone
                 (arXiv:2404.07724).
             num_images_per_prompt: results for every person.
-            eta: for DDIM.
+            eta: noise that DDIM adds again at every step, 0 to 1 (arXiv:2010.02502); None takes the adapter's own.
             cross_attention_kwargs: `{"scale": ...}` of a LoRA.
             generator: one, or a list with one for every result.
             latents: the first noise (N * num_images_per_prompt, 4, h, w), before the scheduler's scale; the whole canvas in
@@ -2052,6 +2362,8 @@ class StableDiffusionVTONPipeline(
             ValueError, TypeError: an argument is wrong; the sentence names it and its value.
         """
         # 1. Check, and learn what there is to do
+        prompt = self.config.prompt if prompt is None and prompt_embeds is None else prompt
+        eta = (self.config.eta or 0.0) if eta is None else eta
         prompts = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
@@ -2150,14 +2462,14 @@ class StableDiffusionVTONPipeline(
             images, flags = latents, None
         else:
             images = list(self.decode_latents(latents))
+            index = [i // num_images_per_prompt for i in range(len(images))]
             if composite:
-                index = [i // num_images_per_prompt for i in range(len(images))]
                 images = [
-                    self.composite(image, inputs.persons[i], inputs.masks[i], inputs.regions[i])
+                    composite_result(image, inputs.persons[i], inputs.masks[i], inputs.regions[i])
                     for image, i in zip(images, index)
                 ]
             images, flags = self.check_safety(images)
-            images = self._convert_output(images, output_type)
+            images = self._convert_output(images, output_type, [inputs.profiles[i] for i in index])
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, flags

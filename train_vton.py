@@ -78,6 +78,7 @@ from pipeline_vton import (
     StableDiffusionVTONPipeline,
     TryOnLatents,
     adapter_parameters,
+    as_masks,
     as_pil,
     as_tensors,
     fit_cloth,
@@ -286,7 +287,7 @@ class Preparation:
 
 def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> Image.Image:
     try:
-        return as_pil(as_tensors(open_file(), name, 1 if role == "mask" else 3)[0])
+        return as_pil((as_masks if role == "mask" else as_tensors)(open_file(), name)[0])
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: some broken PNGs
         raise ValueError(f"{name} cannot be read: {error}") from error
 

@@ -3,11 +3,13 @@
 import copy
 import json
 import random
+import warnings
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -396,3 +398,142 @@ def test_a_copy_has_an_adapter_of_its_own(files):
     assert_same_state(pipe, with_adapter)
     pipe.unload_vton_adapter()
     assert_same_state(pipe, base)
+
+
+# ---- how the adapter is sampled
+
+
+def adapter_with(folder, **settings):
+    saved_adapter(folder, **settings)
+    return folder
+
+
+@pytest.mark.parametrize("config, clip_sample", [({}, False), ({"clip_sample": True}, True)])
+def test_an_adapter_is_sampled_by_its_scheduler_with_the_bases_betas(tmp_path, config, clip_sample):
+    adapter_with(tmp_path, scheduler_class="DDPMScheduler")
+    betas = {
+        "beta_start": 0.001,
+        "beta_end": 0.013,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction",
+    }
+    pipe = tiny_pipe(9)
+    pipe.scheduler = old = (DDIMScheduler if config else PNDMScheduler)(**betas, **config)
+    pipe.load_vton_adapter(tmp_path)
+    assert type(pipe.scheduler) is DDPMScheduler
+    assert (betas | {"clip_sample": clip_sample}).items() <= pipe.scheduler.config.items()
+    pipe.unload_vton_adapter()
+    assert pipe.scheduler is old
+    assert pipe.config.scheduler == ("diffusers", type(old).__name__)
+
+
+def test_a_scheduler_that_is_set_afterwards_stays(files, tmp_path):
+    adapter_with(tmp_path, scheduler_class="DDPMScheduler")
+    save_lora(tmp_path, FIRST, scheduler_class="DDIMScheduler")
+    pipe = tiny_pipe(9)
+    pipe.load_vton_adapter(tmp_path)
+    pipe.scheduler = mine = PNDMScheduler.from_config(pipe.scheduler.config)
+    pipe.load_lora_weights(tmp_path, weight_name=LORA_NAME)
+    assert type(pipe.scheduler) is DDIMScheduler
+    pipe.unload_lora_weights()
+    assert pipe.scheduler is mine
+    pipe.unload_vton_adapter()
+    assert pipe.scheduler is mine
+
+
+def test_a_loras_scheduler_is_in_force_as_long_as_the_lora_is(tmp_path):
+    adapter_with(tmp_path, scheduler_class="DDPMScheduler")
+    save_lora(tmp_path, FIRST, scheduler_class="DDIMScheduler")
+    pipe, seen = tiny_pipe(9), []
+    pipe.scheduler = base = PNDMScheduler.from_config(pipe.scheduler.config)
+    for action in (
+        lambda: pipe.load_vton_adapter(tmp_path),
+        lambda: pipe.load_lora_weights(tmp_path, weight_name=LORA_NAME, adapter_name="first"),
+        pipe.disable_lora,
+        pipe.enable_lora,
+        pipe.unload_vton_adapter,
+        lambda: pipe.delete_adapters("first"),
+    ):
+        action()
+        seen.append(type(pipe.scheduler).__name__.removesuffix("Scheduler"))
+    assert seen == ["DDPM", "DDIM", "DDPM", "DDIM", "DDIM", "PNDM"] and pipe.scheduler is base
+
+
+def test_an_older_adapter_leaves_the_bases_scheduler(files):
+    pipe = tiny_pipe(9)
+    before = pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    pipe.load_vton_adapter(files["adapter"])
+    assert pipe.scheduler is before
+
+
+def test_a_second_pipeline_puts_the_old_scheduler_back_too(tmp_path):
+    adapter_with(tmp_path, scheduler_class="DDIMScheduler", eta=1.0)
+    pipe = tiny_pipe(9)
+    old = pipe.scheduler
+    pipe.load_vton_adapter(tmp_path)
+    again = StableDiffusionVTONPipeline(**pipe.components)
+    assert again.scheduler is pipe.scheduler and again.config.eta == 1.0
+    again.unload_vton_adapter()
+    assert again.scheduler is old and pipe.config.eta is None and pipe.scheduler is old
+
+
+def test_a_saved_pipeline_keeps_the_scheduler_that_it_was_saved_with(tmp_path):
+    adapter_with(tmp_path / "adapter", scheduler_class="DDPMScheduler")
+    pipe = tiny_pipe(9)
+    pipe.load_vton_adapter(tmp_path / "adapter")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path)
+    again = StableDiffusionVTONPipeline.from_pretrained(tmp_path)
+    assert type(again.scheduler) is DDIMScheduler and again.config.scheduler_class == "DDPMScheduler"
+    again.load_vton_adapter(tmp_path / "adapter")
+    assert type(again.scheduler) is DDPMScheduler
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "SchedulerMixin2", "os"])
+def test_a_scheduler_that_is_none_is_refused(name):
+    refused(
+        lambda: AdapterSettings(scheduler_class=name),
+        f"`scheduler_class` must be .* diffusers scheduler, got '{name}'",
+    )
+
+
+def test_eta_none_is_the_adapters(tmp_path):
+    adapter_with(tmp_path, scheduler_class="DDIMScheduler", eta=1.0)
+    pipe = tiny_pipe(9)
+    pipe.load_vton_adapter(tmp_path)
+    noisy, still = run(pipe), run(pipe, eta=0.0)
+    assert (noisy == run(pipe, eta=1.0)).all() and abs(noisy - still).max() > 1e-3
+
+
+def test_an_adapters_prompt_is_used_where_a_call_gives_none():
+    pipe = tiny_pipe(9, text=True, cross_attention="prompt", prompt="a shirt")
+    shown, empty = run(pipe), run(pipe, prompt="")
+    assert (shown == run(pipe, prompt="a shirt")).all() and abs(shown - empty).max() > 1e-4
+    embeds = pipe.encode_prompt("", "cpu", 1, True)
+    given = run(pipe, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1])
+    assert (given == empty).all()
+
+
+@pytest.mark.parametrize(
+    "meant, base, warned",
+    [
+        ("me/one", "me/two", True),
+        ("me/one", "/cache/models--me--two/snapshots/12ab", True),
+        ("me/one", "/cache/models--me--one/snapshots/12ab", False),
+        ("me/one", "me/one", False),
+        ("me/one", "/data/some/base", False),
+        ("/data/other", "me/two", False),
+        (None, "me/two", False),
+        ("me/one", None, False),
+    ],
+)
+def test_an_adapter_on_another_base_warns_by_name(tmp_path, meant, base, warned):
+    adapter_with(tmp_path, base_model=meant)
+    pipe = tiny_pipe(9)
+    pipe.register_to_config(_name_or_path=base)  # as from_pretrained does
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        pipe.load_vton_adapter(tmp_path)
+    assert len(said) == warned
+    if warned:
+        assert "trained on me/one" in str(said[0].message) and "me/two" in str(said[0].message)

@@ -1,0 +1,88 @@
+"""What `save_pretrained` writes, from whose class, in which encoding, and what is left where it fails."""
+
+import locale
+from functools import partial
+
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from tiny import ROOT, run, tiny_pipe
+
+from pipeline_vton import StableDiffusionVTONPipeline
+
+
+class Shop(StableDiffusionVTONPipeline):
+    """A user's pipeline, with a secret in its file."""
+
+    PASSWORD = "open sesame"
+
+
+def test_a_subclass_is_saved_as_the_pipeline_that_it_is_made_of(tmp_path):
+    pipe = tiny_pipe(9)
+    shop = Shop(pipe.vae, pipe.unet, pipe.scheduler, cross_attention="identity")
+    shop.set_progress_bar_config(disable=True)
+    shop.save_pretrained(tmp_path)
+    assert (tmp_path / "pipeline_vton.py").read_bytes() == (ROOT / "pipeline_vton.py").read_bytes()
+    written = b"".join(file.read_bytes() for file in tmp_path.rglob("*.*") if file.suffix != ".safetensors")
+    assert b"open sesame" not in written and b"Shop" not in written
+    for loads in (
+        partial(DiffusionPipeline.from_pretrained, trust_remote_code=True),
+        StableDiffusionVTONPipeline.from_pretrained,
+    ):
+        loaded = loads(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        assert type(loaded).__name__ == "StableDiffusionVTONPipeline"
+        np.testing.assert_allclose(run(loaded), run(shop), atol=1.01 / 255)  # a rounding
+
+
+@pytest.fixture
+def ascii_files():
+    """Files are read and written in another encoding than UTF-8 where nobody says otherwise, as on Windows."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    yield
+    locale.setlocale(locale.LC_CTYPE, before)
+
+
+def test_an_interactive_interpreter_in_another_encoding_saves_and_keeps_a_card_in_utf_8(tmp_path, ascii_files):
+    own = "---\nlicense: mit\n---\n# Anprobe für alle \N{DRESS}\n"
+    (tmp_path / "README.md").write_text(own, encoding="utf-8")
+    with pytest.raises(UnicodeDecodeError):  # as it would be read without saying how
+        (tmp_path / "README.md").read_text()
+    typed = {"__name__": "__main__", "Base": StableDiffusionVTONPipeline}
+    exec("class Mine(Base): pass", typed)
+    pipe = tiny_pipe(9)
+    typed["Mine"](pipe.vae, pipe.unet, pipe.scheduler).save_pretrained(tmp_path)
+    assert own.splitlines()[-1] in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "pipeline_vton.py").read_bytes() == (ROOT / "pipeline_vton.py").read_bytes()
+    pipe.save_pretrained(tmp_path / "\N{DRESS}")
+    assert "# \N{DRESS}" in (tmp_path / "\N{DRESS}" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_save_that_fails_leaves_nothing_half_written(tmp_path):
+    pipe = tiny_pipe(9)
+    pipe.save_pretrained(tmp_path / "old")
+    before = {file: file.read_bytes() for file in (tmp_path / "old").rglob("*") if file.is_file()}
+    pipe.unet.conv_in.weight.data += 1
+    pipe.register_to_config(guidance_scale=2.0)
+    pipe.vae.to("meta")  # as sequential offloading leaves it: its weights cannot be written
+    for name in ("old", "new"):
+        with pytest.raises(NotImplementedError):
+            pipe.save_pretrained(tmp_path / name)
+    assert {file: file.read_bytes() for file in (tmp_path / "old").rglob("*") if file.is_file()} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["old"]
+
+
+def test_saving_again_replaces_the_files_and_keeps_others(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    tiny_pipe(9).save_pretrained(tmp_path)
+    other = tiny_pipe(9, seed=5, guidance_scale=2.0)
+    other.save_pretrained(tmp_path)
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
+    loaded = StableDiffusionVTONPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(run(loaded), run(other), atol=1.01 / 255)
+    assert loaded.config.guidance_scale == 2.0
+    assert f"# {tmp_path.name}" in ModelCard.load(tmp_path / "README.md").text

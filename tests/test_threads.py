@@ -1,0 +1,155 @@
+"""One UNet called from many threads, through one pipeline or many, and from callbacks."""
+
+import copy
+import gc
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from tiny import picture, run, seeded, tiny_pipe
+
+from pipeline_vton import TURNS, StableDiffusionVTONPipeline
+
+
+def around(unet_of, scheduler=None, **settings):
+    """Another pipeline on the same UNet, with a scheduler of its own."""
+    scheduler = scheduler or DDPMScheduler.from_config(unet_of.scheduler.config)
+    pipe = StableDiffusionVTONPipeline(unet_of.vae, unet_of.unet, scheduler, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def visit(pipe, number):
+    """One visitor's call; every one wants something else."""
+    options = {"guidance_scale": 1.0 + number % 3, "num_inference_steps": 2 + number % 2}
+    return run(pipe, picture(number), picture(100 + number), seed=number, output_type="latent", **options)
+
+
+@pytest.mark.parametrize(
+    "kind", ["one pipeline", "two pipelines", "two kinds of pipeline", "one scheduler, two UNets"]
+)
+def test_calls_from_many_threads_give_what_calls_one_after_the_other_give(kind):
+    first = tiny_pipe(9)
+    second = {
+        "one pipeline": lambda: first,
+        "two pipelines": lambda: around(first),
+        "two kinds of pipeline": lambda: around(first, cloth_conditioning="joint", cross_attention="identity"),
+        "one scheduler, two UNets": lambda: tiny_pipe(9, seed=5),
+    }[kind]()
+    if kind == "one scheduler, two UNets":
+        second.scheduler = first.scheduler
+    pipes = [first, second] * 4
+    before = dict(first.unet.attn_processors)
+    expected = [visit(pipe, number) for number, pipe in enumerate(pipes)]
+    together = threading.Barrier(4)
+
+    def call(pipe, number):
+        if number < 4:
+            together.wait()
+        return visit(pipe, number)
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(call, pipes, range(8)))
+    assert all(torch.equal(one, other) for one, other in zip(results, expected))
+    assert {name: id(one) for name, one in first.unet.attn_processors.items()} == {k: id(v) for k, v in before.items()}
+
+
+def test_a_call_that_fails_lets_the_next_one_in():
+    pipe = tiny_pipe(9)
+    for _ in range(2):
+        with pytest.raises(ValueError):
+            run(pipe, num_inference_steps=0)
+        with pytest.raises(ZeroDivisionError):
+            run(pipe, callback_on_step_end=lambda *args: 1 / 0)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(run, pipe).result(timeout=60).shape == (1, 32, 24, 3)
+
+
+def test_pipelines_of_two_executions_of_the_file_share_their_turns(tmp_path):
+    pipe = tiny_pipe(9)
+    pipe.save_pretrained(tmp_path)
+    other = DiffusionPipeline.from_pretrained(tmp_path, unet=pipe.unet, trust_remote_code=True)
+    other.set_progress_bar_config(disable=True)
+    assert type(other) is not type(pipe)
+    held, released, order = threading.Event(), threading.Event(), []
+
+    def hold(pipe, step, t, tensors):
+        held.set()
+        released.wait(60)
+        order.append("first")
+        return {}
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(run, pipe, num_inference_steps=1, callback_on_step_end=hold)
+        held.wait(60)
+        second = threads.submit(lambda: (run(other, num_inference_steps=1), order.append("second")))
+        with pytest.raises(TimeoutError):
+            second.result(timeout=1)
+        released.set()
+        first.result(60), second.result(60)
+    assert order == ["first", "second"]
+
+
+def test_a_callback_may_call_another_pipeline_on_the_same_unet():
+    pipe = tiny_pipe(9)
+    preview = around(pipe, cross_attention="identity")
+    alone, previews = run(pipe), []
+
+    def look(pipe, step, t, tensors):
+        previews.append(run(preview, num_inference_steps=1))
+        return {}
+
+    assert (run(pipe, callback_on_step_end=look) == alone).all()
+    assert len(previews) == 3 and (previews[0] == run(preview, num_inference_steps=1)).all()
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        "the same",
+        "one with its scheduler",
+        "one with its scheduler on another UNet",
+        "the same with another scheduler",
+    ],
+)
+def test_a_callback_may_not_call_a_pipeline_whose_state_is_in_use(inner):
+    pipe = tiny_pipe(9)
+    other = {
+        "the same": lambda: pipe,
+        "one with its scheduler": lambda: around(pipe, scheduler=pipe.scheduler),
+        "one with its scheduler on another UNet": lambda: around(tiny_pipe(9, seed=5), scheduler=pipe.scheduler),
+        "the same with another scheduler": lambda: pipe,
+    }[inner]()
+
+    def call(pipe, step, t, tensors):
+        if inner == "the same with another scheduler":
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        run(other)
+
+    with pytest.raises(RuntimeError, match="callback.*same pipeline.*scheduler of its own"):
+        run(pipe, callback_on_step_end=call)
+    if inner != "the same with another scheduler":
+        assert (run(pipe) == run(tiny_pipe(9))).all()
+
+
+def test_a_pipeline_that_was_called_can_be_copied_and_pickled():
+    pipe = tiny_pipe(9)
+    expected = run(pipe)
+    for unet in (copy.deepcopy(pipe.unet), pickle.loads(pickle.dumps(pipe.unet))):
+        other = StableDiffusionVTONPipeline(pipe.vae, unet, pipe.scheduler)
+        other.set_progress_bar_config(disable=True)
+        np.testing.assert_allclose(run(other), expected, atol=1.01 / 255)
+    np.testing.assert_allclose(run(copy.deepcopy(pipe), generator=seeded()), expected, atol=1.01 / 255)
+
+
+def test_a_unet_that_is_let_go_takes_its_turns_with_it():
+    pipe = tiny_pipe(9)
+    run(pipe, num_inference_steps=1)
+    count = len(TURNS)
+    del pipe
+    gc.collect()
+    assert len(TURNS) == count - 2
