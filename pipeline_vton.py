@@ -196,6 +196,11 @@ def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
     return masks
 
 
+def _is_many(pictures: PictureInput) -> bool:
+    """Whether it is a list or a batch, for which a list comes back."""
+    return isinstance(pictures, (list, tuple)) or getattr(pictures, "ndim", 3) == 4
+
+
 def _listed(pictures: PictureInput, name: str) -> list[Image.Image | np.ndarray | torch.Tensor]:
     if isinstance(pictures, (np.ndarray, torch.Tensor)) and pictures.ndim == 4:
         pictures = list(pictures)
@@ -614,8 +619,7 @@ class VTONMaskMixin:
             mask = Image.fromarray(mask.numpy().astype(np.uint8) * 255)
             mask = mask.resize((person.shape[2], person.shape[1]), Image.Resampling.BILINEAR)
             masks.append(mask.point(lambda value: 255 * (value >= 128)))
-        many = isinstance(person_image, (list, tuple)) or getattr(person_image, "ndim", 3) == 4
-        return masks if many else masks[0]
+        return masks if _is_many(person_image) else masks[0]
 
     def parse_person(self, person: torch.Tensor) -> torch.Tensor:
         """A person (3, H, W) in [0, 1] to label numbers (h, w), no larger than the picture or the parser's input."""
@@ -668,18 +672,39 @@ class TryOnLatents:
         dtype: torch.dtype | None = None,
     ) -> "TryOnLatents":
         """Encode person (B, 3, H, W) and cloth (C, 3, H, W) in [-1, 1] and the binary mask (B, 1, H, W)."""
-        scale = vae.config.scaling_factor
-        condition_scale = scale if condition_latents == "scaled" else 1.0
-        kept = person if mask_free else person * (mask < 0.5)
-        person_latents, cloth_latents = encode_latents(vae, kept).to(dtype), encode_latents(vae, cloth).to(dtype)
         return cls(
-            person=person_latents * condition_scale,
-            mask=F.interpolate(mask.to(person_latents), size=person_latents.shape[-2:]),  # nearest
-            cloth=cloth_latents * scale,
-            cloth_condition=cloth_latents * condition_scale,
+            **cls.encode_person(
+                vae, person, mask, mask_free=mask_free, condition_latents=condition_latents, dtype=dtype
+            ),
+            **cls.encode_cloth(vae, cloth, condition_latents=condition_latents, dtype=dtype),
             channels=channels,
             canvas_dim=2 if canvas_axis == "height" else 3,
         )
+
+    @staticmethod
+    def encode_person(
+        vae: AutoencoderKL,
+        person: torch.Tensor,
+        mask: torch.Tensor,
+        *,
+        mask_free: bool,
+        condition_latents: str,
+        dtype: torch.dtype | None,
+    ) -> dict[str, torch.Tensor]:
+        """`person` and `mask` of the latents."""
+        kept = person if mask_free else person * (mask < 0.5)
+        scale = vae.config.scaling_factor if condition_latents == "scaled" else 1.0
+        latents = encode_latents(vae, kept).to(dtype) * scale
+        return {"person": latents, "mask": F.interpolate(mask.to(latents), size=latents.shape[-2:])}  # nearest
+
+    @staticmethod
+    def encode_cloth(
+        vae: AutoencoderKL, cloth: torch.Tensor, *, condition_latents: str, dtype: torch.dtype | None
+    ) -> dict[str, torch.Tensor]:
+        """`cloth` and `cloth_condition` of the latents."""
+        latents, scale = encode_latents(vae, cloth).to(dtype), vae.config.scaling_factor
+        scaled = latents * scale
+        return {"cloth": scaled, "cloth_condition": scaled if condition_latents == "scaled" else latents}
 
     def _slots(self, noisy: torch.Tensor, mask: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         return torch.cat([noisy, mask, condition] if self.channels == 9 else [noisy, condition], dim=1)
@@ -1874,6 +1899,54 @@ class TryOnInputs:
     profiles: list[bytes | None]  # N ICC profiles of the persons, which the results carry
     height: int
     width: int
+    person_latents: list["PreparedPerson"] | None = None  # N, where the call was given them
+    cloth_latents: list["PreparedCloth"] | None = None  # 1 or N
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedPerson:
+    """A person of `prepare_person`, for a call to take in the place of photograph and mask."""
+
+    picture: torch.Tensor  # (3, H, W) in [0, 1]
+    mask: torch.Tensor | None  # (1, H, W), 0 or 1
+    region: tuple[int, int, int, int]
+    profile: bytes | None
+    height: int
+    width: int
+    latents: dict[str, torch.Tensor]  # person (1, 4, h, w) and mask (1, 1, h, w)
+    made_with: tuple  # the weights and settings that the latents depend on
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCloth:
+    """A cloth of `prepare_cloth`, for a call to take in the place of its picture."""
+
+    picture: torch.Tensor  # (3, H, W) in [0, 1]
+    profile: bytes | None
+    height: int
+    width: int
+    latents: dict[str, torch.Tensor]  # cloth and cloth_condition, (1, 4, h, w)
+    keys_values: (
+        list[tuple[torch.Tensor, torch.Tensor]] | None
+    )  # of every attn1, (1, heads, N, head_dim); None: read anew
+    made_with: tuple
+
+
+def _joined(prepared: list[PreparedPerson] | list[PreparedCloth]) -> dict[str, torch.Tensor]:
+    """Their latents as batches."""
+    return {name: torch.cat([one.latents[name] for one in prepared]) for name in prepared[0].latents}
+
+
+def weights_sum(model: torch.nn.Module) -> tuple:
+    """What tells a model's weights, and the LoRAs on them, from others: a sum of every parameter, dtypes and scales."""
+    parameters = [parameter.detach() for parameter in model.parameters() if parameter.device.type != "meta"]
+    sums = torch.stack([parameter.sum(dtype=torch.float32).cpu() for parameter in parameters]).tolist()
+    loras = [
+        (layer.active_adapters, dict(layer.scaling), layer.disable_adapters, layer.merged_adapters)
+        for layer in _lora_modules(model)
+        if hasattr(layer, "scaling")
+    ]
+    return model.dtype, sums, repr(loras)
 
 
 class StableDiffusionVTONPipeline(
@@ -1977,8 +2050,8 @@ class StableDiffusionVTONPipeline(
 
     def check_inputs(
         self,
-        person_image: PictureInput,
-        cloth_image: PictureInput,
+        person_image: PictureInput | PreparedPerson | list[PreparedPerson],
+        cloth_image: PictureInput | PreparedCloth | list[PreparedCloth],
         mask_image: PictureInput | None,
         cloth_type: str | list[str],
         height: int | None,
@@ -1986,10 +2059,7 @@ class StableDiffusionVTONPipeline(
         padding_mask_crop: int | None,
     ) -> TryOnInputs:
         """Check the pictures and sizes of a call; returns them as the rest of the call uses them."""
-        if self.unet.config.in_channels not in {8, 9}:
-            raise ValueError(
-                f"the UNet has {self.unet.config.in_channels} input channels, try-on needs 8 or 9: load an adapter with load_vton_adapter first"
-            )
+        self._check_components()
         if self.safety_checker is not None and self.feature_extractor is None:
             raise ValueError("`feature_extractor` must be given with a `safety_checker`, got None")
         cloth_types = as_cloth_types(cloth_type)
@@ -1997,28 +2067,36 @@ class StableDiffusionVTONPipeline(
             raise ValueError(
                 f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {padding_mask_crop!r}"
             )
-        persons, person_profiles = as_tensors(person_image, "person_image"), colour_profiles(person_image)
-        cloths, cloth_profiles = as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image)
-        if mask_image is not None:
-            masks = as_masks(mask_image, "mask_image")
-        elif self.human_parser is not None:
-            masks = as_masks(self.predict_mask(persons, cloth_types), "mask_image")
-        elif not self.config.mask_free:
-            raise ValueError(
-                "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
-            )
-        elif padding_mask_crop is not None:
-            raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding_mask_crop!r} without one")
+        people = self._prepared(person_image, PreparedPerson, "person_image")
+        pieces = self._prepared(cloth_image, PreparedCloth, "cloth_image")
+        if people:
+            for name, value in (("mask_image", mask_image), ("padding_mask_crop", padding_mask_crop)):
+                if value is not None:
+                    raise ValueError(
+                        f"`{name}` must be None with a prepared person, which brings its own, got {value!r}"
+                    )
+            persons, person_profiles = [p.picture for p in people], [p.profile for p in people]
+            masks = [p.mask for p in people]
         else:
-            masks = [None]
+            persons, person_profiles = as_tensors(person_image, "person_image"), colour_profiles(person_image)
+            masks = self._masks(persons, mask_image, cloth_types, padding_mask_crop)
+        if pieces:
+            cloths, cloth_profiles = [p.picture for p in pieces], [p.profile for p in pieces]
+        else:
+            cloths, cloth_profiles = as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image)
         count = max(len(persons), len(cloths), len(masks))
         for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks)):
             if len(pictures) not in {1, count}:
                 raise ValueError(f"`{name}` must number 1 or {count}, as the other pictures do, got {len(pictures)}")
         if len(persons) == 1:
             persons, person_profiles = persons * count, person_profiles * count
+            people = people and people * count
         if len(cloths) == 1 and len(set(person_profiles)) > 1:  # one cloth, in the colours of each
             cloths, cloth_profiles = cloths * count, cloth_profiles * count
+        if pieces and any(before != after for before, after in zip(cloth_profiles, person_profiles)):
+            raise ValueError(
+                "`cloth_image` was prepared for other colours than the person's: call prepare_cloth with the person's `profile`"
+            )
         cloths = [
             convert_profile(cloth, before, after)
             for cloth, before, after in zip(cloths, cloth_profiles, person_profiles)
@@ -2029,17 +2107,160 @@ class StableDiffusionVTONPipeline(
                 raise ValueError(
                     f"`mask_image` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(mask.shape[1:])}"
                 )
-        sizes = {self.resolve_size(*person.shape[1:], height, width) for person in persons}
+        if people:
+            sizes = {(p.height, p.width) for p in people}
+        else:
+            sizes = {self.resolve_size(*person.shape[1:], height, width) for person in persons}
         if len(sizes) > 1:
             raise ValueError(
                 f"`person_image` has pictures for {sorted(sizes)} (height, width): give `height` and `width`, or call once a size"
             )
-        height, width = sizes.pop()
-        if padding_mask_crop is None:
+        asked, (height, width) = (height, width), sizes.pop()
+        for name, prepared in (("person_image", people or []), ("cloth_image", pieces or [])):
+            for one in prepared:
+                wanted = (asked[0] or height, asked[1] or width)
+                if (one.height, one.width) != wanted:
+                    raise ValueError(
+                        f"`{name}` was prepared for {one.height}x{one.width} (height x width), this call works at "
+                        f"{wanted[0]}x{wanted[1]}"
+                    )
+        if people:
+            regions = [p.region for p in people]
+        elif padding_mask_crop is None:
             regions = [(0, 0, person.shape[2], person.shape[1]) for person in persons]
         else:
             regions = [crop_region(mask, height, width, int(padding_mask_crop)) for mask in masks]
-        return TryOnInputs(persons, cloths, masks, regions, person_profiles, height, width)
+        return TryOnInputs(persons, cloths, masks, regions, person_profiles, height, width, people, pieces)
+
+    def _check_components(self) -> None:
+        if self.unet.config.in_channels not in {8, 9}:
+            raise ValueError(
+                f"the UNet has {self.unet.config.in_channels} input channels, try-on needs 8 or 9: load an adapter with load_vton_adapter first"
+            )
+
+    def _masks(
+        self,
+        persons: list[torch.Tensor],
+        mask_image: PictureInput | None,
+        cloth_types: list[str],
+        padding_mask_crop: int | None,
+    ) -> list[torch.Tensor | None]:
+        """The masks as given, or as the human parser draws them; [None] where the adapter needs none."""
+        if mask_image is not None:
+            return as_masks(mask_image, "mask_image")
+        if self.human_parser is not None:
+            return as_masks(self.predict_mask(persons, cloth_types), "mask_image")
+        if not self.config.mask_free:
+            raise ValueError(
+                "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
+            )
+        if padding_mask_crop is not None:
+            raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding_mask_crop!r} without one")
+        return [None]
+
+    def _prepared(self, given: Any, kind: type, name: str) -> list | None:
+        """What prepare_person or prepare_cloth made, as a list; None for pictures."""
+        listed = list(given) if isinstance(given, (list, tuple)) else [given]
+        if not any(isinstance(one, (PreparedPerson, PreparedCloth)) for one in listed):
+            return None
+        if not all(isinstance(one, kind) for one in listed):
+            others = sorted({type(one).__name__ for one in listed} - {kind.__name__})
+            raise TypeError(f"`{name}` must be pictures, or {kind.__name__}s alone, got {', '.join(others)} too")
+        made_with = self._made_with(kind)
+        if any(one.made_with != made_with for one in listed):
+            prepare = "prepare_person" if kind is PreparedPerson else "prepare_cloth"
+            raise ValueError(
+                f"`{name}` was prepared with other weights, settings or on another device than the pipeline has now: call {prepare} again"
+            )
+        return listed
+
+    def _made_with(self, kind: type) -> tuple:
+        """The weights and settings that a prepared person or cloth depends on."""
+        settings = (self.config.mask_free, self.config.condition_latents, self.unet.dtype, self._execution_device)
+        if kind is PreparedPerson:
+            return (weights_sum(self.vae), *settings)
+        attention = (self.config.cloth_conditioning, self.config.cross_attention, self.unet.config.in_channels)
+        return (weights_sum(self.vae), weights_sum(self.unet), *settings, *attention)
+
+    @in_turn
+    @torch.no_grad()
+    def prepare_person(
+        self,
+        person_image: PictureInput,
+        mask_image: PictureInput | None = None,
+        cloth_type: str | list[str] = "upper",
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+    ) -> PreparedPerson | list[PreparedPerson]:
+        """Encode persons once, for many calls: what comes back is given to a call as `person_image`.
+
+        Args:
+            person_image, mask_image, cloth_type, height, width, padding_mask_crop: as in a call, which then takes none of the
+                last five (a height and a width must be these).
+
+        Returns:
+            One, or a list of them for a list or a batch. It holds for this VAE and these settings; a call says where not.
+        """
+        nothing = Image.new("RGB", (1, 1))
+        inputs = self.check_inputs(person_image, nothing, mask_image, cloth_type, height, width, padding_mask_crop)
+        latents, made_with = self._encode_persons(inputs), self._made_with(PreparedPerson)
+        prepared = [
+            PreparedPerson(
+                *of_one, inputs.height, inputs.width, {k: v[i : i + 1] for k, v in latents.items()}, made_with
+            )
+            for i, of_one in enumerate(zip(inputs.persons, inputs.masks, inputs.regions, inputs.profiles))
+        ]
+        self.maybe_free_model_hooks()
+        return prepared if _is_many(person_image) else prepared[0]
+
+    @in_turn
+    @torch.no_grad()
+    def prepare_cloth(
+        self, cloth_image: PictureInput, height: int, width: int, profile: bytes | None = None
+    ) -> PreparedCloth | list[PreparedCloth]:
+        """Encode and read cloths once, for many calls: what comes back is given to a call as `cloth_image`.
+
+        In reference mode the keys and values of every self-attention are kept, unless the adapter reads cloths with a prompt;
+        a call with `cross_attention_kwargs` reads the cloth again.
+
+        Args:
+            cloth_image: one or N cloths, as a call takes them.
+            height, width: the size that the calls work at, such as a prepared person's.
+            profile: the ICC profile of the persons (`PreparedPerson.profile`); None is sRGB.
+
+        Returns:
+            One, or a list of them for a list or a batch. It holds for these weights and settings; a call says where not.
+        """
+        self._check_components()
+        height, width = self.resolve_size(height or 1, width or 1, height, width)
+        cloths = [
+            convert_profile(cloth, before, profile)
+            for cloth, before in zip(as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image))
+        ]
+        latents, keys_values = self._encode_cloths(cloths, height, width), None
+        if self.config.cloth_conditioning == "reference" and self.config.cross_attention != "prompt":
+            self._cross_attention_kwargs = None
+            with vton_attention(self.unet, ClothCacheAttnProcessor, self.config.cross_attention) as processors:
+                blank = latents["cloth"][:, :1] * 0
+                rows = TryOnLatents(blank, blank, **latents, channels=self.unet.config.in_channels)
+                self.read_cloth(rows, None, processors)
+            keys_values = [processor.cloth for processor in processors]
+        made_with = self._made_with(PreparedCloth)
+        prepared = [
+            PreparedCloth(
+                cloth,
+                profile,
+                height,
+                width,
+                {name: value[i : i + 1] for name, value in latents.items()},
+                keys_values and [(key[i : i + 1], value[i : i + 1]) for key, value in keys_values],
+                made_with,
+            )
+            for i, cloth in enumerate(cloths)
+        ]
+        self.maybe_free_model_hooks()
+        return prepared if _is_many(cloth_image) else prepared[0]
 
     def _check_sampling(
         self,
@@ -2108,26 +2329,40 @@ class StableDiffusionVTONPipeline(
     # ---- the way through the model
 
     def encode_pictures(self, inputs: TryOnInputs) -> TryOnLatents:
-        """Stretch persons and masks to height x width, fit the cloths on white, and encode all three."""
-        size = {"height": inputs.height, "width": inputs.width}
-        device, dtype = self._execution_device, self.unet.dtype
+        """Stretch persons and masks to height x width, fit the cloths on white, and encode all that is not encoded yet."""
+        persons, cloths = inputs.person_latents, inputs.cloth_latents
+        return TryOnLatents(
+            **(_joined(persons) if persons else self._encode_persons(inputs)),
+            **(_joined(cloths) if cloths else self._encode_cloths(inputs.cloths, inputs.height, inputs.width)),
+            channels=self.unet.config.in_channels,
+            canvas_dim=2 if self.config.canvas_axis == "height" else 3,
+        )
+
+    def _encode_persons(self, inputs: TryOnInputs) -> dict[str, torch.Tensor]:
+        size, device = {"height": inputs.height, "width": inputs.width}, self._execution_device
         persons = [as_pil(person).crop(region) for person, region in zip(inputs.persons, inputs.regions)]
-        cloths = [fit_cloth(as_pil(cloth), **size) for cloth in inputs.cloths]
         if inputs.masks[0] is None:
             mask = torch.ones(len(persons), 1, inputs.height, inputs.width)
         else:
             masks = [as_pil(mask).crop(region) for mask, region in zip(inputs.masks, inputs.regions)]
             mask = self.mask_processor.preprocess(masks, **size)
-        return TryOnLatents.encode(
+        return TryOnLatents.encode_person(
             self.vae,
             self.image_processor.preprocess(persons, **size).to(device),
             mask.to(device),
-            self.image_processor.preprocess(cloths, **size).to(device),
-            channels=self.unet.config.in_channels,
             mask_free=self.config.mask_free,
             condition_latents=self.config.condition_latents,
-            canvas_axis=self.config.canvas_axis,
-            dtype=dtype,
+            dtype=self.unet.dtype,
+        )
+
+    def _encode_cloths(self, cloths: list[torch.Tensor], height: int, width: int) -> dict[str, torch.Tensor]:
+        size = {"height": height, "width": width}
+        pixels = self.image_processor.preprocess([fit_cloth(as_pil(cloth), **size) for cloth in cloths], **size)
+        return TryOnLatents.encode_cloth(
+            self.vae,
+            pixels.to(self._execution_device),
+            condition_latents=self.config.condition_latents,
+            dtype=self.unet.dtype,
         )
 
     def encode_prompts(
@@ -2196,16 +2431,24 @@ class StableDiffusionVTONPipeline(
         return latents.to(self._execution_device, self.unet.dtype) * self.scheduler.init_noise_sigma
 
     def read_cloth(
-        self, conditioning: TryOnLatents, prompt_embeds: torch.Tensor | None, processors: list[ClothCacheAttnProcessor]
+        self,
+        conditioning: TryOnLatents,
+        prompt_embeds: torch.Tensor | None,
+        processors: list[ClothCacheAttnProcessor],
+        prepared: list[PreparedCloth] | None = None,
     ) -> None:
-        """One pass of the cloths at timestep 0, whose keys and values the processors keep."""
+        """One pass of the cloths at timestep 0, whose keys and values the processors keep, unless `prepared` brings them."""
+        for processor in processors:
+            processor.rows = len(conditioning.person)
+        if prepared and prepared[0].keys_values and not self.cross_attention_kwargs:
+            for processor, of_layer in zip(processors, zip(*(cloth.keys_values for cloth in prepared))):
+                processor.cloth = tuple(torch.cat(parts) for parts in zip(*of_layer))
+            return
         rows = conditioning.cloth_rows()
         timesteps = torch.zeros(len(rows), device=rows.device, dtype=torch.long)
         self.unet(
             rows, timesteps, prompt_embeds, cross_attention_kwargs=self.cross_attention_kwargs, return_dict=False
         )
-        for processor in processors:
-            processor.rows = len(conditioning.person)
 
     def predict_noise(
         self,
@@ -2293,8 +2536,8 @@ class StableDiffusionVTONPipeline(
     @torch.no_grad()
     def __call__(
         self,
-        person_image: PictureInput,
-        cloth_image: PictureInput,
+        person_image: PictureInput | PreparedPerson | list[PreparedPerson],
+        cloth_image: PictureInput | PreparedCloth | list[PreparedCloth],
         mask_image: PictureInput | None = None,
         cloth_type: str | list[str] = "upper",
         prompt: str | list[str] | None = None,
@@ -2324,8 +2567,8 @@ class StableDiffusionVTONPipeline(
 
         Args:
             person_image: one or N photographs: PIL images of any mode and size, arrays (H, W, 3), tensors (3, H, W), batches
-                or lists of them. uint8 is 0-255, floats are 0-1.
-            cloth_image: one cloth, or N, in any size; it is fitted whole on white.
+                or lists of them (uint8 is 0-255, floats are 0-1), or what `prepare_person` made of them, mask included.
+            cloth_image: one cloth, or N, in any size, fitted whole on white, or what `prepare_cloth` made of them.
             mask_image: one mask or N, of their person's size: white (at least one half) where the picture may change. None
                 draws it with the human parser, or needs a mask-free adapter.
             cloth_type: `"upper"`, `"lower"`, `"dress"` or a list of them, for the human parser.
@@ -2433,7 +2676,7 @@ class StableDiffusionVTONPipeline(
             self.progress_bar(total=len(timesteps)) as progress_bar,
         ):
             if reference:
-                self.read_cloth(conditioning, cloth_embeds, processors)
+                self.read_cloth(conditioning, cloth_embeds, processors, inputs.cloth_latents)
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
