@@ -27,7 +27,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from diffusers import (
     UNet2DConditionModel,
     __version__,
 )
+from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import FrozenDict
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
@@ -729,14 +730,17 @@ class TryOnLatents:
     def person_part(self, canvas: torch.Tensor) -> torch.Tensor:
         return canvas.chunk(2, dim=self.canvas_dim)[0]
 
+    def one_cloth_each(self) -> "TryOnLatents":
+        """The same, with a cloth for every person where one was for all."""
+        cloths = {
+            name: getattr(self, name).expand(len(self.person), -1, -1, -1) for name in ("cloth", "cloth_condition")
+        }
+        return replace(self, **cloths)
+
     def repeat(self, times: int, cloth: bool) -> "TryOnLatents":
         """Every person `times` times in a row, and every cloth too if asked."""
-        repeated = {name: getattr(self, name).repeat_interleave(times, dim=0) for name in ("person", "mask")}
-        if cloth:
-            repeated |= {
-                name: getattr(self, name).repeat_interleave(times, dim=0) for name in ("cloth", "cloth_condition")
-            }
-        return TryOnLatents(**(vars(self) | repeated))
+        names = ("person", "mask", "cloth", "cloth_condition") if cloth else ("person", "mask")
+        return replace(self, **{name: getattr(self, name).repeat_interleave(times, dim=0) for name in names})
 
 
 # ----------------------------------------------------------------------------------------- attention that sees a cloth
@@ -754,7 +758,11 @@ def _output(attn: Attention, attended: torch.Tensor) -> torch.Tensor:
 
 
 class ClothAttnProcessor:
-    """`attn1` that computes attention where `set_attention_backend` says, as diffusers' own processors do."""
+    """`attn1` that computes attention where `set_attention_backend` says, as diffusers' own processors do.
+
+    diffusers hands every processor the same arguments: a self-attention of these UNets has no use for `encoder_hidden_states`
+    and `temb`, and at inference nobody gives an `attention_mask`.
+    """
 
     _attention_backend = None  # class attributes: diffusers looks for them, and sets them on an instance
     _parallel_config = None
@@ -829,7 +837,7 @@ class ClothBesideAttnProcessor(ClothAttnProcessor):
 
 
 class SkipAttnProcessor:
-    """`attn2` that adds nothing."""
+    """`attn2` that adds nothing, whatever it is given."""
 
     def __call__(
         self,
@@ -1376,10 +1384,13 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
             )
         self._refuse_changed_unet()
+        weights = {name: parameter.detach().to(dtype) for name, parameter in self._adapter_parameters().items()}
+        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, self._settings(loras=False))
+
+    def _adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What an adapter of this UNet holds, LoRAs aside."""
         settings = self._settings(loras=False)
-        parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
-        weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
-        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, settings)
+        return adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
 
     def load_lora_weights(
         self,
@@ -1640,13 +1651,7 @@ class VTONHubMixin:
             raise ValueError(
                 "`push_to_hub=True` would upload before the code is written: call pipe.push_to_hub(repo_id) instead"
             )
-        for name in ("unet", "text_encoder"):
-            component = getattr(self, name)
-            if component is not None and any(_lora_modules(component)):
-                raise ValueError(
-                    f"`{name}` has LoRA layers, and with them would be saved what does not load: call unload_lora_weights first, "
-                    "after fuse_lora to keep what they do"
-                )
+        self._refuse_lora_layers()
         if self.unet.config.in_channels != 4:
             self._refuse_changed_unet()
         parser = {name: getattr(self, name) for name in ("human_parser", "human_parser_processor")}
@@ -1698,6 +1703,7 @@ class VTONHubMixin:
         Returns:
             The commit's address.
         """
+        self._refuse_changed_unet() if adapter_only else self._refuse_lora_layers()
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as directory:
             folder = Path(directory)
@@ -1713,6 +1719,15 @@ class VTONHubMixin:
             return self._upload_folder(
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
             )
+
+    def _refuse_lora_layers(self) -> None:
+        for name in ("unet", "text_encoder"):
+            component = getattr(self, name)
+            if component is not None and any(_lora_modules(component)):
+                raise ValueError(
+                    f"`{name}` has LoRA layers, and with them would be saved what does not load: call unload_lora_weights first, "
+                    "after fuse_lora to keep what they do"
+                )
 
     def _save_adapter_repository(self, folder: Path, repo_id: str) -> None:
         """The adapter, its code, and a `vton.py` that tells who loads it as a whole pipeline how to load it."""
@@ -1741,12 +1756,12 @@ class VTONHubMixin:
 
     def _lossless_dtype(self) -> torch.dtype | None:
         """float16 where that changes no weight (trainers write so), else None: the UNet's own."""
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.base_in_channels == 4).values()
+        parameters = self._adapter_parameters().values()
         return torch.float16 if all(torch.equal(p, p.half().to(p.dtype)) for p in parameters) else None
 
     def _published_base(self) -> str | None:
         """The base's repository on the Hub, as the adapter or the loading says, unless it is a folder."""
-        return hub_repository(self.config.base_model) or hub_repository(self.name_or_path)
+        return hub_repository(self._settings(loras=False).base_model) or hub_repository(self.name_or_path)
 
     def _write_card(
         self,
@@ -1776,10 +1791,10 @@ class VTONHubMixin:
         human_parser_license: str | None,
         eval_results: list[EvalResult],
     ) -> ModelCard:
-        base = self._published_base()
+        base, settings = self._published_base(), self._settings(loras=False)
         if license is None:
             license = "creativeml-openrail-m" if base in OPENRAIL_BASES else "unknown"
-            if self.config.cross_attention == "identity":  # CatVTON's weights, whatever became of them
+            if settings.cross_attention == "identity":  # CatVTON's weights, whatever became of them
                 license = "cc-by-nc-sa-4.0"
         data = ModelCardData(
             license=license,
@@ -1791,9 +1806,9 @@ class VTONHubMixin:
         code = CARD_CODE.format(
             load=onto if adapter_only else whole,
             adapter=f'pipe.load_vton_adapter("{name}")\n' if adapter_only else "",
-            mask="None" if self.config.mask_free or human_parser_license else 'load_image("mask.png")',
+            mask="None" if settings.mask_free or human_parser_license else 'load_image("mask.png")',
         )
-        settings = {name: value for name, value in asdict(self._settings()).items() if value is not None}
+        known = {name: value for name, value in asdict(settings).items() if value is not None}
         measured = [
             f"| {r.dataset_name} | {r.metric_name or r.metric_type} | {r.metric_value} |" for r in eval_results
         ]
@@ -1806,7 +1821,7 @@ class VTONHubMixin:
             if adapter_only
             else f"`custom_pipeline` may be left out. The adapter alone goes onto a base that is already there with "
             f'`DiffusionPipeline.from_pretrained({onto}, trust_remote_code=True)` and `pipe.load_vton_adapter("{name}")`.\n',
-            settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
+            settings="\n".join(f"| {name} | {value} |" for name, value in known.items()),
             measured="\n".join(["| data | metric | value |", "|---|---|---|", *measured])
             if measured
             else "Nothing yet.",
@@ -1849,6 +1864,102 @@ class VTONHubMixin:
 # -------------------------------------------------------------------------------------------------------- the pipeline
 
 
+def check_sampling(
+    *,
+    guidance_scale: float,
+    num_inference_steps: int = 1,
+    timesteps: list[int] | None = None,
+    guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    eta: float = 0.0,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """ValueError where a call's arguments of how to denoise are wrong; the sentence names one and its value."""
+    if not is_whole(num_inference_steps) or num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be a positive whole number, got {num_inference_steps!r}")
+    if not is_number(guidance_scale):
+        raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}")
+    for name, number in (("guidance_rescale", guidance_rescale), ("eta", eta)):
+        if not is_number(number) or not 0 <= number <= 1:
+            raise ValueError(f"`{name}` must be a number from 0 to 1, got {number!r}")
+    try:
+        start, end = guidance_interval
+        ordered = 0 <= start <= end <= 1
+    except (TypeError, ValueError):
+        ordered = False
+    if not ordered:
+        raise ValueError(
+            f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval!r}"
+        )
+    if timesteps is not None and len(timesteps) == 0:
+        raise ValueError(f"`timesteps` must be None or hold at least one, got {timesteps!r}")
+    if cross_attention_kwargs is not None and (
+        not isinstance(cross_attention_kwargs, dict) or cross_attention_kwargs.keys() - {"scale"}
+    ):
+        raise ValueError(
+            f"`cross_attention_kwargs` must be None or {{'scale': a LoRA's scale}}, got {cross_attention_kwargs!r}"
+        )
+
+
+def check_callback(callback: Callable | None, names: list[str], known: list[str]) -> list[str]:
+    """The tensors that a callback gets: those named, or those that one of diffusers' own asks for itself.
+
+    Raises:
+        TypeError, ValueError: it is no callback, or asks for what is not known here.
+    """
+    if callback is not None and not callable(callback):
+        raise TypeError(f"`callback_on_step_end` must be callable, got {type(callback).__name__}")
+    callbacks = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
+    if any(isinstance(one, IPAdapterScaleCutoffCallback) for one in callbacks):
+        raise ValueError("`callback_on_step_end` sets the scale of an IP-Adapter, which try-on has none of")
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        names = callback.tensor_inputs
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`callback_on_step_end_tensor_inputs` must be a list of names, got {names!r}")
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` may name {', '.join(known)}, got {', '.join(unknown)}")
+    return list(names)
+
+
+def call_back(
+    callback: Callable,
+    pipe: DiffusionPipeline,
+    step: int,
+    t: torch.Tensor,
+    tensors: dict[str, torch.Tensor | None],
+    names: list[str],
+) -> dict[str, torch.Tensor]:
+    """Call `callback_on_step_end` and check what it returns: the tensors that replace those in `tensors`, by their names.
+
+    diffusers' own callbacks look at prompt embeddings where there are none, and take their last row for the conditional ones:
+    they get embeddings of no tokens, and that row replaces nothing.
+    """
+    official = isinstance(callback, (PipelineCallback, MultiPipelineCallbacks))
+    nothing = tensors["latents"].new_zeros(len(tensors["latents"]), 0, pipe.unet.config.cross_attention_dim)
+    shown = {name: nothing if official and tensors[name] is None else tensors[name] for name in names}
+    returned = callback(pipe, step, t, dict(shown))
+    returned = {} if returned is None else returned
+    if not isinstance(returned, dict):
+        raise TypeError(
+            f"`callback_on_step_end` must return a dictionary of the tensors that it changed, got {type(returned).__name__}"
+        )
+    changed = {}
+    for name, value in returned.items():
+        if name not in tensors:
+            raise ValueError(f"`callback_on_step_end` may return {', '.join(tensors)}, got {name!r}")
+        before = tensors[name]
+        if value is before or before is None:
+            continue
+        tensor = isinstance(value, torch.Tensor)
+        if official and tensor and torch.equal(value, before[-1:]):
+            continue
+        if not tensor or value.shape != before.shape:
+            got = tuple(value.shape) if tensor else type(value).__name__
+            raise ValueError(f"`callback_on_step_end` must return `{name}` of shape {tuple(before.shape)}, got {got}")
+        changed[name] = value.to(before)
+    return changed
+
+
 class Turn:
     """Whose turn it is with a UNet or a scheduler: a lock, and the pipelines whose calls hold it, with their schedulers."""
 
@@ -1888,19 +1999,92 @@ def in_turn(call: Callable) -> Callable:
     return waiting
 
 
+# What a UNet's config may ask for beside latents, a timestep and text.
+OTHER_INPUTS = {
+    "encoder_hid_dim_type": "the pictures of an IP-Adapter, or other features",
+    "addition_embed_type": "SDXL's sizes and pooled text, or other embeddings",
+    "class_embed_type": "class labels",
+    "num_class_embeds": "class labels",
+    "time_cond_proj_dim": "an embedding of the guidance scale",
+}
+
+
+def check_unet(unet: UNet2DConditionModel, reference: bool) -> None:
+    """ValueError where a UNet asks for what try-on does not give, or carries what would mix the cloth's pass with the person's.
+
+    Args:
+        unet: the UNet.
+        reference: whether the cloth is read in a pass of its own.
+    """
+    for name, what in OTHER_INPUTS.items():
+        if (asked := unet.config.get(name)) is not None:
+            raise ValueError(f"the UNet asks for {what}, which try-on does not give: its `{name}` is {asked!r}")
+    if not reference:
+        return
+    if (wrapper := getattr(unet.forward, "__module__", None) or "").partition(".")[0] == "DeepCache":
+        raise ValueError(
+            f"DeepCache ({wrapper}) counts the pass that reads the cloth as a step: disable its helper first"
+        )
+    for module in unet.modules():
+        for name, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items():
+            if hook._is_stateful:
+                raise ValueError(
+                    f"the UNet's {name} hook keeps results from call to call, and would keep those of the pass that reads the cloth: "
+                    "disable it first"
+                )
+
+
+def check_scheduler(scheduler: KarrasDiffusionSchedulers) -> None:
+    """ValueError where a scheduler cannot step Stable Diffusion's latents from noise, as those for flow matching cannot."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"the `scheduler` {name} is set up for flow matching, which Stable Diffusion's UNets do not predict"
+        )
+    lacking = [part for part in ("init_noise_sigma", "scale_model_input", "timesteps") if not hasattr(scheduler, part)]
+    parameters = list(inspect.signature(scheduler.step).parameters.values())
+    asked = [p.name for p in parameters[3:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if lacking or asked:
+        trouble = f"it has no {lacking[0]}" if lacking else f"its steps ask for {asked[0]}"
+        raise ValueError(f"the `scheduler` {name} is not for Stable Diffusion: {trouble}; DDPMScheduler is the card's")
+
+
+def check_finite(values: torch.Tensor, what: str, dtype: torch.dtype) -> None:
+    """ValueError where a model's result holds NaN or infinity, with the usual remedy."""
+    if not torch.isfinite(values).all():
+        remedy = (
+            "load it in torch.bfloat16 or torch.float32, whose range is wider"
+            if dtype == torch.float16
+            else "check its weights, and `latents` and `guidance_scale` if they were given"
+        )
+        raise ValueError(f"{what} in {dtype} gave NaN or infinity, which would be a black picture: {remedy}")
+
+
 @dataclass
 class TryOnInputs:
-    """What `check_inputs` learnt of a call: the pictures, where in them to work, and at which size."""
+    """What `check_inputs` learnt of a call: the pictures, where in them to work, at which size, and with which text."""
 
     persons: list[torch.Tensor]  # N of (3, H, W) in [0, 1]
     cloths: list[torch.Tensor]  # 1 or N of (3, H, W)
-    masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none
-    regions: list[tuple[int, int, int, int]]  # N of (left, top, right, bottom)
+    masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none (yet)
     profiles: list[bytes | None]  # N ICC profiles of the persons, which the results carry
     height: int
     width: int
+    padding: int | None  # `padding_mask_crop`
+    noise_shape: tuple[int, ...]  # (B, 4, h, w) of all results, or whole canvases
+    prompts: dict[str, Any] | None  # `encode_prompt`'s arguments, for N; None where text is not used
+
     person_latents: list["PreparedPerson"] | None = None  # N, where the call was given them
     cloth_latents: list["PreparedCloth"] | None = None  # 1 or N
+
+    @functools.cached_property
+    def regions(self) -> list[tuple[int, int, int, int]]:
+        """Where in every photograph to work, as (left, top, right, bottom): all of it, or the mask's surroundings."""
+        if self.person_latents:
+            return [person.region for person in self.person_latents]
+        if self.padding is None:
+            return [(0, 0, person.shape[2], person.shape[1]) for person in self.persons]
+        return [crop_region(mask, self.height, self.width, self.padding) for mask in self.masks]
 
 
 @dataclass(frozen=True, eq=False)
@@ -2025,17 +2209,14 @@ class StableDiffusionVTONPipeline(
         )
         self._begin_settings(**{setting.name: values[setting.name] for setting in fields(AdapterSettings)})
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        unet_levels = len(unet.config.block_out_channels) if unet is not None else 4
+        self.size_multiple = self.vae_scale_factor * 2 ** (unet_levels - 1)  # of heights and widths; 64 for SD1.5
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.mask_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
 
     # ---- what a call is asked for
-
-    @property
-    def size_multiple(self) -> int:
-        """Heights and widths are multiples of this: 64 for SD1.5."""
-        return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     def resolve_size(
         self, person_height: int, person_width: int, height: int | None, width: int | None
@@ -2052,17 +2233,36 @@ class StableDiffusionVTONPipeline(
         self,
         person_image: PictureInput | PreparedPerson | list[PreparedPerson],
         cloth_image: PictureInput | PreparedCloth | list[PreparedCloth],
-        mask_image: PictureInput | None,
-        cloth_type: str | list[str],
-        height: int | None,
-        width: int | None,
-        padding_mask_crop: int | None,
+        mask_image: PictureInput | None = None,
+        cloth_type: str | list[str] = "upper",
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+        *,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        composite: bool = True,
+        output_type: str = "pil",
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        **sampling: Any,
     ) -> TryOnInputs:
-        """Check the pictures and sizes of a call; returns them as the rest of the call uses them."""
+        """Check everything that a call was asked for, before any model runs; returns what the rest of the call uses.
+
+        Args:
+            person_image, ..., sampling: the call's, those that it takes from the adapter resolved.
+
+        Raises:
+            ValueError, TypeError: one is wrong; the sentence names it and its value.
+        """
         self._check_components()
         if self.safety_checker is not None and self.feature_extractor is None:
             raise ValueError("`feature_extractor` must be given with a `safety_checker`, got None")
-        cloth_types = as_cloth_types(cloth_type)
+        as_cloth_types(cloth_type)
         if padding_mask_crop is not None and (not is_whole(padding_mask_crop) or padding_mask_crop < 0):
             raise ValueError(
                 f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {padding_mask_crop!r}"
@@ -2075,11 +2275,24 @@ class StableDiffusionVTONPipeline(
                     raise ValueError(
                         f"`{name}` must be None with a prepared person, which brings its own, got {value!r}"
                     )
+        if output_type not in {"pil", "np", "pt", "latent"}:
+            raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}")
+        if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be a positive whole number, got {num_images_per_prompt!r}")
+        check_sampling(guidance_scale=guidance_scale, **sampling)
+        if mask_image is None and self.human_parser is None and not people:
+            if not self.config.mask_free:
+                raise ValueError(
+                    "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
+                )
+            if padding_mask_crop is not None:
+                raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding_mask_crop!r} without one")
+        if people:
             persons, person_profiles = [p.picture for p in people], [p.profile for p in people]
             masks = [p.mask for p in people]
         else:
             persons, person_profiles = as_tensors(person_image, "person_image"), colour_profiles(person_image)
-            masks = self._masks(persons, mask_image, cloth_types, padding_mask_crop)
+            masks = [None] if mask_image is None else as_masks(mask_image, "mask_image")
         if pieces:
             cloths, cloth_profiles = [p.picture for p in pieces], [p.profile for p in pieces]
         else:
@@ -2107,10 +2320,15 @@ class StableDiffusionVTONPipeline(
                 raise ValueError(
                     f"`mask_image` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(mask.shape[1:])}"
                 )
+        own_sizes = {tuple(person.shape[1:]) for person in persons}
+        if composite and output_type in {"np", "pt"} and len(own_sizes) > 1:
+            raise ValueError(
+                f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(own_sizes)}: use 'pil'"
+            )
         if people:
             sizes = {(p.height, p.width) for p in people}
         else:
-            sizes = {self.resolve_size(*person.shape[1:], height, width) for person in persons}
+            sizes = {self.resolve_size(*size, height, width) for size in own_sizes}
         if len(sizes) > 1:
             raise ValueError(
                 f"`person_image` has pictures for {sorted(sizes)} (height, width): give `height` and `width`, or call once a size"
@@ -2124,39 +2342,49 @@ class StableDiffusionVTONPipeline(
                         f"`{name}` was prepared for {one.height}x{one.width} (height x width), this call works at "
                         f"{wanted[0]}x{wanted[1]}"
                     )
-        if people:
-            regions = [p.region for p in people]
-        elif padding_mask_crop is None:
-            regions = [(0, 0, person.shape[2], person.shape[1]) for person in persons]
-        else:
-            regions = [crop_region(mask, height, width, int(padding_mask_crop)) for mask in masks]
-        return TryOnInputs(persons, cloths, masks, regions, person_profiles, height, width, people, pieces)
+        noise_shape = [
+            count * int(num_images_per_prompt), self.vae.config.latent_channels,
+            height // self.vae_scale_factor, width // self.vae_scale_factor,
+        ]  # fmt: skip
+        if self.config.cloth_conditioning == "joint":
+            noise_shape[2 if self.config.canvas_axis == "height" else 3] *= 2
+        if latents is not None and not isinstance(latents, torch.Tensor):
+            raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}")
+        if latents is not None and list(latents.shape) != noise_shape:
+            raise ValueError(f"`latents` must have shape {tuple(noise_shape)}, got {tuple(latents.shape)}")
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
+            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}")
+        if isinstance(generator, list) and len(generator) != noise_shape[0]:
+            raise ValueError(
+                f"`generator` must be one or {noise_shape[0]}, one for every result, got {len(generator)}"
+            )
+        return TryOnInputs(
+            persons=persons,
+            cloths=cloths,
+            masks=masks,
+            profiles=person_profiles,
+            height=height,
+            width=width,
+            padding=None if padding_mask_crop is None else int(padding_mask_crop),
+            noise_shape=tuple(noise_shape),
+            prompts=self._check_prompts(
+                count, guidance_scale > 1, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
+            ),
+            person_latents=people,
+            cloth_latents=pieces,
+        )
 
     def _check_components(self) -> None:
+        for name in ("vae", "unet", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"a call needs the component `{name}`, got None")
+        check_unet(self.unet, self.config.cloth_conditioning == "reference")
+        check_scheduler(self.scheduler)
         if self.unet.config.in_channels not in {8, 9}:
             raise ValueError(
                 f"the UNet has {self.unet.config.in_channels} input channels, try-on needs 8 or 9: load an adapter with load_vton_adapter first"
             )
-
-    def _masks(
-        self,
-        persons: list[torch.Tensor],
-        mask_image: PictureInput | None,
-        cloth_types: list[str],
-        padding_mask_crop: int | None,
-    ) -> list[torch.Tensor | None]:
-        """The masks as given, or as the human parser draws them; [None] where the adapter needs none."""
-        if mask_image is not None:
-            return as_masks(mask_image, "mask_image")
-        if self.human_parser is not None:
-            return as_masks(self.predict_mask(persons, cloth_types), "mask_image")
-        if not self.config.mask_free:
-            raise ValueError(
-                "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
-            )
-        if padding_mask_crop is not None:
-            raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding_mask_crop!r} without one")
-        return [None]
 
     def _prepared(self, given: Any, kind: type, name: str) -> list | None:
         """What prepare_person or prepare_cloth made, as a list; None for pictures."""
@@ -2204,6 +2432,7 @@ class StableDiffusionVTONPipeline(
         """
         nothing = Image.new("RGB", (1, 1))
         inputs = self.check_inputs(person_image, nothing, mask_image, cloth_type, height, width, padding_mask_crop)
+        inputs = self.draw_masks(inputs, cloth_type)
         latents, made_with = self._encode_persons(inputs), self._made_with(PreparedPerson)
         prepared = [
             PreparedPerson(
@@ -2262,78 +2491,78 @@ class StableDiffusionVTONPipeline(
         self.maybe_free_model_hooks()
         return prepared if _is_many(cloth_image) else prepared[0]
 
-    def _check_sampling(
+    def _check_prompts(
         self,
-        *,
-        num_inference_steps: int,
-        num_images_per_prompt: int,
-        timesteps: list[int] | None,
-        guidance_scale: float,
-        guidance_rescale: float,
-        guidance_interval: tuple[float, float],
-        eta: float,
-        output_type: str,
-        cross_attention_kwargs: dict[str, Any] | None,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str],
-        prompts: dict[str, Any],
-    ) -> None:
-        for name, number in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_prompt", num_images_per_prompt),
+        count: int,
+        guided: bool,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+    ) -> dict[str, Any] | None:
+        """`encode_prompt`'s arguments for `count` persons, or None where text is not used."""
+        text, features = self.config.cross_attention == "prompt", self.unet.config.cross_attention_dim
+        for name, words, embeds in (
+            ("prompt", prompt, prompt_embeds),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds),
         ):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"`{name}` must be a positive whole number, got {number!r}")
-        for name, number in (
-            ("guidance_scale", guidance_scale),
-            ("guidance_rescale", guidance_rescale),
-            ("eta", eta),
-        ):
-            if not isinstance(number, (int, float)) or not math.isfinite(number):
-                raise ValueError(f"`{name}` must be a finite number, got {number!r}")
-        try:
-            start, end = guidance_interval
-            ordered = 0 <= start <= end <= 1
-        except (TypeError, ValueError):
-            ordered = False
-        if not ordered:
-            raise ValueError(
-                f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval!r}"
-            )
-        if timesteps is not None and len(timesteps) == 0:
-            raise ValueError(f"`timesteps` must be None or hold at least one, got {timesteps!r}")
-        if output_type not in {"pil", "np", "pt", "latent"}:
-            raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}")
-        if cross_attention_kwargs is not None and (
-            not isinstance(cross_attention_kwargs, dict) or cross_attention_kwargs.keys() - {"scale"}
-        ):
-            raise ValueError(
-                f"`cross_attention_kwargs` must be None or {{'scale': a LoRA's scale}}, got {cross_attention_kwargs!r}"
-            )
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"`callback_on_step_end` must be callable, got {type(callback_on_step_end).__name__}")
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {sorted(unknown)}"
-            )
-        for name in ("prompt", "negative_prompt"):
-            prompt, embeds = prompts[name], prompts[f"{name}_embeds"]
-            texts = prompt if isinstance(prompt, list) else [prompt]
-            if prompt is not None and not all(isinstance(text, str) for text in texts):
-                raise TypeError(f"`{name}` must be a string or a list of them, got {prompt!r}")
+            listed = words if isinstance(words, list) else [words or ""]
+            if not all(isinstance(one, str) for one in listed):
+                raise TypeError(f"`{name}` must be a string or a list of them, got {words!r}")
             if embeds is not None and not isinstance(embeds, torch.Tensor):
                 raise TypeError(f"`{name}_embeds` must be a tensor, got {type(embeds).__name__}")
-            if prompt is not None and embeds is not None:
-                raise ValueError(f"`{name}` and `{name}_embeds` say the same: give one, got {prompt!r} and a tensor")
+            if words is not None and embeds is not None:
+                raise ValueError(f"`{name}` and `{name}_embeds` say the same: give one, got {words!r} and a tensor")
+            if text and isinstance(words, list) and len(words) != count:
+                raise ValueError(f"`{name}` must be one string or {count}, as the pictures are, got {len(words)}")
+            if text and embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (count, features)):
+                raise ValueError(
+                    f"`{name}_embeds` must have shape ({count}, tokens, {features}), got {tuple(embeds.shape)}"
+                )
+        if not text:
+            return None
+        if prompt_embeds is None and (self.text_encoder is None or self.tokenizer is None):
+            raise ValueError(
+                "`prompt_embeds` must be given: this adapter uses text, and there is no `text_encoder` and `tokenizer`"
+            )
+        if guided and prompt_embeds is not None and negative_prompt_embeds is None:
+            raise ValueError(
+                "`negative_prompt_embeds` must be given with `prompt_embeds` where guidance_scale > 1, got None"
+            )
+        if guided and negative_prompt_embeds is not None:
+            tokens = self.tokenizer.model_max_length if prompt_embeds is None else prompt_embeds.shape[1]
+            if negative_prompt_embeds.shape[1] != tokens:
+                raise ValueError(
+                    f"`negative_prompt_embeds` must have {tokens} tokens, as the prompt has, got {negative_prompt_embeds.shape[1]}"
+                )
+        prompt, negative_prompt = (
+            words if isinstance(words, list) else [words or ""] * count for words in (prompt, negative_prompt)
+        )
+        return {
+            "prompt": prompt if prompt_embeds is None else None,
+            "negative_prompt": negative_prompt if negative_prompt_embeds is None else None,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+        }
 
     # ---- the way through the model
+
+    def draw_masks(self, inputs: TryOnInputs, cloth_type: str | list[str]) -> TryOnInputs:
+        """The inputs with the human parser's masks, where there are none and there is a parser."""
+        if inputs.masks[0] is not None or inputs.person_latents or self.human_parser is None:
+            return inputs
+        persons = {id(person): person for person in inputs.persons}  # one with many cloths is read once
+        masks = as_masks(self.predict_mask(list(persons.values()), cloth_type), "mask_image")
+        drawn = dict(zip(persons, masks))
+        return replace(inputs, masks=[drawn[id(person)] for person in inputs.persons])
 
     def encode_pictures(self, inputs: TryOnInputs) -> TryOnLatents:
         """Stretch persons and masks to height x width, fit the cloths on white, and encode all that is not encoded yet."""
         persons, cloths = inputs.person_latents, inputs.cloth_latents
+        cloth = _joined(cloths) if cloths else self._encode_cloths(inputs.cloths, inputs.height, inputs.width)
         return TryOnLatents(
             **(_joined(persons) if persons else self._encode_persons(inputs)),
-            **(_joined(cloths) if cloths else self._encode_cloths(inputs.cloths, inputs.height, inputs.width)),
+            **cloth,
             channels=self.unet.config.in_channels,
             canvas_dim=2 if self.config.canvas_axis == "height" else 3,
         )
@@ -2346,7 +2575,7 @@ class StableDiffusionVTONPipeline(
         else:
             masks = [as_pil(mask).crop(region) for mask, region in zip(inputs.masks, inputs.regions)]
             mask = self.mask_processor.preprocess(masks, **size)
-        return TryOnLatents.encode_person(
+        encoded = TryOnLatents.encode_person(
             self.vae,
             self.image_processor.preprocess(persons, **size).to(device),
             mask.to(device),
@@ -2354,61 +2583,20 @@ class StableDiffusionVTONPipeline(
             condition_latents=self.config.condition_latents,
             dtype=self.unet.dtype,
         )
+        check_finite(encoded["person"], "the VAE's encoder", self.vae.dtype)
+        return encoded
 
     def _encode_cloths(self, cloths: list[torch.Tensor], height: int, width: int) -> dict[str, torch.Tensor]:
         size = {"height": height, "width": width}
         pixels = self.image_processor.preprocess([fit_cloth(as_pil(cloth), **size) for cloth in cloths], **size)
-        return TryOnLatents.encode_cloth(
+        encoded = TryOnLatents.encode_cloth(
             self.vae,
             pixels.to(self._execution_device),
             condition_latents=self.config.condition_latents,
             dtype=self.unet.dtype,
         )
-
-    def encode_prompts(
-        self,
-        count: int,
-        num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
-        prompts: dict[str, Any],
-        lora_scale: float | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Prompt and negative prompt embeddings (count * num_images_per_prompt, 77, 768), or None where text is not used."""
-        if self.config.cross_attention != "prompt":
-            return None, None
-        prompts, features = dict(prompts), self.unet.config.cross_attention_dim
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            embeds = prompts[name]
-            if embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (count, features)):
-                raise ValueError(f"`{name}` must have shape ({count}, tokens, {features}), got {tuple(embeds.shape)}")
-        if prompts["prompt_embeds"] is None:
-            if self.text_encoder is None or self.tokenizer is None:
-                raise ValueError(
-                    "`prompt_embeds` must be given: this adapter uses text, and there is no `text_encoder` and `tokenizer`"
-                )
-            for name in ("prompt", "negative_prompt"):
-                prompts[name] = [prompts[name] or ""] * count if not isinstance(prompts[name], list) else prompts[name]
-                if len(prompts[name]) != count:
-                    raise ValueError(
-                        f"`{name}` must be one string or {count}, as the pictures are, got {len(prompts[name])}"
-                    )
-        elif do_classifier_free_guidance and prompts["negative_prompt_embeds"] is None:
-            raise ValueError(
-                "`negative_prompt_embeds` must be given with `prompt_embeds` where guidance_scale > 1, got None"
-            )
-        embeds, negative_embeds = self.encode_prompt(
-            device=self._execution_device,
-            num_images_per_prompt=num_images_per_prompt,
-            do_classifier_free_guidance=do_classifier_free_guidance,
-            lora_scale=lora_scale,
-            **prompts,
-        )
-        if do_classifier_free_guidance and negative_embeds.shape != embeds.shape:
-            raise ValueError(
-                f"`negative_prompt_embeds` must have {embeds.shape[1]} tokens, as the prompt has, got {negative_embeds.shape[1]}"
-            )
-        dtype = self.unet.dtype  # transformers loads a text encoder in the dtype it was saved in
-        return embeds.to(dtype), None if negative_embeds is None else negative_embeds.to(dtype)
+        check_finite(encoded["cloth"], "the VAE's encoder", self.vae.dtype)
+        return encoded
 
     def prepare_latents(
         self,
@@ -2417,17 +2605,8 @@ class StableDiffusionVTONPipeline(
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         """The first noise, (B, 4, h, w) or a whole canvas, at the scheduler's initial scale."""
-        generators = generator if isinstance(generator, list) else [generator]
-        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
-            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}")
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(f"`generator` must be one or {shape[0]}, one for every result, got {len(generator)}")
-        if latents is not None and not isinstance(latents, torch.Tensor):
-            raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
         return latents.to(self._execution_device, self.unet.dtype) * self.scheduler.init_noise_sigma
 
     def read_cloth(
@@ -2471,6 +2650,11 @@ class StableDiffusionVTONPipeline(
             rows = conditioning.canvas_rows(noisy, cloth_seen=True)
             rows = torch.cat([conditioning.canvas_rows(noisy, cloth_seen=False), rows]) if guided else rows
         if guided and prompt_embeds is not None:
+            if negative_prompt_embeds is None:
+                raise ValueError(
+                    f"`guidance_scale` rose to {self.guidance_scale} in a run that began at 1 or less, without `negative_prompt_embeds`: "
+                    "begin above 1, with a `guidance_interval`"
+                )
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         noise_pred = self.unet(
             rows, t, prompt_embeds, cross_attention_kwargs=self.cross_attention_kwargs, return_dict=False
@@ -2484,6 +2668,7 @@ class StableDiffusionVTONPipeline(
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, 4, h, w) to pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
         decoded = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
+        check_finite(decoded, "the VAE's decoder", self.vae.dtype)
         return self.image_processor.postprocess(decoded, output_type="pt").float().cpu()
 
     def check_safety(self, images: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[bool] | None]:
@@ -2496,15 +2681,6 @@ class StableDiffusionVTONPipeline(
             checked.append(torch.from_numpy(array[0]).movedim(-1, 0))
             flags += flagged
         return checked, flags
-
-    @staticmethod
-    def _convert_output(
-        images: list[torch.Tensor], output_type: str, profiles: list[bytes | None]
-    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        if output_type == "pil":
-            return [as_pil(image, profile) for image, profile in zip(images, profiles)]
-        stack = torch.stack(images)
-        return stack if output_type == "pt" else stack.movedim(1, -1).numpy()
 
     # ---- what a running call shows
 
@@ -2604,70 +2780,56 @@ class StableDiffusionVTONPipeline(
         Raises:
             ValueError, TypeError: an argument is wrong; the sentence names it and its value.
         """
-        # 1. Check, and learn what there is to do
-        prompt = self.config.prompt if prompt is None and prompt_embeds is None else prompt
-        eta = (self.config.eta or 0.0) if eta is None else eta
-        prompts = {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-        }
-        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        self._check_sampling(
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=num_images_per_prompt,
-            timesteps=timesteps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            eta=eta,
-            output_type=output_type,
-            cross_attention_kwargs=cross_attention_kwargs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            prompts=prompts,
+        # 1. Check, and learn what there is to do; what was not said is as the adapter says
+        callback_on_step_end_tensor_inputs = check_callback(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         )
-        inputs = self.check_inputs(person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop)
-        sizes = {tuple(person.shape[1:]) for person in inputs.persons}
-        if composite and output_type in {"np", "pt"} and len(sizes) > 1:
-            raise ValueError(
-                f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(sizes)}: use 'pil'"
-            )
+        prompt = self.config.prompt if prompt is None and prompt_embeds is None else prompt
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        eta = (self.config.eta or 0.0) if eta is None else eta
+        inputs = self.check_inputs(
+            person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop,
+            num_images_per_prompt=num_images_per_prompt, generator=generator, latents=latents, composite=composite,
+            output_type=output_type, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps, timesteps=timesteps,
+            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, eta=eta,
+            cross_attention_kwargs=cross_attention_kwargs,
+        )  # fmt: skip
+        num_images_per_prompt = int(num_images_per_prompt)
+        timesteps, num_inference_steps = retrieve_timesteps(
+            self.scheduler, int(num_inference_steps) if timesteps is None else None, self._execution_device, timesteps
+        )
+        accepted = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
         self._guidance_scale = guidance_scale
         self._guidance_rescale = guidance_rescale
         self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
-        reference = self.config.cloth_conditioning == "reference"
-        device, count = self._execution_device, len(inputs.persons)
-
-        # 2. Text encoder: the prompt, for adapters that use one
-        prompt_embeds, negative_prompt_embeds = self.encode_prompts(
-            count,
-            num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            prompts,
-            (cross_attention_kwargs or {}).get("scale"),
-        )
-
-        # 3. VAE: person, mask and cloth to latents
-        conditioning = self.encode_pictures(inputs)
-        one_cloth_each = prompt_embeds is not None or not reference  # text changes how a cloth is read
-        if one_cloth_each and len(conditioning.cloth) < count:
-            conditioning.cloth = conditioning.cloth.expand(count, -1, -1, -1)
-            conditioning.cloth_condition = conditioning.cloth_condition.expand(count, -1, -1, -1)
-        cloth_embeds = None if prompt_embeds is None else prompt_embeds[::num_images_per_prompt]
-        conditioning = conditioning.repeat(num_images_per_prompt, cloth=not reference)
-
-        # 4. Timesteps, and the first noise
-        timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, None if timesteps is not None else num_inference_steps, device, timesteps
-        )
         self._num_timesteps = len(timesteps)
-        noise_like = conditioning.person if reference else conditioning.canvas(conditioning.person, conditioning.cloth)
-        latents = self.prepare_latents(tuple(noise_like.shape), latents, generator)
-        accepted = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
+        self._interrupt = False
+        reference, dtype = self.config.cloth_conditioning == "reference", self.unet.dtype
+
+        # 2. Human parser: the masks, where none is given
+        inputs = self.draw_masks(inputs, cloth_type)
+
+        # 3. Text encoder: the prompt, for adapters that use one
+        prompt_embeds = negative_prompt_embeds = cloth_embeds = None
+        if inputs.prompts is not None:
+            embeds = self.encode_prompt(
+                device=self._execution_device,
+                num_images_per_prompt=num_images_per_prompt,
+                do_classifier_free_guidance=self.do_classifier_free_guidance,
+                lora_scale=(cross_attention_kwargs or {}).get("scale"),
+                **inputs.prompts,
+            )  # in the dtype that the text encoder was saved in
+            prompt_embeds, negative_prompt_embeds = (None if one is None else one.to(dtype) for one in embeds)
+            cloth_embeds = prompt_embeds[::num_images_per_prompt]
+
+        # 4. VAE: person, mask and cloth to latents; and the first noise
+        conditioning = self.encode_pictures(inputs)
+        if prompt_embeds is not None or not reference:  # text changes how a cloth is read
+            conditioning = conditioning.one_cloth_each()
+        conditioning = conditioning.repeat(num_images_per_prompt, cloth=not reference)
+        latents = self.prepare_latents(inputs.noise_shape, latents, generator)
 
         # 5. UNet: read the cloth once, then denoise
         processor = ClothCacheAttnProcessor if reference else None
@@ -2692,13 +2854,11 @@ class StableDiffusionVTONPipeline(
                         "prompt_embeds": prompt_embeds,
                         "negative_prompt_embeds": negative_prompt_embeds,
                     }
-                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    returned = callback_on_step_end(self, i, t, asked) or {}
-                    latents = returned.get("latents", latents)
-                    prompt_embeds = returned.get("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = returned.get("negative_prompt_embeds", negative_prompt_embeds)
+                    tensors |= call_back(callback_on_step_end, self, i, t, tensors, callback_on_step_end_tensor_inputs)
+                    latents, prompt_embeds, negative_prompt_embeds = tensors.values()
                 progress_bar.update()
         latents = latents if reference else conditioning.person_part(latents)
+        check_finite(latents, "the UNet", self.unet.dtype)
 
         # 6. VAE: decode, and lay the result into the photograph
         if output_type == "latent":
@@ -2712,7 +2872,10 @@ class StableDiffusionVTONPipeline(
                     for image, i in zip(images, index)
                 ]
             images, flags = self.check_safety(images)
-            images = self._convert_output(images, output_type, [inputs.profiles[i] for i in index])
+            if output_type == "pil":
+                images = [as_pil(image, inputs.profiles[i]) for image, i in zip(images, index)]
+            else:  # (N, 3, H, W) or (N, H, W, 3)
+                images = torch.stack(images) if output_type == "pt" else torch.stack(images).movedim(1, -1).numpy()
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, flags

@@ -59,9 +59,7 @@ def test_cached_reference_equals_the_training_form(in_channels, condition_latent
     persons, cloths = [picture(1), picture(3)], [picture(2), picture(4)]
     conditioning = conditioning_of(pipe, persons, cloths)
     noise = torch.randn(conditioning.person.shape, generator=seeded(7))
-    embeds, negative_embeds = pipe.encode_prompts(
-        2, 1, True, {"prompt": "a shirt", "negative_prompt": "bad"} | dict.fromkeys(["prompt_embeds", "negative_prompt_embeds"]), None
-    )  # fmt: skip
+    embeds, negative_embeds = pipe.encode_prompt(["a shirt"] * 2, "cpu", 1, True, ["bad"] * 2)
     cached = latents_of(
         pipe, person=persons, cloth=cloths, latents=noise, num_inference_steps=4, guidance_scale=2.5,
         prompt="a shirt", negative_prompt="bad",
@@ -185,8 +183,7 @@ def test_prompts_are_read_by_the_conditional_row_the_cloth_and_the_unconditional
     calls = []
     pipe.unet.register_forward_pre_hook(lambda unet, args: calls.append(args[2].clone()))
     result = run(pipe, prompt="a shirt", negative_prompt="bad", num_inference_steps=1)
-    asked = {"prompt": "a shirt", "negative_prompt": "bad", "prompt_embeds": None, "negative_prompt_embeds": None}
-    embeds, negative_embeds = pipe.encode_prompts(1, 1, True, asked, None)
+    embeds, negative_embeds = pipe.encode_prompt("a shirt", "cpu", 1, True, "bad")
     cloth, denoising = calls
     assert torch.equal(cloth, embeds)
     assert torch.equal(denoising, torch.cat([negative_embeds, embeds]))
@@ -284,3 +281,12 @@ def test_the_output_changes_when_the_cloth_changes(in_channels, settings):
     pipe = tiny_pipe(in_channels, **settings)
     assert (run(pipe) == run(pipe)).all()
     assert abs(run(pipe) - run(pipe, cloth=picture(8))).max() > 1e-3
+
+
+@pytest.mark.parametrize("cloth", [False, True])
+def test_conditioning_is_repeated_as_a_copy(cloth):
+    conditioning = conditioning_of(tiny_pipe(9), [picture(1), picture(3)])
+    before = {name: getattr(conditioning, name).clone() for name in ("person", "mask", "cloth", "cloth_condition")}
+    repeated = conditioning.one_cloth_each().repeat(3, cloth=cloth)
+    assert len(repeated.person) == 6 and len(repeated.cloth) == (6 if cloth else 2)
+    assert all(torch.equal(getattr(conditioning, name), tensor) for name, tensor in before.items())

@@ -19,7 +19,7 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
-from tiny import box_mask, picture, run, seeded, tiny_pipe
+from tiny import box_mask, picture, run, seeded, tiny_parser, tiny_pipe, tiny_text
 from transformers import CLIPConfig, CLIPImageProcessor
 
 
@@ -32,6 +32,20 @@ def hooked_inputs(pipe):
     inputs = []
     pipe.unet.register_forward_pre_hook(lambda unet, args: inputs.append(args[0]))
     return inputs
+
+
+def models_run(pipe):
+    """The names of the models that run from now on."""
+    names = []
+    for name, model in (
+        ("unet", pipe.unet),
+        ("vae", pipe.vae.encoder),
+        ("text", pipe.text_encoder),
+        ("parser", pipe.human_parser),
+    ):
+        if model is not None:
+            model.register_forward_pre_hook(lambda model, args, name=name: names.append(name))
+    return names
 
 
 def unet_rows(pipe, **options):
@@ -616,6 +630,10 @@ BAD_CALLS = {
     "guidance in words": ({"guidance_scale": "7.5"}, "`guidance_scale`.*'7.5'"),
     "rescale NaN": ({"guidance_rescale": float("nan")}, "`guidance_rescale`.*nan"),
     "rescale None": ({"guidance_rescale": None}, "`guidance_rescale`.*None"),
+    "rescale too large": ({"guidance_rescale": 1.5}, "`guidance_rescale`.*from 0 to 1, got 1.5"),
+    "eta too large": ({"eta": 7.5}, "`eta`.*from 0 to 1, got 7.5"),
+    "eta negative": ({"eta": -0.1}, "`eta`.*from 0 to 1, got -0.1"),
+    "steps of truth": ({"num_inference_steps": True}, "`num_inference_steps`.*True"),
     "eta in words": ({"eta": "1"}, "`eta`.*'1'"),
     "interval reversed": ({"guidance_interval": (0.8, 0.2)}, r"`guidance_interval`.*\(0.8, 0.2\)"),
     "interval too long": ({"guidance_interval": (0.0, 1.5)}, "`guidance_interval`.*1.5"),
@@ -641,13 +659,13 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("options, message", BAD_CALLS.values(), ids=BAD_CALLS.keys())
-def test_a_bad_argument_is_one_clear_error(options, message):
+def test_a_bad_argument_is_one_clear_error_before_any_model_runs(options, message):
     pipe = tiny_pipe(9)
-    inputs = hooked_inputs(pipe)
+    ran = models_run(pipe)
     with pytest.raises((ValueError, TypeError), match=message) as raised:
         run(pipe, **options)
     assert "\n" not in str(raised.value)
-    assert not inputs
+    assert not ran
 
 
 BAD_PROMPTS = {
@@ -665,9 +683,35 @@ BAD_PROMPTS = {
 
 
 @pytest.mark.parametrize("options, message", BAD_PROMPTS.values(), ids=BAD_PROMPTS.keys())
-def test_a_bad_prompt_is_one_clear_error(options, message):
+def test_a_bad_prompt_is_one_clear_error_before_any_model_runs(options, message):
+    pipe = tiny_pipe(9, text=True, cross_attention="prompt")
+    ran = models_run(pipe)
     with pytest.raises(ValueError, match=message):
-        run(tiny_pipe(9, text=True, cross_attention="prompt"), **options)
+        run(pipe, **options)
+    assert not ran
+
+
+def test_bad_latents_are_an_error_before_the_parser_and_the_text_encoder_run():
+    pipe = tiny_pipe(9)
+    pipe.register_modules(**dict(zip(("human_parser", "human_parser_processor"), tiny_parser(["top"]))))
+    pipe.register_modules(**dict(zip(("text_encoder", "tokenizer"), tiny_text())))
+    pipe.register_to_config(cross_attention="prompt")
+    ran = models_run(pipe)
+    for options in ({"latents": torch.zeros(1, 4, 8, 8)}, {"generator": [seeded()] * 2}, {"timesteps": [10, 400]}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}"):
+            pipe(picture(1), picture(2), prompt="a shirt", **options)
+    assert not ran
+    pipe(picture(1), [picture(2), picture(4)], num_inference_steps=1)
+    assert ran == ["parser", "text", "text", "vae", "vae", "unet", "unet"]  # one person is parsed once
+
+
+def test_whole_numbers_of_any_kind_count():
+    pipe = tiny_pipe(9)
+    expected = run(pipe, num_images_per_prompt=2)
+    for number in (float, np.float32, np.int64):
+        options = {"num_inference_steps": number(3), "num_images_per_prompt": number(2), "guidance_scale": number(7.5)}
+        options |= {} if number is not np.int64 else {"guidance_scale": np.float64(7.5)}
+        assert (run(pipe, **options) == expected).all()
 
 
 def test_an_adapter_that_reads_text_says_what_is_missing():
