@@ -12,11 +12,12 @@
 writes OUTPUT_DIR/vton_adapter.safetensors, for `pipe.load_vton_adapter(OUTPUT_DIR)`. How the cloth enters the UNet is the
 pipeline's own code, imported from pipeline_vton.py.
 
-The file reads in the order of a run: arguments, pairs of pictures, what is random, the trainer (setting up, one step,
-looking at it, keeping it, the loop).
+The file reads in the order of a run: arguments, pairs of pictures, what is random, the loss, the trainer (setting up, one step,
+the loop), what it shows of itself (`Validation`) and what is kept of it (`Checkpoints`).
 """
 
 import argparse
+import codecs
 import contextlib
 import hashlib
 import importlib
@@ -24,14 +25,19 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import shutil
 import signal
 import tempfile
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -47,6 +53,7 @@ from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     DistributedType,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     gather_object,
     set_seed,
@@ -75,13 +82,17 @@ from pipeline_vton import (
     TRAINABLE_PARTS,
     AdapterSettings,
     ClothBesideAttnProcessor,
+    PictureInput,
     StableDiffusionVTONPipeline,
     TryOnLatents,
     adapter_parameters,
     as_masks,
     as_pil,
     as_tensors,
+    colour_profiles,
+    convert_profile,
     fit_cloth,
+    fit_size,
     read_adapter,
     read_safetensors,
     vton_attention,
@@ -91,27 +102,48 @@ from pipeline_vton import (
 
 
 logger = get_logger("train_vton")
+SEED_GUIDANCE = 7.5  # where nothing better is known
+ASPECT_TOLERANCE = 1.1
+HULL_SIDES = 32  # of the polygon that stands for a convex hull
 PROBED_TIMESTEPS = (250, 500, 750)  # where the masked error without, with and with a wrong cloth is logged
 PROBED_PAIRS = 16
+READING = 2  # counts the changes of how pictures are read: latents cached before one are of other pictures
+SIZED_ROWS = 16  # of a table, whose persons' sizes are looked at
 LATENTS = ("person", "mask", "cloth", "cloth_condition")  # the tensors of `TryOnLatents`
-CARD_TEXT = """
-## Training
-
-{picture}
-
-| up to step | mean loss |
-|---|---|
-{curve}
-
-| flag | value |
-|---|---|
-{flags}
-"""
+GUIDANCE_SCALES, GUIDANCE_STEPS = (1, 1.5, 2, 2.5, 3.5, 5, 7.5), 25
+LOCAL_FLAGS = {"dataset_root", "output_dir", "cache_latents", "resume_from_checkpoint"}  # folders of this machine
+RESUMED_SETTINGS = (  # what a checkpoint's weights have learnt with
+    "base_in_channels", "cloth_conditioning", "canvas_axis", "cross_attention", "condition_latents", "mask_free",
+    "trainable", "lora_rank", "height", "width",
+)  # fmt: skip
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process looks at files or draws
 SCHEDULES = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]  # that one needs rules
 WARMUP_EPOCHS, WARMUP_START, FINAL_RATE = 5, 0.1, 1e-6
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
+
+
+def number(kind: type, allowed: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A `type` for argparse: a finite number that `fits`."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not (fits(value) and value < math.inf):
+            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+POSITIVE_COUNT = number(int, "a positive whole number", lambda value: value > 0)
+COUNT = number(int, "a whole number from 0", lambda value: value >= 0)
+POSITIVE = number(float, "a positive number", lambda value: value > 0)
+NOT_NEGATIVE = number(float, "a number from 0", lambda value: value >= 0)
+SHARE = number(float, "at least 0 and at most 1", lambda value: 0 <= value <= 1)
+DECAY = number(float, "at least 0 and less than 1", lambda value: 0 <= value < 1)
+SEED = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -139,11 +171,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mask_column", default="mask", help="the agnostic mask (default mask)")
     add("--caption_column", help="a text for every pair, with --cross_attention prompt (default: --prompt for all)")
     add("--condition_column", default="condition", help="--mask_free: column, or folder beside the persons', of the person in another cloth (default condition)")  # fmt: skip
-    add("--height", type=int, help="training height in pixels (default: the base's native size)")
-    add("--width", type=int, help="training width in pixels (default: the base's native size)")
-    add("--augment", nargs="*", default=[], choices=("flip", "crop", "color"), help="mirror, zoom in, recolour (default none)")  # fmt: skip
+    add("--height", type=POSITIVE_COUNT, help="training height in pixels (default: the base's native area at the data's aspect)")  # fmt: skip
+    add("--width", type=POSITIVE_COUNT, help="training width in pixels, at the data's aspect")
+    add("--augment", nargs="*", default=[], choices=("flip", "crop", "color", "mask"), help="mirror, zoom in, recolour, loosen masks (default none)")  # fmt: skip
     add("--cache_latents", nargs="?", type=Path, const=True, help="encode once into this folder (default OUTPUT_DIR/latents)")  # fmt: skip
-    add("--dataloader_num_workers", type=int, default=2, help="reading processes (default 2)")
+    add("--dataloader_num_workers", type=COUNT, default=2, help="reading processes (default 2)")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,40 +186,41 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--condition_latents", choices=AdapterSettings.choices("condition_latents"), help="default: unscaled for 8-channel bases (instruct-pix2pix), else scaled")  # fmt: skip
     add("--mask_free", action="store_true", help="condition on the whole person, in another cloth, instead of a masked one")  # fmt: skip
     add("--trainable", choices=AdapterSettings.choices("trainable"), default="self_attention", help="which UNet weights learn (default self_attention)")  # fmt: skip
-    add("--lora_rank", type=int, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
-    add("--cloth_dropout", type=float, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
-    add("--guidance_scale", type=float, default=7.5, help="recommended in the adapter, used in validation (default 7.5)")  # fmt: skip
-    add("--snr_gamma", type=float, help="Min-SNR weighting of the loss, arXiv:2303.09556; 5 is usual (default off)")
-    add("--dream_detail_preservation", type=float, help="DREAM's p, arXiv:2312.00210; CatVTON trained with 10 (default off)")  # fmt: skip
+    add("--lora_rank", type=POSITIVE_COUNT, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
+    add("--cloth_dropout", type=SHARE, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
+    add("--guidance_scale", type=NOT_NEGATIVE, help="recommended in the adapter (default: the best of seven on the test persons, else 7.5)")  # fmt: skip
+    add("--snr_gamma", type=POSITIVE, help="Min-SNR weighting of the loss, arXiv:2303.09556; 5 is usual (default off)")
+    add("--dream_detail_preservation", type=POSITIVE, help="DREAM's p, arXiv:2312.00210; CatVTON trained with 10 (default off)")  # fmt: skip
 
 
 def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimisation").add_argument
-    add("--train_batch_size", type=int, default=4, help="pairs a step and process (default 4)")
-    add("--gradient_accumulation_steps", type=int, default=1, help="batches an update (default 1)")
-    add("--num_train_epochs", type=int, default=100, help="passes over the pairs (default 100)")
-    add("--max_train_steps", type=int, help="updates; overrides --num_train_epochs")
-    add("--learning_rate", type=float, default=1e-4, help="AdamW's highest rate (default 1e-4)")
+    add("--train_batch_size", type=POSITIVE_COUNT, default=4, help="pairs a step and process (default 4)")
+    add("--gradient_accumulation_steps", type=POSITIVE_COUNT, default=1, help="batches an update (default 1)")
+    add("--num_train_epochs", type=POSITIVE_COUNT, default=100, help="passes over the pairs (default 100)")
+    add("--max_train_steps", type=POSITIVE_COUNT, help="updates; overrides --num_train_epochs")
+    add("--learning_rate", type=POSITIVE, default=1e-4, help="AdamW's highest rate (default 1e-4)")
     add("--lr_scheduler", default="default", choices=("default", *SCHEDULES), help="default: warm-up from a tenth of the rate, then cosine to 1e-6; or one of diffusers'")  # fmt: skip
-    add("--lr_warmup_steps", type=int, help="updates of warm-up (default: 5 epochs, at most the whole run)")
-    add("--adam_weight_decay", type=float, default=0.01, help="AdamW's; its betas are 0.9 and 0.999 (default 0.01)")
+    add("--lr_warmup_steps", type=COUNT, help="updates of warm-up (default: 5 epochs, at most a tenth of the run)")
+    add("--adam_weight_decay", type=NOT_NEGATIVE, default=0.01, help="AdamW's; its betas are 0.9 and 0.999 (default 0.01)")  # fmt: skip
     add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW: a quarter of the optimiser's memory")
-    add("--max_grad_norm", type=float, default=1.0, help="gradient clipping (default 1.0)")
-    add("--ema_decay", type=float, default=0.9999, help="averages the published weights (default 0.9999, 0 is off)")
+    add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradient clipping (default 1.0)")
+    add("--ema_decay", type=DECAY, default=0.9999, help="averages the published weights (default 0.9999, 0 is off)")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
     add("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later GPUs")
     add("--torch_compile", action="store_true", help="compile the UNet with inductor")
-    add("--seed", type=int, default=0, help="seed of order, noise, dropout and augmentation (default 0)")
+    add("--seed", type=SEED, default=0, help="seed of order, noise, dropout and augmentation (default 0)")
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("checkpoints and reports").add_argument
-    add("--checkpointing_steps", type=int, default=500, help="updates between checkpoints (default 500)")
-    add("--checkpoints_total_limit", type=int, help="how many checkpoints stay (default all)")
+    add("--checkpointing_steps", type=POSITIVE_COUNT, default=500, help="updates between checkpoints (default 500)")
+    add("--checkpoints_total_limit", type=COUNT, default=3, help="how many checkpoints stay (default 3, 0 keeps all)")
     add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
-    add("--validation_steps", type=int, default=500, help="updates between validations (default 500)")
-    add("--num_validation_pairs", type=int, default=4, help="unpaired test lines drawn at a validation (default 4)")
+    add("--overwrite_output_dir", action="store_true", help="discard what an earlier run left in --output_dir")
+    add("--validation_steps", type=POSITIVE_COUNT, default=500, help="updates between validations (default 500)")
+    add("--num_validation_pairs", type=COUNT, default=4, help="unpaired test lines drawn at a validation (default 4)")
     add("--report_to", default="tensorboard", help="tensorboard (default), wandb, trackio, another of accelerate's, or none")  # fmt: skip
     add("--push_to_hub", action="store_true", help="upload the adapter with its code and a card")
     add("--hub_model_id", help="the repository (default: named as the output folder)")
@@ -197,31 +230,25 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """One sentence for what argparse cannot see by itself."""
-    positive = (
-        "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "checkpointing_steps",
-        "checkpoints_total_limit", "validation_steps", "height", "width", "learning_rate", "max_grad_norm", "lora_rank",
-        "snr_gamma", "dream_detail_preservation",
-    )  # fmt: skip
-    for name in positive:
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name} must be positive, got {value}")
-    if not 0 <= args.cloth_dropout <= 1:
-        parser.error(f"--cloth_dropout must be at least 0 and at most 1, got {args.cloth_dropout}")
-    if not 0 <= args.ema_decay < 1:
-        parser.error(f"--ema_decay must be at least 0 and less than 1, got {args.ema_decay}")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir must be a folder, got the file {args.output_dir}")
     if (args.height is None) != (args.width is None):
         parser.error(f"--height and --width go together, got {args.height} and {args.width}")
-    if args.resume_from_checkpoint not in {None, "latest"} and not Path(args.resume_from_checkpoint).is_dir():
-        parser.error(f"--resume_from_checkpoint must be latest or a folder, got {args.resume_from_checkpoint}")
+    resumed = args.resume_from_checkpoint
+    if resumed not in {None, "latest"} and not (Path(resumed) / "progress.json").is_file():
+        parser.error(f"--resume_from_checkpoint must be latest or a checkpoint's folder, got {resumed}")
     if (args.dataset_root is None) == (args.dataset_name is None):
         parser.error(f"give --dataset_root or --dataset_name, got {args.dataset_root} and {args.dataset_name}")
-    if args.streaming and (args.dataset_name is None or args.max_train_steps is None or args.lr_warmup_steps is None):
-        parser.error("--streaming needs --dataset_name and, its length being unknown, --max_train_steps and --lr_warmup_steps")  # fmt: skip
+    if args.overwrite_output_dir and args.resume_from_checkpoint == "latest":
+        parser.error("--overwrite_output_dir would discard what --resume_from_checkpoint latest looks for: give one of them")  # fmt: skip
+    if args.streaming and (args.dataset_name is None or args.max_train_steps is None):
+        parser.error("--streaming needs --dataset_name and, its length being unknown, --max_train_steps")
     if args.caption_column and (args.dataset_name is None or args.cross_attention != "prompt"):
         parser.error(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
     if args.cache_latents and (args.augment or args.streaming or args.caption_column):
         parser.error("--cache_latents would freeze --augment, and knows neither --streaming nor --caption_column")
+    if args.mask_free and "mask" in args.augment:
+        parser.error("--augment mask loosens masks, and --mask_free has none")
     if args.lora_rank and args.trainable not in {"self_attention", "attention"}:
         parser.error(f"--lora_rank needs --trainable self_attention or attention, got {args.trainable}")
     if args.lora_rank and args.push_to_hub:
@@ -261,7 +288,10 @@ class Preparation:
         for role, picture in pictures.items():
             processor = self.mask_processor if role == "mask" else self.image_processor
             item[role] = processor.preprocess(picture, **size)[0]
-        return self.recolor(item, rng)
+        item = self.recolor(item, rng)
+        if "mask" in self.augment:
+            item["mask"] = loosen(item["mask"], rng)
+        return item
 
     def move(self, pictures: dict[str, Image.Image], rng: np.random.Generator) -> dict[str, Image.Image]:
         """Mirror every picture, or none; show the same part, at least 4/5 a side, of all but the cloth."""
@@ -285,11 +315,46 @@ class Preparation:
         return item
 
 
+def loosen(mask: Tensor, rng: np.random.Generator) -> Tensor:
+    """A mask (1, H, W) that tells less of the cloth that is worn: itself, its hull or its box, grown by up to H/16 pixels."""
+    margin, sides = rng.uniform(0, mask.shape[1] / 16), rng.choice([0, HULL_SIDES, 4])
+    if sides:
+        return circumscribe(mask, sides, margin) if mask.any() else mask
+    reach = round(margin)
+    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):
+        mask = F.max_pool2d(mask, kernel, stride=1, padding=tuple(side // 2 for side in kernel))
+    return mask
+
+
+def circumscribe(mask: Tensor, sides: int, margin: float) -> Tensor:
+    """The polygon around a mask (1, H, W) whose sides, evenly turned, are `margin` pixels off it: four make a box, many its hull."""
+    rows, columns = (torch.arange(side, dtype=torch.float32) for side in mask.shape[1:])
+    angles = torch.arange(sides)[:, None, None] * (2 * math.pi / sides)
+    along = angles.cos() * columns + angles.sin() * rows[:, None]  # (sides, H, W), how far each pixel lies to a side
+    farthest = along[:, mask[0] >= 0.5].amax(dim=1) + margin + 1e-3  # a rounding error
+    return (along <= farthest[:, None, None]).all(dim=0, keepdim=True).to(mask.dtype)
+
+
 def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> Image.Image:
+    """A whole picture, with its colour profile; ValueError where it cannot be read, or should be a mask and is none."""
     try:
-        return as_pil((as_masks if role == "mask" else as_tensors)(open_file(), name)[0])
+        picture = open_file()
+        if role == "mask":
+            return as_pil(as_masks(picture, name)[0])
+        return as_pil(as_tensors(picture, name)[0], colour_profiles(picture)[0])
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: some broken PNGs
         raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def in_persons_colours(pictures: dict[str, Image.Image]) -> dict[str, Image.Image]:
+    """The same pictures by role, all in the colour profile of the person, as a call has them."""
+    profile = pictures["person"].info.get("icc_profile")
+    for role in pictures.keys() - {"person", "mask"}:
+        before = pictures[role].info.get("icc_profile")
+        if before != profile:
+            converted = convert_profile(as_tensors(pictures[role], role)[0], before, profile)
+            pictures[role] = as_pil(converted, profile)
+    return pictures
 
 
 def picture_size(file: Path, where: str) -> tuple[int, int]:
@@ -309,7 +374,50 @@ def check_sizes(sizes: dict[str, tuple[int, int]], where: str) -> None:
             raise ValueError(f"{where}: the {role} has size {sizes[role]}, its person {sizes['person']}")
 
 
+def evenly(items: Sequence, count: int) -> list:
+    """At most `count` of the items, evenly spread."""
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]  # the middles of equal parts
+
+
+def find_list(place: Path, split: str, paired: bool) -> tuple[Path, str]:
+    """The list of a split that comes nearest to what is asked for, and its kind: `_paired`, `_unpaired` or nothing."""
+    kinds = ("_paired", "", "_unpaired")
+    for kind in kinds if paired else kinds[::-1]:
+        if (file := place / f"{split}_pairs{kind}.txt").is_file():
+            return file, kind
+    raise FileNotFoundError(
+        f"--dataset_root: there is no {split}_pairs.txt in {place}; VITON-HD and DressCode have it"
+    )
+
+
+def read_list(file: Path) -> list[tuple[str, str, str]]:
+    """Person, cloth, and the place of every line, of a text in UTF-8, or in UTF-16 with its mark, as Windows writes it."""
+    text = file.read_bytes()
+    encoding = "utf-16" if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        lines = text.decode(encoding).splitlines()
+    except UnicodeDecodeError as error:
+        place = text[: error.start].count(b"\n") + 1
+        raise ValueError(f"{file}, line {place}: is not {encoding.removesuffix('-sig').upper()}: {error}") from error
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        names = [name.strip() for name in (line.strip().split("\t") if "\t" in line.strip() else line.split())]
+        if len(names) != 2:
+            need = "must name a person and a cloth, with a tab between them where names have spaces"
+            raise ValueError(f"{file}, line {number}: {need}, got {line.strip()!r}")
+        pairs.append((*names, f"{file}, line {number}"))
+    return pairs
+
+
+class NoOwnCloths(FileNotFoundError):
+    """A list that pairs people with other people's cloths, where nobody's own cloth can be told by its name."""
+
+
 DRESS_CODE_FOLDERS = ("upper_body", "lower_body", "dresses")
+SHUFFLED_FROM = 100  # lines
 
 
 class TreePairs:
@@ -317,14 +425,23 @@ class TreePairs:
 
     VITON-HD: `{split}/{image,cloth,agnostic-mask}`, the mask NAME_mask.png or NAME.png, and `{split}_pairs.txt`.
     DressCode: `{upper_body,lower_body,dresses}/{images,agnostic_masks}`, the person ID_0, the cloth ID_1, the mask ID_0.png,
-    and the lists in every category. A line names person and cloth; the test lists may end in `_paired` or `_unpaired`.
+    and the lists in every category. A line names person and cloth; a list may end in `_paired` or `_unpaired`.
+
+    Training lists count as they stand, but for a long one that pairs hardly anybody with their own cloth: a shuffled list, as
+    there are of VITON-HD, from which everybody is trained in their own. `train_pairs_paired.txt` always counts.
 
     Args:
         root: the folder.
         split: `train` or `test`.
-        paired: every person with their own cloth, whatever the list says.
+        paired: every person in a cloth that they wear; or, of `test`, with somebody else's.
         roles: which pictures to read; a mask-free `condition` is the person in another cloth.
         condition_folder: where conditions lie, beside the persons' folder and by the persons' names.
+        limit: take no more pairs than this, evenly spread; None takes all.
+        index: keep here what is learnt of the files: only those that were written since are opened again.
+        checked: another process has just checked these pairs, and its `index` is believed.
+
+    Raises:
+        FileNotFoundError, ValueError: a list or a picture is missing or wrong; the sentence names list and line.
     """
 
     def __init__(
@@ -334,42 +451,100 @@ class TreePairs:
         paired: bool,
         roles: Collection[str] = ("person", "cloth", "mask"),
         condition_folder: str = "condition",
+        limit: int | None = None,
+        index: Path | None = None,
+        checked: bool = False,
     ) -> None:
         self.root, self.roles, self.condition_folder = root, roles, condition_folder
         self.dress_code = any((root / folder).is_dir() for folder in DRESS_CODE_FOLDERS)
         self.pairs: list[tuple[str, str, dict[str, Path]]] = []  # name, list and line, files
-        for list_file, folder in find_lists(root, split, paired):
-            for number, line in enumerate(list_file.read_text().splitlines(), start=1):
-                if line.strip():
-                    self.add_pair(line.split(), f"{list_file}, line {number}", folder, paired)
-        if not self.pairs:
-            raise ValueError(f"{list_file} names no pairs")
+        self.learnt: dict[
+            tuple[str, str], list[int]
+        ] = {}  # role and file: bytes, nanosecond of writing, width, height
+        if index is not None and index.is_file():
+            self.read_index(index)
+        if checked:
+            return
+        self.pairs = []
+        for folder in [name for name in DRESS_CODE_FOLDERS if (root / name).is_dir()] or [split]:
+            for person, cloth, where in self.named_pairs(folder, split, paired):
+                self.pairs.append((f"{person} {cloth}", where, self.files(folder, person, cloth)))
+        self.pairs = self.pairs if limit is None else evenly(self.pairs, limit)
+        self.check()
+        if index is not None:
+            self.write_index(index)
 
-    def add_pair(self, names: list[str], where: str, folder: str, paired: bool) -> None:
-        if len(names) != 2:
-            raise ValueError(f"{where}: must name a person and a cloth, got {' '.join(names)!r}")
-        person, cloth = names
-        if paired:
-            cloth = re.sub(r"_0(?=\.\w+$)", "_1", person) if self.dress_code else person
-        files = self.files(folder, person, cloth)
-        for file in files.values():
-            if not file.is_file():
-                raise FileNotFoundError(f"{where}: there is no {file.relative_to(self.root)}")
-        sizes = {role: picture_size(file, where) for role, file in files.items()}
-        check_sizes(sizes, where)
-        self.pairs.append((f"{person} {cloth}", where, files))
+    def named_pairs(self, folder: str, split: str, paired: bool) -> list[tuple[str, str, str]]:
+        """Person, cloth, and list and line, of one folder."""
+        file, kind = find_list(self.root / folder if self.dress_code else self.root, split, paired)
+        lines = read_list(file)
+        if not lines:
+            raise ValueError(f"{file} names no pairs")
+        persons, cloths, places = zip(*lines)
+        own = tuple(re.sub(r"_0(?=\.\w+$)", "_1", person) if self.dress_code else person for person in persons)
+        if not paired:
+            if kind == "_paired" or cloths == own:
+                cloths = cloths[1:] + cloths[:1]
+        elif kind == "_unpaired" or (kind == "" and split == "test"):
+            if not any(self.cloth_file(folder, cloth).is_file() for cloth in own):
+                instead = f"list the pairs in {split}_pairs_paired.txt"
+                raise NoOwnCloths(f"{file} does not say who wears which cloth, nor do the cloths' names: {instead}")
+            cloths = own
+        elif kind == "" and self.is_shuffled(folder, cloths, own):
+            logging.getLogger("train_vton").warning(
+                "%s pairs hardly anybody with their own cloth: everybody is trained in their own; name it "
+                "%s_pairs_paired.txt to train it as it stands", file, split,
+            )  # fmt: skip
+            cloths = own
+        return list(zip(persons, cloths, places))
+
+    def is_shuffled(self, folder: str, cloths: Sequence[str], own: Sequence[str]) -> bool:
+        rarely = sum(map(operator.eq, cloths, own)) < len(own) / 10
+        return len(own) >= SHUFFLED_FROM and rarely and all(self.cloth_file(folder, cloth).is_file() for cloth in own)
+
+    def cloth_file(self, folder: str, cloth: str) -> Path:
+        return inside(self.root, folder, "images" if self.dress_code else "cloth", cloth)
 
     def files(self, folder: str, person: str, cloth: str) -> dict[str, Path]:
-        viton = ("image", "cloth", "agnostic-mask")
-        persons, cloths, masks = ("images", "images", "agnostic_masks") if self.dress_code else viton
-        named = [inside(self.root, folder, masks, Path(person).stem + end) for end in ("_mask.png", ".png")]
-        files = {
-            "person": inside(self.root, folder, persons, person),
-            "cloth": inside(self.root, folder, cloths, cloth),
-            "mask": named[1] if named[1].is_file() or self.dress_code else named[0],
-            "condition": inside(self.root, folder, self.condition_folder, person),
-        }
+        persons, masks = ("images", "agnostic_masks") if self.dress_code else ("image", "agnostic-mask")
+        files = {"person": inside(self.root, folder, persons, person), "cloth": self.cloth_file(folder, cloth)}
+        if "mask" in self.roles:
+            named = [inside(self.root, folder, masks, Path(person).stem + end) for end in ("_mask.png", ".png")]
+            files["mask"] = named[1] if self.dress_code or named[1].is_file() else named[0]
+        if "condition" in self.roles:
+            files["condition"] = inside(self.root, folder, self.condition_folder, person)
         return {role: files[role] for role in self.roles}
+
+    def check(self) -> None:
+        """Every file is there and can be read, the masks are masks; those known already are not opened again."""
+        looked_at = [(role, file, where) for _, where, files in self.pairs for role, file in files.items()]
+        with ThreadPoolExecutor() as readers:
+            learnt = readers.map(lambda one: self.look_at(*one), looked_at)
+            learnt = list(tqdm(learnt, desc="check the files", total=len(looked_at), delay=3))
+        self.learnt = {(role, str(file)): facts for (role, file, _), facts in zip(looked_at, learnt)}
+        for _, where, files in self.pairs:
+            check_sizes({role: tuple(self.learnt[role, str(file)][2:]) for role, file in files.items()}, where)
+
+    def look_at(self, role: str, file: Path, where: str) -> list[int]:
+        if not file.is_file():
+            raise FileNotFoundError(f"{where}: there is no {file.relative_to(self.root)}")
+        stat, known = file.stat(), self.learnt.get((role, str(file)), [])
+        if known[:2] == [stat.st_size, stat.st_mtime_ns]:
+            return known
+        mask = open_picture(partial(Image.open, file), f"{where}: {file}", role) if role == "mask" else None
+        return [stat.st_size, stat.st_mtime_ns, *(mask.size if mask else picture_size(file, where))]
+
+    def read_index(self, index: Path) -> None:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        for name, where, files in content["pairs"]:
+            self.pairs.append((name, where, {role: Path(file) for role, file in files.items()}))
+        self.learnt = {(role, file): facts for role, file, *facts in content["learnt"]}
+
+    def write_index(self, index: Path) -> None:
+        pairs = [(name, where, {role: str(file) for role, file in files.items()}) for name, where, files in self.pairs]
+        write_text(
+            index, json.dumps({"pairs": pairs, "learnt": [(*key, *facts) for key, facts in self.learnt.items()]})
+        )
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -380,14 +555,18 @@ class TreePairs:
     def pictures(self, index: int) -> dict[str, Image.Image]:
         """Person, cloth, and mask or condition, at their own sizes."""
         _, where, files = self.pairs[index]
-        return {
-            role: open_picture(partial(Image.open, file), f"{where}: {file}", role) for role, file in files.items()
-        }
+        return in_persons_colours(
+            {role: open_picture(partial(Image.open, file), f"{where}: {file}", role) for role, file in files.items()}
+        )
+
+    def person_sizes(self) -> list[tuple[int, int]]:
+        """Widths and heights."""
+        return [tuple(facts[2:]) for (role, _), facts in self.learnt.items() if role == "person"]
 
     def identity(self) -> list:
         """What a cache of these pairs depends on: the files, their sizes and when they were written."""
-        stats = [(str(file), file.stat()) for _, _, files in self.pairs for file in files.values()]
-        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        files = [(role, str(file)) for _, _, files in self.pairs for role, file in files.items()]
+        return [(file, *self.learnt[role, file][:2]) for role, file in files]
 
 
 def inside(root: Path, *parts: str) -> Path:
@@ -398,20 +577,12 @@ def inside(root: Path, *parts: str) -> Path:
     return root.joinpath(*parts)
 
 
-def find_lists(root: Path, split: str, paired: bool) -> list[tuple[Path, str]]:
-    """The lists of a split, each with the folder of its pictures."""
-    places = [(root / name, name) for name in DRESS_CODE_FOLDERS if (root / name).is_dir()] or [(root, split)]
-    kind = "paired" if paired else "unpaired"
-    found = []
-    for place, folder in places:
-        names = [f"{split}_pairs_{kind}.txt", f"{split}_pairs.txt"]
-        files = [place / name for name in names if (place / name).is_file()]
-        if not files:
-            raise FileNotFoundError(
-                f"--dataset_root: there is no {names[1]} in {place}; VITON-HD and DressCode have it"
-            )
-        found.append((files[0], folder))
-    return found
+def write_text(file: Path, text: str) -> None:
+    """All of a text or none of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
 
 
 @dataclass(eq=False)
@@ -430,6 +601,15 @@ class RowPairs:
 
     def pictures(self, index: int) -> dict[str, Image.Image]:
         return row_pictures(self.rows[index], self.columns, self.name(index))
+
+    def person_sizes(self) -> list[tuple[int, int]]:
+        """Widths and heights of some, evenly spread."""
+        person = {"person": self.columns["person"]}
+        if hasattr(self.rows, "__len__"):
+            some = [self.rows[i] for i in evenly(range(len(self)), SIZED_ROWS)]
+        else:  # a stream: its first
+            some = self.rows.take(SIZED_ROWS)
+        return [row_pictures(row, person, self.name(i))["person"].size for i, row in enumerate(some)]
 
     def identity(self) -> list:
         return [self.rows._fingerprint, self.columns]
@@ -521,7 +701,7 @@ def row_pictures(row: dict[str, Any], columns: dict[str, str], name: str) -> dic
         cell = filled(row[column], f"{name}: the column {column}")
         opened[role] = open_picture(partial(decode, cell), f"{name}, column {column}", role)
     check_sizes({role: picture.size for role, picture in opened.items()}, name)
-    return opened
+    return in_persons_colours(opened)
 
 
 @dataclass(eq=False)
@@ -559,6 +739,27 @@ class LatentCache(PairDataset):
         accelerator.wait_for_everyone()
 
 
+def cache_key(vae: AutoencoderKL, settings: AdapterSettings, pairs: TreePairs | RowPairs) -> str:
+    """A name for everything that changes the latents: pictures, size, VAE, settings, and how pictures are read."""
+    weights = hashlib.sha256(json.dumps(dict(vae.config), default=str).encode())
+    for name, weight in vae.state_dict().items():
+        weights.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    said = [getattr(settings, name) for name in ("height", "width", "condition_latents", "mask_free")]
+    key = json.dumps([READING, weights.hexdigest(), str(vae.dtype), said, pairs.identity()])
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def load_pairs(
+    args: argparse.Namespace, columns: dict[str, str], accelerator: accelerate.Accelerator
+) -> TreePairs | RowPairs:
+    """What to train on. The first process looks at every file of a tree, once, and the others believe it."""
+    if args.dataset_root is None:
+        return RowPairs(load_rows(args, "train", columns), columns)
+    looked_at = {"index": args.output_dir / "train_pairs.json", "checked": not accelerator.is_main_process}
+    with accelerator.main_process_first():
+        return TreePairs(args.dataset_root, "train", True, tuple(columns), args.condition_column, **looked_at)
+
+
 def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
     """What is random in a step, each row from its own seed: three noises (B, *shape) and two numbers (B,) in [0, 1)."""
     rows = []
@@ -592,8 +793,112 @@ def refuse_sharding(kind: DistributedType) -> None:
         raise ValueError(f"accelerate is configured for {kind.value}, whose shards an adapter cannot hold: {enough}")
 
 
+def unet_target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the UNet is to see, by the base's scheduler: the noise, or the velocity."""
+    if scheduler.config.prediction_type == "epsilon":
+        return noise
+    return scheduler.get_velocity(clean, noise, timesteps)
+
+
+@torch.no_grad()
+def dream_noise(
+    scheduler: DDPMScheduler, predict: Callable, clean: Tensor, noise: Tensor, timesteps: Tensor, p: float
+) -> Tensor:
+    """The noise, moved by what the UNet gets wrong of it times (1 - alpha-bar)**(p / 2): DREAM, arXiv:2312.00210."""
+    alpha = scheduler.alphas_cumprod.to(clean.device)[timesteps].view(-1, 1, 1, 1)
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    noise_pred = predict(noisy)
+    if scheduler.config.prediction_type == "v_prediction":
+        noise_pred = alpha.sqrt() * noise_pred + (1 - alpha).sqrt() * noisy
+    return noise + (1 - alpha) ** (p / 2) * (noise - noise_pred)
+
+
+def noise_loss(
+    scheduler: DDPMScheduler, predicted: Tensor, target: Tensor, timesteps: Tensor, snr_gamma: float | None
+) -> Tensor:
+    """MSE; with `snr_gamma` every row weighs min(SNR, gamma) / SNR (+ 1 for velocities), arXiv:2303.09556."""
+    if snr_gamma is None:
+        return F.mse_loss(predicted, target)
+    snr = compute_snr(scheduler, timesteps)
+    weights = snr.clamp(max=snr_gamma) / (snr if scheduler.config.prediction_type == "epsilon" else snr + 1)
+    return (weights * (predicted - target).square().mean(dim=(1, 2, 3))).mean()
+
+
+def memory_gib(device: torch.device) -> float:
+    """The peak of the GPU's memory, or this process's now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+@contextlib.contextmanager
+def forgiven(what: str) -> Iterator[None]:
+    """What fails inside is logged, whatever it is, and training goes on."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("%s failed, and training goes on: %s", what, reason, main_process_only=False)
+
+
+def training_size(
+    pipe: StableDiffusionVTONPipeline, persons: Sequence[tuple[int, int]], asked: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Height and width to train at, which are those that a call without a size works at.
+
+    Args:
+        pipe: still without a size of its own, so that it works at the base's native area.
+        persons: widths and heights; the one with the middle aspect stands for all.
+        asked: (height, width), refused where the aspect differs from the persons' by more than a tenth; None takes the
+            native area.
+    """
+    width, height = sorted(persons, key=lambda size: size[0] / size[1])[len(persons) // 2]
+    size, again = None, asked or pipe.resolve_size(height, width, None, None)
+    while size != again:  # rounding may take more than once to come to rest
+        size, area = again, again[0] * again[1]
+        again = fit_size(height, width, None, None, area=area, multiple=pipe.size_multiple)
+    if asked is None:
+        logger.info("persons of %d x %d (height x width) are trained at %d x %d", height, width, *size)
+        return size
+    pipe.resolve_size(height, width, *asked)  # an error names a side that is no multiple
+    ratio = asked[0] / asked[1] / (height / width)
+    if not 1 / ASPECT_TOLERANCE <= ratio <= ASPECT_TOLERANCE:
+        raise ValueError(
+            f"--height {asked[0]} --width {asked[1]} would stretch the persons of {height} x {width} (height x width) by more "
+            f"than a tenth, which a call does not: --height {size[0]} --width {size[1]} fits, or leave both out"
+        )
+    if size != asked:
+        logger.warning("trained at %d x %d, while a call that names no size works at %d x %d", *asked, *size)
+    return asked
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM, however often, only asks for a stop while the context lasts; Ctrl-\\ still stops at once.
+
+    torchrun repeats a Ctrl-C that its workers have had, and reading processes get one too: neither may break a save. Signals
+    reach the main thread alone: in another one nothing is listened to.
+    """
+
+    def __init__(self) -> None:
+        self.made, self.before = False, {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.make) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def make(self, number: int, frame: FrameType | None) -> None:
+        self.made = True
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 class Trainer:
     """The models, the optimiser and the counters of one run; `run` is the loop."""
+
+    # ---- setting up
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -605,24 +910,29 @@ class Trainer:
             project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / "logs"),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
             dynamo_backend="inductor" if args.torch_compile else None,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused), PATIENCE],
         )
         refuse_sharding(self.accelerator.distributed_type)
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise ValueError("--mixed_precision fp16 needs a GPU: take bf16 or no on the CPU")
+        if self.accelerator.is_main_process:
+            check_output_dir(args)
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         set_seed(args.seed)
-        self.step, self.losses, self.grad_norm = 0, [], 0.0
-        self.asked_to_stop = self.stopping = False  # by a signal; as all processes know
+        self.step, self.losses, self.grad_norm, self.accumulated = 0, [], 0.0, 0
+        self.stop, self.stopping = StopRequest(), False  # of this process; as all processes know
         self.load_base()
+        self.roles = ("person", "cloth", "condition" if args.mask_free else "mask")
+        self.columns = {role: getattr(args, f"{role}_column") for role in self.roles}
+        self.pairs = load_pairs(args, self.columns, self.accelerator)
         self.load_settings()
+        self.checkpoints = Checkpoints(self)
         self.load_data()
-        self.load_validation()
+        self.validation = Validation(self)
         self.prepare_parameters()
         self.prepare_training()
-
-    # ---- setting up
+        self.checkpoints.register()
 
     def load(self, cls: type, subfolder: str) -> torch.nn.Module:
         """A frozen model of the base, in the mixed precision's dtype."""
@@ -645,11 +955,11 @@ class Trainer:
             if args.lora_rank:
                 raise ValueError("--lora_rank cannot train the conv_in that a 4-channel base gets: take one of 8 or 9")
             widen_conv_in(self.unet)
-        self.prompt_embeds = None
+        self.tokenizer = self.text_encoder = self.prompt_embeds = self.empty_embeds = None  # the embeds (1, 77, 768)
         if args.cross_attention == "prompt":
             self.tokenizer = CLIPTokenizer.from_pretrained(**self.base, subfolder="tokenizer")
             self.text_encoder = self.load(CLIPTextModel, "text_encoder")
-            self.prompt_embeds = self.embed([args.prompt])
+            self.prompt_embeds, self.empty_embeds = self.embed([args.prompt]), self.embed([""])
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> Tensor:
@@ -660,13 +970,12 @@ class Trainer:
 
     def load_settings(self) -> None:
         """The size, and the settings that travel with the adapter."""
-        args, size = self.args, self.unet.config.sample_size
-        size = size if isinstance(size, (list, tuple)) else (size, size)
-        parts = (self.vae, self.unet, self.noise_scheduler)
+        args = self.args
+        parts = (self.vae, self.unet, self.noise_scheduler, self.text_encoder, self.tokenizer)
         self.pipe = StableDiffusionVTONPipeline(*parts, base_in_channels=self.in_channels)
-        self.height = args.height or size[0] * self.pipe.vae_scale_factor
-        self.width = args.width or size[1] * self.pipe.vae_scale_factor
-        self.pipe.resolve_size(self.height, self.width, self.height, self.width)  # an error names a bad side
+        self.pipe.set_progress_bar_config(disable=True)
+        size = (args.height, args.width) if args.height else None
+        self.height, self.width = training_size(self.pipe, self.pairs.person_sizes(), size)
         self.settings = AdapterSettings(
             base_in_channels=self.in_channels,
             cloth_conditioning=args.cloth_conditioning,
@@ -674,87 +983,42 @@ class Trainer:
             condition_latents=args.condition_latents or ("unscaled" if self.in_channels == 8 else "scaled"),
             mask_free=args.mask_free,
             trainable=args.trainable,
-            guidance_scale=args.guidance_scale,
+            guidance_scale=SEED_GUIDANCE if args.guidance_scale is None else args.guidance_scale,
+            scheduler_class="DDPMScheduler",
+            prompt=args.prompt if args.cross_attention == "prompt" else None,
             base_model=args.pretrained_model_name_or_path,
             height=self.height,
             width=self.width,
         )
         self.pipe.register_to_config(**asdict(self.settings))
-        self.pipe.set_progress_bar_config(disable=True)
         self.prepare = Preparation(self.height, self.width, args.seed, args.augment)
-        self.roles = ("person", "cloth", "condition" if args.mask_free else "mask")
-        self.columns = {role: getattr(args, f"{role}_column") for role in self.roles}
 
     def load_data(self) -> None:
         args, captions = self.args, None
         if args.streaming:
             return self.load_stream()
-        if args.dataset_root is not None:
-            pairs = TreePairs(args.dataset_root, "train", True, self.roles, args.condition_column)
-        else:
-            rows = load_rows(args, "train", self.columns)
-            pairs, captions = RowPairs(rows, self.columns), rows[args.caption_column] if args.caption_column else None
-        self.dataset = PairDataset(pairs, self.prepare, captions)
+        if args.caption_column:
+            captions = self.pairs.rows[args.caption_column]
+        self.dataset = PairDataset(self.pairs, self.prepare, captions)
         loading = {"batch_size": args.train_batch_size, "num_workers": args.dataloader_num_workers}
         rows = args.train_batch_size * self.accelerator.num_processes
         if len(self.dataset) < rows:
             source = "--dataset_root" if args.dataset_root is not None else "--dataset_name"
             raise ValueError(f"--train_batch_size: a step takes {rows} pairs, and {source} has {len(self.dataset)}")
         if args.cache_latents is not None:
-            self.dataset = LatentCache(pairs, self.prepare, folder=self.cache_folder(pairs))
+            folder = args.cache_latents / cache_key(self.vae, self.settings, self.pairs)
+            self.dataset = LatentCache(self.pairs, self.prepare, folder=folder)
             self.dataset.fill(self.encode, self.accelerator, **loading)
         self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
 
     def load_stream(self) -> None:
         """Every process reads its own part, and has one reader, which keeps the order."""
         args, place = self.args, (self.accelerator.process_index, self.accelerator.num_processes)
-        rows = load_rows(args, "train", self.columns).shuffle(seed=args.seed)
+        rows = self.pairs.rows.shuffle(seed=args.seed)
         rows = importlib.import_module("datasets.distributed").split_dataset_by_node(rows, *place)
         self.dataset = StreamedPairs(rows, self.columns, self.prepare, *place, args.caption_column)
         workers = min(1, args.dataloader_num_workers)
         self.loader = DataLoader(self.dataset, batch_size=args.train_batch_size, num_workers=workers)
-
-    def cache_folder(self, pairs: TreePairs | RowPairs) -> Path:
-        """A folder of --cache_latents for everything that changes the latents: pictures, size, VAE and settings."""
-        vae = hashlib.sha256(json.dumps(dict(self.vae.config), default=str).encode())
-        for name, weight in self.vae.state_dict().items():
-            vae.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        settings = {
-            name: getattr(self.settings, name) for name in ("height", "width", "condition_latents", "mask_free")
-        }
-        key = json.dumps([vae.hexdigest(), str(self.vae.dtype), settings, pairs.identity()])
-        return self.args.cache_latents / hashlib.sha256(key.encode()).hexdigest()[:16]
-
-    def load_validation(self) -> None:
-        """`probes`: a batch of test persons with their own cloths; `tryons`: pictures of test persons and other cloths."""
-        pairs, self.tryons = self.test_rows() if self.args.dataset_name is not None else self.test_tree()
-        own = PairDataset(pairs, Preparation(self.height, self.width, self.args.seed))
-        probes = [own[i] for i in range(min(PROBED_PAIRS, len(pairs)))]
-        self.probes = default_collate(probes) if len(probes) > 1 else None  # one has no wrong cloth
-
-    def test_tree(self) -> tuple[TreePairs | list, list[dict]]:
-        args, root, paired = self.args, self.args.dataset_root, []
-        lists = [*root.glob("test_pairs*.txt"), *root.glob("*/test_pairs*.txt")]
-        if not any(file.read_text().strip() for file in lists):
-            return [], []
-        try:
-            paired = TreePairs(root, "test", True, self.roles, args.condition_column)
-        except FileNotFoundError as error:
-            if not args.mask_free:
-                raise
-            logger.info("the test persons are not there in other cloths, so nothing is probed: %s", error)
-        unpaired = TreePairs(root, "test", False, [r for r in self.roles if r != "condition"])
-        return paired, [unpaired.pictures(i) for i in range(min(args.num_validation_pairs, len(unpaired)))]
-
-    def test_rows(self) -> tuple[RowPairs | list, list[dict]]:
-        args, wanted = self.args, max(PROBED_PAIRS, self.args.num_validation_pairs)
-        splits = optional("datasets", "dataset_name").get_dataset_split_names
-        if "test" not in splits(args.dataset_name, args.dataset_config_name):
-            return [], []
-        pairs = RowPairs(list(load_rows(args, "test", self.columns).take(wanted)), self.columns, "test row")
-        shown = [pairs.pictures(i) for i in range(min(args.num_validation_pairs, len(pairs)))]
-        others = [pairs.pictures((i + 1) % len(pairs))["cloth"] for i in range(len(shown))]
-        return pairs, [pictures | {"cloth": cloth} for pictures, cloth in zip(shown, others)]
 
     def prepare_parameters(self) -> None:
         """What learns, in float32: the adapter's weights, or a LoRA of the same modules."""
@@ -786,8 +1050,11 @@ class Trainer:
             self.loader = self.accelerator.prepare(self.loader)
             self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
         self.total_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
-        warmup = WARMUP_EPOCHS * self.steps_per_epoch if args.lr_warmup_steps is None else args.lr_warmup_steps
-        warmup = min(warmup, self.total_steps)
+        warmup = min(WARMUP_EPOCHS * self.steps_per_epoch, self.total_steps // 10)
+        if args.lr_warmup_steps is not None:
+            warmup = args.lr_warmup_steps
+        if warmup > self.total_steps:
+            raise ValueError(f"--lr_warmup_steps {warmup} is more than the {self.total_steps} updates of the run")
         # Stepped here, once an update: accelerate would step a prepared schedule once a process.
         if args.lr_scheduler == "default":
             self.schedule = warmup_cosine(self.optimizer.optimizer, warmup, self.total_steps)
@@ -796,9 +1063,6 @@ class Trainer:
             self.schedule = get_scheduler(args.lr_scheduler, self.optimizer.optimizer, **lengths)
         self.ema = EMAModel(self.trained, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
         self.ema.to(self.accelerator.device)
-        self.accelerator.register_for_checkpointing(self.schedule, self.ema)
-        self.accelerator.register_save_state_pre_hook(self.save_weights)
-        self.accelerator.register_load_state_pre_hook(self.load_weights)
 
     # ---- one step
 
@@ -828,7 +1092,8 @@ class Trainer:
         cloth_seen: Tensor,
         captions: list[str] | None = None,
     ) -> Tensor:
-        """What the UNet sees in `noisy` (B, 4, h, w) or a canvas, at timesteps (B,); where `cloth_seen` (B,) is 0, clothless.
+        """What the UNet sees in `noisy` (B, 4, h, w) or a canvas, at timesteps (B,); where `cloth_seen` (B,) is 0, without
+        cloth and text, as a call's unconditional branch.
 
         Reference mode is one UNet call on `[person rows ; cloth rows]`, the cloth rows at timestep 0.
         """
@@ -842,7 +1107,8 @@ class Trainer:
         embeds = self.prompt_embeds
         if embeds is not None:
             embeds = embeds.expand(count, -1, -1) if captions is None else self.embed(captions)
-            embeds = embeds.repeat(len(rows) // count, 1, 1)
+            of_persons = torch.where(cloth_seen.view(-1, 1, 1) > 0, embeds, self.empty_embeds)
+            embeds = torch.cat([of_persons, embeds]) if len(rows) > count else of_persons
         with self.accelerator.autocast():
             return self.model(rows, timesteps, embeds, attention_mask=seen, return_dict=False)[0][:count].float()
 
@@ -852,12 +1118,6 @@ class Trainer:
             return clean, drawn["noise"]
         canvas = conditioning.canvas
         return canvas(clean, conditioning.cloth), canvas(drawn["noise"], drawn["cloth_noise"])
-
-    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet is to see, by the base's scheduler: the noise, or the velocity."""
-        if self.noise_scheduler.config.prediction_type == "epsilon":
-            return noise
-        return self.noise_scheduler.get_velocity(clean, noise, timesteps)
 
     def train_step(self, batch: dict[str, Any]) -> Tensor:
         """MSE between the predicted and the actual noise, over the person (joint: over the canvas)."""
@@ -872,41 +1132,26 @@ class Trainer:
         def predict(noisy: Tensor) -> Tensor:
             return self.predict(conditioning, noisy, timesteps, seen, batch.get("caption"))
 
-        if self.args.dream_detail_preservation:
-            noise = self.dream(predict, clean, noise, timesteps)
-        noisy, target = self.noise_scheduler.add_noise(clean, noise, timesteps), self.target(clean, noise, timesteps)
-        return self.loss(predict(noisy), target, timesteps)
-
-    @torch.no_grad()
-    def dream(self, predict: Callable, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise, moved by what the UNet gets wrong of it times (1 - alpha-bar)**(p / 2): DREAM, arXiv:2312.00210."""
-        alpha = self.noise_scheduler.alphas_cumprod.to(clean.device)[timesteps].view(-1, 1, 1, 1)
-        noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
-        noise_pred = predict(noisy)
-        if self.noise_scheduler.config.prediction_type == "v_prediction":
-            noise_pred = alpha.sqrt() * noise_pred + (1 - alpha).sqrt() * noisy
-        return noise + (1 - alpha) ** (self.args.dream_detail_preservation / 2) * (noise - noise_pred)
-
-    def loss(self, predicted: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
-        """MSE; with --snr_gamma every row weighs min(SNR, gamma) / SNR (+ 1 for velocities), arXiv:2303.09556."""
-        if self.args.snr_gamma is None:
-            return F.mse_loss(predicted, target)
-        snr = compute_snr(self.noise_scheduler, timesteps)
-        weights = snr.clamp(max=self.args.snr_gamma)
-        weights = weights / (snr if self.noise_scheduler.config.prediction_type == "epsilon" else snr + 1)
-        return (weights * (predicted - target).square().mean(dim=(1, 2, 3))).mean()
+        scheduler, p = self.noise_scheduler, self.args.dream_detail_preservation
+        if p:
+            noise = dream_noise(scheduler, predict, clean, noise, timesteps, p)
+        predicted = predict(scheduler.add_noise(clean, noise, timesteps))
+        target = unet_target(scheduler, clean, noise, timesteps)
+        return noise_loss(scheduler, predicted, target, timesteps, self.args.snr_gamma)
 
     def update(self, batch: dict[str, Any]) -> float:
         """Forward, backward and, every `gradient_accumulation_steps` batches, one update; returns this batch's loss."""
         accelerator = self.accelerator
         with accelerator.accumulate(self.model):
             loss = self.train_step(batch)
-            both = torch.stack([loss.detach(), loss.new_tensor(float(self.asked_to_stop))])
+            both = torch.stack([loss.detach(), loss.new_tensor(float(self.stop.made))])
             mean, stopping = accelerator.reduce(both, reduction="mean").tolist()
             self.stopping = stopping > 0
             self.require_finite("loss", mean, batch)
             accelerator.backward(loss)
+            self.accumulated += 1
             if accelerator.sync_gradients:
+                self.average_gradients()
                 self.grad_norm = accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm).item()
                 if accelerator.scaler is None:  # fp16's scaler skips such a step by itself
                     self.require_finite("gradient norm", self.grad_norm, batch)
@@ -918,207 +1163,31 @@ class Trainer:
             self.step += 1
         return mean
 
+    def average_gradients(self) -> None:
+        """accelerate divides by `gradient_accumulation_steps`; an epoch's last update may have had fewer batches."""
+        missing = self.args.gradient_accumulation_steps / self.accumulated
+        if missing > 1:
+            for gradient in (p.grad for p in self.trained if p.grad is not None):
+                gradient.mul_(missing)
+        self.accumulated = 0
+
     def require_finite(self, what: str, value: float, batch: dict[str, Any]) -> None:
         if not math.isfinite(value):
             names = ", ".join(gather_object(list(batch["name"])))
             raise FloatingPointError(f"the {what} is {value} at step {self.step + 1}; the pairs are {names}")
 
-    # ---- looking at it
-
     @contextlib.contextmanager
     def published_weights(self) -> Iterator[None]:
         """In the UNet, for as long as the context lasts: the averaged weights, rounded to fp16 as they are published."""
-        before = [parameter.detach().clone() for parameter in self.trained]
+        before, was_training = [parameter.detach().clone() for parameter in self.trained], self.unet.training
         average = self.ema.shadow_params if self.args.ema_decay else before
-        assign(self.trained, [weight.half() for weight in average])
         try:
+            self.unet.eval()
+            assign(self.trained, [weight.half() for weight in average])
             yield
         finally:
             assign(self.trained, before)
-
-    @torch.no_grad()
-    def probe(self) -> dict[str, float]:
-        """The masked noise error without a cloth, with the right one and with a wrong one, on the same test persons and noise.
-
-        While the cloth is being read, right < none < wrong.
-        """
-        conditioning, mean, _ = self.latents(self.probes)
-        mean = mean.float() * self.vae.config.scaling_factor
-        drawn = {name: noise.to(mean.device) for name, noise in draw(self.probes["seed"], mean.shape[1:]).items()}
-        other = {name: getattr(conditioning, name).roll(1, 0) for name in ("cloth", "cloth_condition")}
-        wrong = TryOnLatents(**vars(conditioning) | other)
-        seen, errors = torch.ones(len(mean), device=mean.device), {}
-        cloths = (("none", conditioning, 0 * seen), ("right", conditioning, seen), ("wrong", wrong, seen))
-        for t in PROBED_TIMESTEPS:
-            timesteps = torch.full((len(mean),), t, device=mean.device)
-            for name, shown, visible in cloths:
-                clean, noise = self.on_canvas(shown, mean, drawn)
-                noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
-                target = self.target(clean, noise, timesteps)
-                error = (self.predict(shown, noisy, timesteps, visible) - target).square()
-                error = error if self.args.cloth_conditioning == "reference" else conditioning.person_part(error)
-                error = (error * conditioning.mask).sum() / conditioning.mask.expand_as(error).sum()
-                errors[f"probe/t{t}_{name}"] = error.item()
-        return errors
-
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Probe the published weights, and try cloths on test persons; the grid goes to OUTPUT_DIR/validation and the trackers."""
-        logs = {}
-        was_training = self.unet.training
-        self.unet.eval()
-        with self.published_weights():
-            if self.probes is not None:
-                logs = self.probe()
-                shown = ", ".join(f"{name.removeprefix('probe/')} {error:.4f}" for name, error in logs.items())
-                logger.info("step %d, masked noise error: %s", self.step, shown)
-            if self.tryons and self.accelerator.is_main_process:
-                self.save_validation_grid()
-        self.unet.train(was_training)
-        self.accelerator.wait_for_everyone()
-        return logs
-
-    def save_validation_grid(self) -> None:
-        tiles, size = [], {"height": self.height, "width": self.width}
-        text = {"prompt_embeds": self.prompt_embeds, "negative_prompt_embeds": self.prompt_embeds}
-        for pictures in self.tryons:
-            person, cloth = pictures["person"], pictures["cloth"]
-            generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed)
-            with self.accelerator.autocast():
-                result = self.pipe(person, cloth, pictures.get("mask"), **size, **text, generator=generator)
-            shown = (person, fit_cloth(cloth, **size), result.images[0])
-            tiles += [picture.resize((self.width, self.height)) for picture in shown]
-        grid = make_image_grid(tiles, rows=len(self.tryons), cols=3)
-        folder = self.args.output_dir / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        grid.save(folder / f"step-{self.step:06d}.png")
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images({"validation": np.asarray(grid)[None]}, self.step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({"validation": [grid]}, self.step)
-            elif tracker.name == "trackio":
-                import trackio  # there, since it is the tracker
-
-                tracker.log({"validation": trackio.Image(np.asarray(grid))}, self.step)
-
-    def memory(self) -> float:
-        """The peak of the GPU's memory, or this process's, in GiB."""
-        if self.accelerator.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        return psutil.Process().memory_info().rss / 2**30
-
-    # ---- keeping it
-
-    def save_weights(self, models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
-        """accelerate's hook: a checkpoint holds the trained weights in fp32, not the whole UNet."""
-        if self.accelerator.is_main_process:
-            self.write_weights(Path(output_dir) / ADAPTER_NAME)
-        while weights:
-            weights.pop()
-
-    def load_weights(self, models: list[torch.nn.Module], input_dir: str) -> None:
-        weights, _ = read_adapter(Path(input_dir) / ADAPTER_NAME)
-        if weights.keys() != self.parameters.keys():
-            chosen = f"--trainable {self.args.trainable} --lora_rank {self.args.lora_rank}"
-            raise ValueError(f"--resume_from_checkpoint: {input_dir} was trained with other weights than {chosen}")
-        assign(self.trained, [weights[name] for name in self.parameters])
-        while models:
-            models.pop()
-
-    def write_weights(self, file: Path, dtype: torch.dtype | None = None) -> None:
-        weights = {name: parameter.detach().to(dtype) for name, parameter in self.parameters.items()}
-        write_adapter(file, weights, replace(self.settings, trained_steps=self.step))
-
-    def write_lora(self, folder: Path) -> None:
-        """diffusers' own LoRA file; the settings are a metadata entry of their own, since diffusers reads its entry whole."""
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
-        layers = {name: layer.half() for name, layer in layers.items()}
-        described = {"unet_lora_adapter_metadata": self.unet.peft_config["default"].to_dict()}
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            StableDiffusionVTONPipeline.save_lora_weights(temporary, layers, weight_name=LORA_NAME, **described)
-            file = Path(temporary) / LORA_NAME
-            weights, metadata = read_safetensors(file)
-            settings = replace(self.settings, trained_steps=self.step).metadata()
-            save_file(weights, file, metadata | {LORA_SETTINGS: json.dumps(settings)})
-            os.replace(file, folder / LORA_NAME)
-
-    def publish(self) -> None:
-        """The averaged weights in fp16, to OUTPUT_DIR."""
-        with self.published_weights():
-            if self.args.lora_rank:
-                self.write_lora(self.args.output_dir)
-            else:
-                self.write_weights(self.args.output_dir / ADAPTER_NAME, torch.float16)
-        logger.info("trained weights in %s", self.args.output_dir)
-
-    def push(self, attempts: int) -> None:
-        """Upload; what fails is logged and tried again, since neither training nor what is on disk depends on it."""
-        for attempt in range(1, attempts + 1):
-            try:
-                return self.upload(self.args.hub_model_id or self.args.output_dir.resolve().name)
-            except Exception as error:  # of many libraries; whatever it is, the run goes on
-                there = self.args.output_dir
-                logger.warning("upload %d of %d failed, all is still in %s: %s", attempt, attempts, there, error)
-                time.sleep(attempt)
-
-    def upload(self, repo_id: str) -> None:
-        """The published weights as the pipeline uploads them, and on the card how they were trained."""
-        self.pipe.register_to_config(trained_steps=self.step)
-        with self.published_weights():
-            private = self.args.hub_private_repo or None
-            self.pipe.push_to_hub(repo_id, f"Step {self.step}", private=private, adapter_only=True)
-        repo_id = create_repo(repo_id, exist_ok=True).repo_id  # with its owner
-        card = ModelCard.load(repo_id)
-        part = math.ceil(len(self.losses) / 10)
-        losses = [(i + part, self.losses[i : i + part]) for i in range(0, len(self.losses), part)]
-        pictures = sorted((self.args.output_dir / "validation").glob("*.png"))[-1:]
-        card.text += CARD_TEXT.format(
-            curve="\n".join(f"| {step} | {sum(some) / len(some):.4f} |" for step, some in losses),
-            flags="\n".join(f"| {name} | {value} |" for name, value in vars(self.args).items() if value is not None),
-            picture="".join(f"![Persons, cloths, results](validation/{picture.name})" for picture in pictures),
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            card.save(Path(folder) / "README.md")
-            for picture in pictures:
-                (Path(folder) / "validation").mkdir()
-                shutil.copy(picture, Path(folder) / "validation")
-            upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"How step {self.step} was trained")
-
-    def checkpoints(self) -> list[Path]:
-        """Finished checkpoints, oldest first."""
-        found = [p for p in self.args.output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-    def save_checkpoint(self) -> None:
-        """Write under another name, rename when whole, and only then delete the oldest."""
-        final = self.args.output_dir / f"checkpoint-{self.step}"
-        unfinished = final.with_name(f"unfinished-{final.name}")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(unfinished))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (unfinished / "progress.json").write_text(json.dumps({"step": self.step, "losses": self.losses}))
-            if final.exists():  # of an earlier run into the same folder
-                discard(final)
-            unfinished.rename(final)
-            for old in self.checkpoints()[: -(self.args.checkpoints_total_limit or len(self.checkpoints()))]:
-                discard(old)
-
-    def resume(self) -> None:
-        wanted = self.args.resume_from_checkpoint
-        if wanted is None:
-            return
-        found = self.checkpoints() if wanted == "latest" else [Path(wanted)]
-        if not found:
-            logger.info("--resume_from_checkpoint latest: no checkpoint in %s, starting fresh", self.args.output_dir)
-            return
-        self.accelerator.load_state(str(found[-1]))
-        progress = json.loads((found[-1] / "progress.json").read_text())
-        self.step, self.losses = progress["step"], progress["losses"]
-        logger.info("resumed from %s", found[-1])
+            self.unet.train(was_training)
 
     # ---- the loop
 
@@ -1136,49 +1205,28 @@ class Trainer:
             yield from accelerate.skip_first_batches(self.loader, skip) if skip else self.loader
             epoch, skip = epoch + 1, 0
 
-    @contextlib.contextmanager
-    def gentle_stop(self) -> Iterator[None]:
-        """Ctrl-C or SIGTERM, however often, asks for a checkpoint after the running update; Ctrl-\\ still stops at once.
-
-        torchrun repeats a Ctrl-C that its workers have had, and reading processes get one too: neither may break the save.
-        """
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.asked_to_stop = True
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def run(self) -> bool:
         """Train to the end, or until asked to stop; returns whether it came to the end."""
-        args, processor = self.args, ClothBesideAttnProcessor if self.args.cloth_conditioning == "reference" else None
-        self.resume()
+        processor = ClothBesideAttnProcessor if self.args.cloth_conditioning == "reference" else None
+        self.checkpoints.resume()
         hidden = not self.accelerator.is_local_main_process
         bar = tqdm(total=self.total_steps, initial=self.step, desc="train", disable=hidden)
-        with bar, self.gentle_stop(), vton_attention(self.unet, processor, args.cross_attention):
-            batches, losses, started = self.batches(), [], time.time()
-            while self.step < self.total_steps:
-                before = self.step
-                losses.append(self.update(next(batches)))
-                if self.step == before:
-                    continue
-                bar.update()
-                self.after_update(bar, losses, time.time() - started)
-                losses, started = [], time.time()
-                if self.stopping:
-                    break
-        if self.step == self.total_steps and self.accelerator.is_main_process:
-            self.publish()
-            if args.push_to_hub:
-                self.push(attempts=3)
-        return self.step == self.total_steps
+        with vton_attention(self.unet, processor, self.args.cross_attention):
+            with bar, self.stop:
+                batches, losses, started = self.batches(), [], time.time()
+                while self.step < self.total_steps and not self.stopping:
+                    before = self.step
+                    losses.append(self.update(next(batches)))
+                    if self.step > before:
+                        bar.update()
+                        self.after_update(bar, losses, time.time() - started)
+                        losses, started = [], time.time()
+            if self.step >= self.total_steps:
+                self.finish()
+        return self.step >= self.total_steps
 
     def after_update(self, bar: tqdm, losses: list[float], seconds: float) -> None:
-        """Report, validate and save as often as asked; always at the end, and save when asked to stop."""
+        """Save, validate and report as often as asked; save at the end, and when asked to stop."""
         args, last = self.args, self.step == self.total_steps
         pairs = len(losses) * args.train_batch_size * self.accelerator.num_processes
         self.losses.append(sum(losses) / len(losses))
@@ -1187,17 +1235,395 @@ class Trainer:
             "lr": self.schedule.get_last_lr()[0],
             "grad_norm": self.grad_norm,
             "images_per_second": pairs / seconds,
-            "memory_gib": self.memory(),
+            "memory_gib": memory_gib(self.accelerator.device),
         }
         bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")})
-        if self.step % args.validation_steps == 0 or last:
-            logs |= self.validate()
-        self.accelerator.log(logs, step=self.step)
-        if self.step % args.checkpointing_steps == 0 or last or self.stopping:
-            self.save_checkpoint()
-            if args.push_to_hub and args.hub_strategy == "every_save" and self.accelerator.is_main_process:
-                self.push(attempts=1)
+        saving = self.step % args.checkpointing_steps == 0 or last or self.stopping
+        if saving:
+            self.checkpoints.save()
+        if self.step % args.validation_steps == 0 and not last:
+            logs |= self.validation.run()
+        self.track(logs)
+        if saving and not last and args.push_to_hub and args.hub_strategy == "every_save":
+            if self.accelerator.is_main_process:
+                self.checkpoints.push(attempts=1)
             self.accelerator.wait_for_everyone()
+
+    def finish(self) -> None:
+        """Publish the weights, with the guidance that suits them best and a last look at them."""
+        if self.accelerator.is_main_process and self.args.guidance_scale is None:
+            with forgiven("the choice of a guidance scale"):
+                self.settings = replace(self.settings, guidance_scale=self.validation.best_guidance())
+                self.pipe.register_to_config(guidance_scale=self.settings.guidance_scale)
+        self.track(self.validation.run())
+        if self.accelerator.is_main_process:
+            self.checkpoints.publish()
+            if self.args.push_to_hub:
+                self.checkpoints.push(attempts=3)
+
+    def track(self, logs: dict[str, float]) -> None:
+        with forgiven("the tracker"):
+            self.accelerator.log(logs, step=self.step)
+
+
+class Validation:
+    """What a run shows of itself: the masked noise error on test persons, and a grid of test persons in other cloths.
+
+    `paired` are test persons in their own cloths and `probes` what the VAE made of them, for which it is asked once;
+    `tryons` are names and pictures of test persons and other cloths. Whatever fails here is logged and stops nothing.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
+        pairs, self.tryons = self.test_rows() if self.args.dataset_name is not None else self.test_tree()
+        paired = PairDataset(pairs, Preparation(trainer.height, trainer.width, self.args.seed))
+        self.paired = Subset(paired, range(min(PROBED_PAIRS, len(pairs))))
+        self.probes = self.encode_probes()
+        self.guidance_errors: dict[float, float] = {}
+
+    def test_tree(self) -> tuple[TreePairs | list, list[tuple[str, dict]]]:
+        args, root, roles, paired, tryons = self.args, self.args.dataset_root, self.trainer.roles, [], []
+        lists = [*root.glob("test_pairs*.txt"), *root.glob("*/test_pairs*.txt")]
+        if not any(read_list(file) for file in lists):
+            return [], []
+        try:
+            paired = TreePairs(root, "test", True, roles, args.condition_column, limit=PROBED_PAIRS)
+        except FileNotFoundError as error:
+            if not (args.mask_free or isinstance(error, NoOwnCloths)):
+                raise
+            logger.info("nothing is probed: %s", error)
+        if args.num_validation_pairs:
+            shown = [role for role in roles if role != "condition"]
+            unpaired = TreePairs(root, "test", False, shown, limit=args.num_validation_pairs)
+            tryons = [(unpaired.name(i), unpaired.pictures(i)) for i in range(len(unpaired))]
+        return paired, tryons
+
+    def test_rows(self) -> tuple[RowPairs | list, list[tuple[str, dict]]]:
+        args, columns, wanted = self.args, self.trainer.columns, max(PROBED_PAIRS, self.args.num_validation_pairs)
+        splits = optional("datasets", "dataset_name").get_dataset_split_names
+        if "test" not in splits(args.dataset_name, args.dataset_config_name):
+            return [], []
+        pairs = RowPairs(list(load_rows(args, "test", columns).take(wanted)), columns, "test row")
+        shown = range(min(args.num_validation_pairs, len(pairs)))
+        others = [pairs.pictures((i + 1) % len(pairs))["cloth"] for i in shown]
+        return pairs, [(pairs.name(i), pairs.pictures(i) | {"cloth": cloth}) for i, cloth in zip(shown, others)]
+
+    def batches(self) -> DataLoader:
+        """The test persons in their own cloths, as many at a time as training takes."""
+        return DataLoader(self.paired, batch_size=self.args.train_batch_size)
+
+    def encode_probes(self) -> dict[str, Tensor] | None:
+        """Latents and seeds (N, ...) of `paired`; None for less than two, of whom none has a wrong cloth."""
+        encoded = []
+        for batch in self.batches():
+            latents = self.trainer.encode(batch) | {"seed": batch["seed"]}
+            vanished = ~latents["mask"].flatten(1).any(dim=1).cpu()
+            if vanished.any():
+                names = ", ".join(name for name, gone in zip(batch["name"], vanished) if gone)
+                logger.info("not probed, since the mask vanishes at the latents' size: %s", names)
+            encoded.append({name: tensor.cpu()[~vanished] for name, tensor in latents.items()})
+        if sum(len(latents["seed"]) for latents in encoded) < 2:
+            return None
+        return {name: torch.cat([latents[name] for latents in encoded]) for name in encoded[0]}
+
+    @torch.no_grad()
+    def probe(self) -> dict[str, float]:
+        """The masked noise error without a cloth, with the right one and with a wrong one, on the same test persons and noise.
+
+        While the cloth is being read, right < none < wrong.
+        """
+        trainer, scheduler, errors, masked = self.trainer, self.trainer.noise_scheduler, defaultdict(float), 0.0
+        others = {name: self.probes[name].roll(1, 0) for name in ("cloth", "cloth_condition")}
+        for rows in torch.arange(len(self.probes["seed"])).split(self.args.train_batch_size):
+            batch = {name: tensor[rows] for name, tensor in self.probes.items()}
+            conditioning, mean, _ = trainer.latents(batch)
+            wrong, *_ = trainer.latents(batch | {name: cloths[rows] for name, cloths in others.items()})
+            mean = mean.float() * trainer.vae.config.scaling_factor
+            drawn = {name: noise.to(mean.device) for name, noise in draw(batch["seed"], mean.shape[1:]).items()}
+            seen = torch.ones(len(mean), device=mean.device)
+            cloths = (("none", conditioning, 0 * seen), ("right", conditioning, seen), ("wrong", wrong, seen))
+            for t, (name, shown, visible) in itertools.product(PROBED_TIMESTEPS, cloths):
+                timesteps = torch.full((len(mean),), t, device=mean.device)
+                clean, noise = trainer.on_canvas(shown, mean, drawn)
+                predicted = trainer.predict(shown, scheduler.add_noise(clean, noise, timesteps), timesteps, visible)
+                error = (predicted - unet_target(scheduler, clean, noise, timesteps)).square()
+                error = error if self.args.cloth_conditioning == "reference" else conditioning.person_part(error)
+                errors[f"probe/t{t}_{name}"] += (error * conditioning.mask).sum().item()
+            masked += conditioning.mask.expand_as(mean).sum().item()
+        return {name: error / masked for name, error in errors.items()}
+
+    def run(self) -> dict[str, float]:
+        """Probe the published weights, and try cloths on test persons; the grid goes to OUTPUT_DIR/validation and the trackers."""
+        logs = {}
+        with forgiven("validation"), self.trainer.published_weights():
+            if self.probes is not None:
+                logs = self.probe()
+                shown = ", ".join(f"{name.removeprefix('probe/')} {error:.4f}" for name, error in logs.items())
+                logger.info("step %d, masked noise error: %s", self.trainer.step, shown)
+            if self.tryons and self.accelerator.is_main_process:
+                self.save_grid()
+        self.accelerator.wait_for_everyone()
+        return logs
+
+    def try_on(self, person: PictureInput, cloth: PictureInput, mask: PictureInput | None, **options) -> list | Tensor:
+        """A call of the pipeline as users make it; its results."""
+        with self.accelerator.autocast():
+            return self.trainer.pipe(person, cloth, mask, **options).images
+
+    def save_grid(self) -> None:
+        size, tiles = {"height": self.trainer.height, "width": self.trainer.width}, []
+        for name, pictures in self.tryons:
+            person, cloth = pictures["person"], pictures["cloth"]
+            generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed)
+            with forgiven(f"trying on {name}"):
+                (result,) = self.try_on(person, cloth, pictures.get("mask"), generator=generator)
+                shown = (person, fit_cloth(cloth, **size), result)
+                tiles += [picture.resize((size["width"], size["height"])) for picture in shown]
+        if not tiles:
+            return
+        grid = make_image_grid(tiles, rows=len(tiles) // 3, cols=3)
+        file = self.args.output_dir / "validation" / f"step-{self.trainer.step:06d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        grid.save(file)
+        with forgiven(f"tracking {file}"):
+            self.track_grid(grid)
+
+    def track_grid(self, grid: Image.Image) -> None:
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"validation": np.asarray(grid)[None]}, self.trainer.step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"validation": [grid]}, self.trainer.step)
+            elif tracker.name == "trackio":
+                import trackio  # there, since it is the tracker
+
+                tracker.log({"validation": trackio.Image(np.asarray(grid))}, self.trainer.step)
+
+    def best_guidance(self) -> float:
+        """The scale with which test persons in their own cloths come out nearest to their photographs, inside the mask."""
+        if not len(self.paired):
+            logger.info("no test persons in their own cloths: guidance %g is recommended", SEED_GUIDANCE)
+            return SEED_GUIDANCE
+        errors, masked = dict.fromkeys(GUIDANCE_SCALES, 0.0), 0.0
+        size = {"height": self.trainer.height, "width": self.trainer.width}
+        bar = tqdm(total=len(errors) * len(self.paired), desc="guidance")
+        with bar, self.trainer.published_weights():
+            for batch in self.batches():
+                truth, mask = batch["person"] / 2 + 0.5, batch["mask"]
+                person = batch["condition"] / 2 + 0.5 if self.args.mask_free else truth
+                shown = (person, batch["cloth"] / 2 + 0.5, None if self.args.mask_free else mask)
+                for scale in errors:
+                    generators = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
+                    options = {"num_inference_steps": GUIDANCE_STEPS, "composite": False, "output_type": "pt"}
+                    result = self.try_on(*shown, guidance_scale=scale, generator=generators, **size, **options)
+                    errors[scale] += ((result - truth).square() * mask).sum().item()
+                    bar.update(len(truth))
+                masked += mask.expand_as(truth).sum().item()
+        self.guidance_errors = {scale: error / masked for scale, error in errors.items()}
+        best = min(errors, key=self.guidance_errors.get)
+        measured = ", ".join(f"{scale:g}: {error:.5f}" for scale, error in self.guidance_errors.items())
+        logger.info("squared error in the mask by guidance: %s; %g is recommended", measured, best)
+        return best
+
+
+class Checkpoints:
+    """What is kept of a run: its checkpoints, the trained weights, and what is uploaded of them."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
+        self.folder, self.resumed = trainer.args.output_dir, None
+        wanted = self.args.resume_from_checkpoint
+        if wanted is not None:
+            self.resumed = (
+                Path(wanted) if wanted != "latest" else next(reversed(finished_checkpoints(self.folder)), None)
+            )
+        if self.resumed is not None:
+            self.check_resumed()
+        elif wanted is not None:
+            logger.info("--resume_from_checkpoint latest: no checkpoint in %s, starting fresh", self.folder)
+        if self.args.overwrite_output_dir and self.accelerator.is_main_process:
+            for path in left_behind(self.args):
+                logger.info("--overwrite_output_dir: discarded %s", path)
+                discard(path)
+
+    def check_resumed(self) -> None:
+        """A run goes on as what it is: what its weights have learnt with does not change."""
+        with safe_open(self.resumed / ADAPTER_NAME, "pt") as file:
+            before = asdict(AdapterSettings.from_metadata(file.metadata(), self.resumed / ADAPTER_NAME))
+        before["lora_rank"] = self.progress().get("lora_rank")
+        now = asdict(self.trainer.settings) | {"lora_rank": self.args.lora_rank}
+        changed = [name for name in RESUMED_SETTINGS if before[name] != now[name]]
+        if changed:
+            was, is_now = (", ".join(f"{name} {run[name]}" for name in changed) for run in (before, now))
+            raise ValueError(f"--resume_from_checkpoint: {self.resumed} was trained with {was}, not with {is_now}")
+
+    def progress(self) -> dict[str, Any]:
+        return json.loads((self.resumed / "progress.json").read_text(encoding="utf-8"))
+
+    def register(self) -> None:
+        """What accelerate saves and loads."""
+        self.accelerator.register_for_checkpointing(self.trainer.schedule, self.trainer.ema)
+        self.accelerator.register_save_state_pre_hook(self.save_weights)
+        self.accelerator.register_load_state_pre_hook(self.load_weights)
+
+    def resume(self) -> None:
+        """Weights and counters of the checkpoint; rates, decay and lengths are the flags'."""
+        if self.resumed is None:
+            return
+        trainer, progress = self.trainer, self.progress()
+        self.accelerator.load_state(str(self.resumed))
+        trainer.step, trainer.losses, trainer.ema.decay = progress["step"], progress["losses"], self.args.ema_decay
+        trainer.schedule.base_lrs = [self.args.learning_rate] * len(trainer.optimizer.param_groups)
+        for group, factor in zip(trainer.optimizer.param_groups, trainer.schedule.lr_lambdas, strict=True):
+            group["initial_lr"], group["weight_decay"] = self.args.learning_rate, self.args.adam_weight_decay
+            group["lr"] = self.args.learning_rate * factor(trainer.schedule.last_epoch)
+        logger.info("resumed from %s", self.resumed)
+
+    def save_weights(self, models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
+        """accelerate's hook: a checkpoint holds the trained weights in fp32, not the whole UNet."""
+        if self.accelerator.is_main_process:
+            self.write_weights(Path(output_dir) / ADAPTER_NAME)
+        while weights:
+            weights.pop()
+
+    def load_weights(self, models: list[torch.nn.Module], input_dir: str) -> None:
+        weights, _ = read_adapter(Path(input_dir) / ADAPTER_NAME)
+        shapes = {name: parameter.shape for name, parameter in self.trainer.parameters.items()}
+        if {name: weight.shape for name, weight in weights.items()} != shapes:
+            raise ValueError(f"--resume_from_checkpoint: the weights in {input_dir} are another base's")
+        assign(self.trainer.trained, [weights[name] for name in self.trainer.parameters])
+        while models:
+            models.pop()
+
+    def save(self) -> None:
+        """Write under another name, rename when whole, and only then delete the oldest."""
+        final = self.folder / f"checkpoint-{self.trainer.step}"
+        unfinished = final.with_name(f"unfinished-{final.name}")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(unfinished))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            trainer = self.trainer
+            progress = {"step": trainer.step, "losses": trainer.losses, "lora_rank": self.args.lora_rank}
+            write_text(unfinished / "progress.json", json.dumps(progress))
+            if final.exists():  # a run that was resumed from an earlier one
+                discard(final)
+            unfinished.rename(final)
+            kept = self.args.checkpoints_total_limit
+            for old in finished_checkpoints(self.folder)[:-kept] if kept else ():
+                discard(old)
+
+    def write_weights(self, file: Path, dtype: torch.dtype | None = None) -> None:
+        weights = {name: parameter.detach().to(dtype) for name, parameter in self.trainer.parameters.items()}
+        write_adapter(file, weights, replace(self.trainer.settings, trained_steps=self.trainer.step))
+
+    def write_lora(self, folder: Path) -> None:
+        """diffusers' own LoRA file; the settings are a metadata entry of their own, since diffusers reads its entry whole."""
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.trainer.unet))
+        layers = {name: layer.half() for name, layer in layers.items()}
+        described = {"unet_lora_adapter_metadata": self.trainer.unet.peft_config["default"].to_dict()}
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            StableDiffusionVTONPipeline.save_lora_weights(temporary, layers, weight_name=LORA_NAME, **described)
+            file = Path(temporary) / LORA_NAME
+            weights, metadata = read_safetensors(file)
+            settings = replace(self.trainer.settings, trained_steps=self.trainer.step).metadata()
+            save_file(weights, file, metadata | {LORA_SETTINGS: json.dumps(settings)})
+            os.replace(file, folder / LORA_NAME)
+
+    def publish(self) -> None:
+        """The averaged weights in fp16, to OUTPUT_DIR."""
+        with self.trainer.published_weights():
+            if self.args.lora_rank:
+                self.write_lora(self.folder)
+            else:
+                self.write_weights(self.folder / ADAPTER_NAME, torch.float16)
+        logger.info("trained weights in %s", self.folder)
+
+    def push(self, attempts: int) -> None:
+        """Upload; what fails is logged and tried again, since neither training nor what is on disk depends on it."""
+        for attempt in range(1, attempts + 1):
+            try:
+                return self.upload(self.args.hub_model_id or self.folder.resolve().name)
+            except Exception as error:  # of many libraries; whatever it is, the run goes on
+                there = self.folder
+                logger.warning("upload %d of %d failed, all is still in %s: %s", attempt, attempts, there, error)
+                time.sleep(attempt)
+
+    def upload(self, repo_id: str) -> None:
+        """The published weights as the pipeline uploads them, and on the card how they were trained."""
+        trainer, private = self.trainer, self.args.hub_private_repo or None
+        base = None if Path(trainer.settings.base_model).exists() else trainer.settings.base_model
+        trainer.pipe.register_to_config(trained_steps=trainer.step, base_model=base)
+        with trainer.published_weights():
+            trainer.pipe.push_to_hub(repo_id, f"Step {trainer.step}", private=private, adapter_only=True)
+        repo_id = create_repo(repo_id, exist_ok=True).repo_id  # with its owner
+        card, pictures = ModelCard.load(repo_id), sorted((self.folder / "validation").glob("*.png"))[-1:]
+        card.text += training_card(self.args, trainer.losses, trainer.validation.guidance_errors, pictures)
+        with tempfile.TemporaryDirectory() as folder:
+            card.save(Path(folder) / "README.md")
+            for picture in pictures:
+                (Path(folder) / "validation").mkdir()
+                shutil.copy(picture, Path(folder) / "validation")
+            message = f"How step {trainer.step} was trained"
+            upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+
+
+def training_card(
+    args: argparse.Namespace, losses: list[float], guidance_errors: dict[float, float], pictures: list[Path]
+) -> str:
+    """How an adapter was trained, for its card: no path of this machine, and tables that no flag can break."""
+    part = math.ceil(len(losses) / 10)
+    curve = [(i + part, losses[i : i + part]) for i in range(0, len(losses), part)]
+    flags = {name: value for name, value in vars(args).items() if value is not None and name not in LOCAL_FLAGS}
+    for name in ("pretrained_model_name_or_path", "dataset_name"):
+        if name in flags and Path(flags[name]).exists():
+            flags[name] = "a local folder"
+    tables = {
+        "| up to step | mean loss |": [(step, f"{sum(some) / len(some):.4f}") for step, some in curve],
+        "| guidance | squared error in the mask |": [(f"{s:g}", f"{e:.5f}") for s, e in guidance_errors.items()],
+        "| flag | value |": flags.items(),
+    }
+    parts = ["## Training", *(f"![Persons, cloths, results](validation/{picture.name})" for picture in pictures)]
+    for head, rows in tables.items():
+        if rows:
+            parts.append("\n".join([head, "|---|---|", *(f"| {name} | {in_a_cell(value)} |" for name, value in rows)]))
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def in_a_cell(value: Any) -> str:
+    return " ".join(str(value).replace("|", r"\|").split())
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def left_behind(args: argparse.Namespace) -> list[Path]:
+    """What a run with these flags may not mix with in --output_dir: all of an earlier run, or what came after the checkpoint
+    that is resumed; a cache of latents is no run.
+    """
+    resumed, checkpoints = args.resume_from_checkpoint, finished_checkpoints(args.output_dir)
+    if resumed == "latest":
+        return []
+    if resumed is not None and Path(resumed).resolve() in [path.resolve() for path in checkpoints]:
+        return checkpoints[[path.resolve() for path in checkpoints].index(Path(resumed).resolve()) + 1 :]
+    others = (ADAPTER_NAME, LORA_NAME, "training_args.json")
+    found = checkpoints + [args.output_dir / name for name in others if (args.output_dir / name).exists()]
+    reports = [args.output_dir / name for name in ("validation", "logs") if (args.output_dir / name).exists()]
+    return found + reports if found else []
+
+
+def check_output_dir(args: argparse.Namespace) -> None:
+    """Nothing of an earlier run is mixed with, nor lost, unless asked for."""
+    left = left_behind(args)
+    if left and not args.overwrite_output_dir:
+        names = ", ".join(path.name for path in left)
+        instead = "--resume_from_checkpoint latest goes on with the newest, --overwrite_output_dir discards them"
+        raise ValueError(f"--output_dir {args.output_dir} holds {names} of an earlier run: {instead}")
 
 
 @torch.no_grad()
@@ -1206,11 +1632,13 @@ def assign(parameters: list[torch.nn.Parameter], values: list[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def discard(folder: Path) -> None:
-    """Delete a checkpoint whose name is gone before its first file is, so that half of one is never taken for one."""
-    leaving = folder.with_name(f"leaving-{folder.name}")
+def discard(path: Path) -> None:
+    """Delete a file or a folder, whose name is gone before its first file is: half of a checkpoint is never taken for one."""
+    if not path.is_dir():
+        return path.unlink()
+    leaving = path.with_name(f"leaving-{path.name}")
     shutil.rmtree(leaving, ignore_errors=True)
-    folder.rename(leaving)
+    path.rename(leaving)
     shutil.rmtree(leaving)
 
 
@@ -1219,12 +1647,12 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format=shape, datefmt="%H:%M:%S", level=logging.INFO)
     trainer = Trainer(args)
     if trainer.accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         config = {name: str(v) if isinstance(v, (Path, list)) else v for name, v in vars(args).items()}
-        (args.output_dir / "training_args.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_text(args.output_dir / "training_args.json", json.dumps(config, indent=2) + "\n")
         trainer.accelerator.init_trackers("train_vton", {k: v for k, v in config.items() if v is not None})
     finished = trainer.run()
-    trainer.accelerator.end_training()
+    with forgiven("the end of tracking"):
+        trainer.accelerator.end_training()
     if not finished:
         raise SystemExit(f"stopped at step {trainer.step}: go on with --resume_from_checkpoint latest")
 

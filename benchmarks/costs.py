@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """What a training step costs at SD1.5's size: seconds and peak memory, with random weights, on the CPU in float32.
 
 Every row runs the trainer's own update in a process of its own: one update to warm up, then the timed ones. Training the whole
@@ -6,7 +5,6 @@ UNet needs about 20 GB of memory, the base 2 GB of disk while the script runs.
 """
 
 import argparse
-import sys
 import tempfile
 import threading
 import time
@@ -18,16 +16,11 @@ import psutil
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "tests")]
-
-from make_dataset import make_dataset  # noqa: E402
-from tiny import SD15_UNET  # noqa: E402
-
-from pipeline_vton import ClothBesideAttnProcessor, vton_attention  # noqa: E402
-from train_vton import Trainer  # noqa: E402
-from train_vton import parse_args as training_args  # noqa: E402
+from benchmarks import sd15
+from demo.make_dataset import make_dataset
+from pipeline_vton import ClothBesideAttnProcessor, vton_attention
+from train_vton import Trainer
+from train_vton import parse_args as training_args
 
 
 ROWS = {
@@ -45,15 +38,8 @@ ROWS = {
 def write_base(folder: Path) -> None:
     """SD1.5-inpainting's UNet and VAE with random weights, as a diffusers folder."""
     torch.manual_seed(0)
-    UNet2DConditionModel(**SD15_UNET | {"in_channels": 9}).half().save_pretrained(folder / "unet")
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        sample_size=512,
-    )
-    vae.half().save_pretrained(folder / "vae")
+    UNet2DConditionModel(**sd15.UNET | {"in_channels": 9}).half().save_pretrained(folder / "unet")
+    AutoencoderKL(**sd15.VAE).half().save_pretrained(folder / "vae")
     DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
         folder / "scheduler"
     )

@@ -1,9 +1,9 @@
-#!/usr/bin/env python
-"""Compare ways of showing the cloth and of learning, on the demo's base: one budget, one seed, held-out unpaired lines.
+"""Compare ways of showing the cloth and of learning, on the demo's base: one budget a row, held-out unpaired lines of all categories.
 
-Every row is one run of `accelerate launch train_vton.py`, and the PSNR inside the mask as demo/measure.py measures it. A row
-that `--output_dir` holds of the same arguments is not trained again (of another base: take another folder). A second seed of
-reference and joint tells what of a difference is luck.
+Every row is one run of `accelerate launch train_vton.py`, and what `demo.measure` says of it: PSNR in the mask, and the share of
+results in which the cloth's attributes are recognised. The same command goes on where a killed one stopped: rows that
+`--output_dir` holds of the same arguments are kept, and a row's training goes on from its last checkpoint (of another base, take
+another folder). Second seeds tell what of a difference is luck.
 """
 
 import argparse
@@ -15,43 +15,53 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
+
+from demo.make_dataset import UNIT_HEIGHT, UNIT_WIDTH, make_dataset
+from demo.measure import TITLES, cells, figures, without_cloth
+from demo.measure import measure as measure_results
+from demo.recognition import CLASSIFIER, load_classifier
+from demo.try_on import Line, check_count, draw_lines, fast_dtype, try_on
+from evaluate_vton import Interval, table
+from pipeline_vton import LORA_NAME, StableDiffusionVTONPipeline
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
-
-from make_dataset import make_dataset  # noqa: E402
-from measure import HeldOut, as_array, without_cloth  # noqa: E402
-from try_on import try_on  # noqa: E402
-
-from pipeline_vton import LORA_NAME, StableDiffusionVTONPipeline  # noqa: E402
 
 
-@dataclass
+@dataclass(frozen=True)
 class Method:
+    """A row: further flags of `train_vton.py` and its seed; `channels` of the base; whether it is run if no rows are named."""
+
     name: str
     flags: str = ""
     channels: int = 9
     seed: int = 0
+    by_default: bool = True
 
     @property
     def folder(self) -> str:
         return "".join(letter if letter.isalnum() else "-" for letter in self.name)
 
 
+JOINT, DREAM = "--cloth_conditioning joint", "--dream_detail_preservation 10"
+EVERYTHING = (
+    "--trainable all --learning_rate 5e-4"  # at the others' rate, a whole UNet would unlearn what the base knows
+)
 NO_CLOTH = Method("no cloth, with the prompt", "--cloth_dropout 1 --cross_attention prompt")
 METHODS = [
     NO_CLOTH,
-    Method("joint canvas", "--cloth_conditioning joint"),
+    Method("joint canvas", JOINT),
     Method("reference"),
-    Method("reference, with the prompt", "--cross_attention prompt"),
-    Method("reference, LoRA rank 4", "--lora_rank 4"),
+    Method("reference, DREAM", DREAM),
     Method("reference, LoRA rank 16", "--lora_rank 16"),
-    Method("reference, conv_in widened from 4 channels", channels=4),
-    Method("reference, DREAM", "--dream_detail_preservation 10"),
-    Method("joint canvas, another seed", "--cloth_conditioning joint", seed=1),
+    Method("reference, the whole UNet", EVERYTHING),
+    Method("joint canvas, another seed", JOINT, seed=1),
     Method("reference, another seed", seed=1),
+    Method("reference, the whole UNet, another seed", EVERYTHING, seed=1),
+    Method("reference, with the prompt", "--cross_attention prompt", by_default=False),
+    Method("reference, LoRA rank 4", "--lora_rank 4", by_default=False),
+    Method("reference, conv_in widened from 4 channels", channels=4, by_default=False),
 ]
 
 
@@ -75,17 +85,19 @@ def write_four_channel_base(base: Path, folder: Path) -> None:
     whole.save_pretrained(folder)
 
 
-def train(method: Method, base: Path, dataset: Path, folder: Path, args: argparse.Namespace) -> None:
-    command = [Path(sys.executable).with_name("accelerate"), "launch", "--cpu", "--num_processes", "1"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+def train(method: Method, base: Path, folder: Path, args: argparse.Namespace) -> None:
+    precision = "bf16" if fast_dtype() == torch.bfloat16 else "no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command += ["--num_machines", "1", "--mixed_precision", precision, "--dynamo_backend", "no"]
     command += ["--num_cpu_threads_per_process", torch.get_num_threads(), ROOT / "train_vton.py"]
+    height = picture_height(args.base)
     options = {
         "pretrained_model_name_or_path": base,
-        "dataset_root": dataset,
+        "dataset_root": dataset_folder(args),
         "output_dir": folder,
-        "cache_latents": folder.parent / "latents",
-        "height": args.height,
-        "width": args.width,
+        "cache_latents": args.output_dir / "latents",
+        "height": height,
+        "width": height * UNIT_WIDTH // UNIT_HEIGHT,
         "train_batch_size": args.train_batch_size,
         "max_train_steps": args.max_train_steps,
         "learning_rate": args.learning_rate,
@@ -94,7 +106,9 @@ def train(method: Method, base: Path, dataset: Path, folder: Path, args: argpars
         "guidance_scale": args.guidance_scale,
         "validation_steps": args.max_train_steps,
         "num_validation_pairs": 0,
-        "checkpointing_steps": args.max_train_steps,
+        "checkpointing_steps": args.checkpointing_steps,
+        "checkpoints_total_limit": 1,
+        "resume_from_checkpoint": "latest",
         "seed": method.seed,
     }
     for name, value in options.items():
@@ -102,56 +116,108 @@ def train(method: Method, base: Path, dataset: Path, folder: Path, args: argpars
     subprocess.run([str(word) for word in (*command, *method.flags.split())], check=True)
 
 
-def measure(method: Method, base: Path, folder: Path, held_out: HeldOut, args: argparse.Namespace) -> float:
-    pipe = StableDiffusionVTONPipeline.from_pretrained(base, dtype=torch.float32)
+def dataset_folder(args: argparse.Namespace) -> Path:
+    return args.output_dir / f"dataset-{args.train}"
+
+
+def draw_dataset(args: argparse.Namespace, height: int) -> None:
+    """Once: cached latents are those of these files."""
+    unfinished, folder = args.output_dir / "dataset.unfinished", dataset_folder(args)
+    if not folder.is_dir():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make_dataset(unfinished, train=args.train, test=16, seed=0, height=height, category="all")
+        unfinished.rename(folder)
+
+
+def picture_height(base: Path) -> int:
+    return AutoencoderKL.load_config(base, subfolder="vae")["sample_size"]
+
+
+def measure(
+    method: Method, base: Path, folder: Path, lines: list[Line], args: argparse.Namespace
+) -> dict[str, Interval]:
+    """The row's figures, by the names of `TITLES`."""
+    pipe = StableDiffusionVTONPipeline.from_pretrained(base, dtype=fast_dtype())
     if (folder / LORA_NAME).is_file():
         pipe.load_lora_weights(folder)
     else:
         pipe.load_vton_adapter(folder)
-    run = (args.num_inference_steps, 1)
-    if method == NO_CLOTH:
-        return held_out.psnr(without_cloth(pipe, held_out, *run))
-    return held_out.psnr(as_array(try_on(pipe, held_out.pictures, *run, None)))
+    run = (pipe, lines, args.num_inference_steps, args.seed)
+    results = without_cloth(*run) if method == NO_CLOTH else try_on(*run)
+    return figures(measure_results(results, lines, load_classifier(args.classifier)))
+
+
+def finished(row: Path) -> dict[str, Interval]:
+    return {name: Interval(**values) for name, values in json.loads(row.read_text()).items()}
+
+
+def train_and_measure(
+    method: Method, base: Path, lines: list[Line], budget: dict[str, str], args: argparse.Namespace
+) -> dict[str, Interval]:
+    """A row's figures, kept from an earlier run of the same budget if there was one."""
+    folder = args.output_dir / method.folder
+    row, spent = folder / "row.json", folder / "budget.json"
+    budget = budget | {"method": str(method)}
+    if not spent.is_file() or json.loads(spent.read_text()) != budget:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        spent.write_text(json.dumps(budget))
+    if not row.is_file():
+        train(method, base, folder, args)
+        found = {name: vars(one) for name, one in measure(method, base, folder, lines, args).items()}
+        row.with_suffix(".unfinished").write_text(json.dumps(found))
+        row.with_suffix(".unfinished").rename(row)
+    return finished(row)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, default=ROOT / "demo" / "model", help="default demo/model")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/methods"), help="default runs/methods")
-    names = [method.name for method in METHODS]
-    parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="NAME", help="default: all")
-    parser.add_argument("--train", type=int, default=3000, help="drawn training pairs (default 3000)")
-    parser.add_argument("--height", type=int, default=64, help="default 64")
-    parser.add_argument("--width", type=int, default=48, help="default 48")
-    parser.add_argument("--max_train_steps", type=int, default=500, help="updates of every row (default 500)")
-    parser.add_argument("--train_batch_size", type=int, default=8, help="pairs a step (default 8)")
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="highest rate of every row (default 2e-3)")
-    parser.add_argument("--guidance_scale", type=float, default=1.5, help="of every row with a cloth (default 1.5)")
-    parser.add_argument("--lines", type=int, default=64, help="held-out unpaired lines (default 64)")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="DDPM steps (default 50)")
-    return parser.parse_args(input_args)
+    add = parser.add_argument
+    add("--base", type=Path, default=ROOT / "demo" / "model", help="default demo/model")
+    add("--classifier", type=Path, default=CLASSIFIER, help="what recognises cloths (default demo/classifier)")
+    add("--output_dir", type=Path, default=Path("runs/methods"), help="default runs/methods")
+    names, usual = ([m.name for m in METHODS if m.by_default or everything] for everything in (True, False))
+    add("--rows", nargs="+", choices=names, default=usual, metavar="NAME", help=f"of {'; '.join(names)} (default: the first {len(usual)})")  # fmt: skip
+    add("--train", type=int, default=3000, help="drawn training pairs (default 3000)")
+    add("--max_train_steps", type=int, default=500, help="updates of every row (default 500)")
+    add("--checkpointing_steps", type=int, default=100, help="updates between checkpoints (default 100)")
+    add("--train_batch_size", type=int, default=8, help="pairs a step (default 8)")
+    add(
+        "--learning_rate",
+        type=float,
+        default=2e-3,
+        help="highest rate of the rows that train attention (default 2e-3)",
+    )
+    add("--guidance_scale", type=float, default=1.5, help="of every row with a cloth (default 1.5)")
+    add("--lines", type=int, default=64, help="held-out unpaired lines (default 64)")
+    add("--seed", type=int, default=1, help="of the held-out people, cloths and noise (default 1)")
+    add("--num_inference_steps", type=int, default=50, help="DDPM steps (default 50)")
+    args = parser.parse_args(input_args)
+    check_count(parser, "lines", args.lines)
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
-    dataset, four_channels = args.output_dir / "dataset", args.output_dir / "four-channels"
-    make_dataset(dataset, train=args.train, test=16, seed=0)
-    shutil.rmtree(four_channels, ignore_errors=True)
-    write_four_channel_base(args.base, four_channels)
-    held_out = HeldOut.draw(args.lines, seed=1)
-    rows, budget = [], {name: str(value) for name, value in vars(args).items() if name not in {"rows", "output_dir"}}
-    for method in (method for method in METHODS if method.name in args.rows):
-        folder, base = args.output_dir / method.folder, four_channels if method.channels == 4 else args.base
-        report = folder / "row.json"
-        row = json.loads(report.read_text()) if report.is_file() else {}
-        if row.get("budget") != budget:
-            train(method, base, dataset, folder, args)
-            row = {"psnr": measure(method, base, folder, held_out, args), "budget": budget}
-            report.write_text(json.dumps(row))
-        rows.append((method.name, row))
+    height, four_channels = picture_height(args.base), args.output_dir / "four-channels"
+    draw_dataset(args, height)
+    chosen = [method for method in METHODS if method.name in args.rows]
+    if any(method.channels == 4 for method in chosen):
+        shutil.rmtree(four_channels, ignore_errors=True)
+        write_four_channel_base(args.base, four_channels)
+    lines = draw_lines(args.lines, args.seed, height)
+    unspent = {"rows", "output_dir", "checkpointing_steps"}
+    budget = {name: str(value) for name, value in vars(args).items() if name not in unspent}
+    rows = [
+        [
+            method.name,
+            *cells(
+                train_and_measure(method, four_channels if method.channels == 4 else args.base, lines, budget, args)
+            ),
+        ]
+        for method in chosen
+    ]
     print(f"\n{args.max_train_steps} updates of {args.train_batch_size} pairs, {args.lines} held-out unpaired lines\n")
-    print("| method | PSNR in the mask |\n|---|---|")
-    for name, row in rows:
-        print(f"| {name} | {row['psnr']:.2f} dB |")
+    print(table(["method", *TITLES.values()], rows))
 
 
 if __name__ == "__main__":

@@ -1,118 +1,269 @@
-#!/usr/bin/env python
-"""Measure the demo model against the drawn truth: PSNR inside the mask, squared error pooled over all masked pixels.
+"""Measure the demo model against the drawn truth, on people and cloths of a seed that it was never trained on.
 
-The lines are unpaired and held out: people and cloths of another seed than the training's, 50 DDPM steps.
+Printed are PSNR and SSIM inside the mask, and the share of results in which a small network (`demo.recognition`) sees the
+colour, pattern, logo, sleeve and garment length that the cloth truly has, all with the 95 % of the bootstrap: for the adapter
+and for what it has to beat. `--by` breaks the figures down by category and factor, `--steps` follows them along the number of
+denoising steps. `--output_dir` receives the tables (report.md) and their plots.
 """
 
 import argparse
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionInpaintPipeline
-from make_dataset import UNIT_HEIGHT, UNIT_WIDTH, UPPER_CLOTHES, draw_person, draw_sample, make_dataset
+from matplotlib.figure import Figure
 from PIL import Image
-from try_on import DEMO, load_pipeline, read_test_split, try_on
+from transformers import ResNetForImageClassification
+
+from demo.recognition import ATTRIBUTES, CLASSIFIER, load_classifier, recognize
+from demo.try_on import BATCH_SIZE, DEMO, Line, check_count, draw_lines, load_pipeline, noises, picture_height, try_on
+from demo.world import CATEGORIES, FACTORS, LEVELS
+from evaluate_vton import Interval, bootstrap, decibels, squared_error, ssim, table
 
 
-def as_array(pictures: list[Image.Image]) -> np.ndarray:
-    """RGB pictures of one size to (N, H, W, 3) in [0, 1]."""
-    return np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]) / 255
+GROUPS = ("category", *FACTORS)
+SHOWN_LOGO = "printed logo"  # of the lines that have one: most have none, which is easily right
+RECOGNISED = (*ATTRIBUTES, SHOWN_LOGO)
+TITLES = {"psnr": "PSNR", "ssim": "SSIM"} | {name: name.replace("_", " ") for name in RECOGNISED}
+
+Figures = dict[str, Interval]
+# Of one line and by figure, a numerator and a denominator, whose sums over the lines make the figure.
+Parts = dict[str, tuple[float, float]]
 
 
-def masked_psnr(results: np.ndarray, truth: np.ndarray, masks: np.ndarray) -> float:
-    return float(-10 * np.log10(np.square(results - truth)[masks].mean()))
+# ------------------------------------------------------------------------------------------------ what is compared with what
 
 
-@dataclass
-class HeldOut:
-    """Unpaired lines of a seed that nothing was trained on: the pictures by role, and arrays (N, H, W, 3) and (N, H, W)."""
-
-    pictures: dict[str, list[Image.Image]]
-    truth: np.ndarray
-    masks: np.ndarray
-    mean_colors: np.ndarray
-
-    @classmethod
-    def draw(cls, lines: int, seed: int) -> "HeldOut":
-        with tempfile.TemporaryDirectory() as folder:
-            make_dataset(Path(folder), train=0, test=lines, seed=seed)
-            pictures = read_test_split(Path(folder))
-            truth = as_array(pictures["truth"])
-            masks = np.stack([np.asarray(mask) >= 128 for mask in pictures["mask"]])
-            painted = mean_color(Path(folder), truth, as_array(pictures["cloth"]), seed)
-        return cls(pictures, truth, masks, painted)
-
-    def psnr(self, results: np.ndarray) -> float:
-        return masked_psnr(results, self.truth, self.masks)
+def as_tensor(picture: Image.Image) -> torch.Tensor:
+    """A picture (3, H, W), or a mask (1, H, W), in [0, 1]."""
+    array = np.asarray(picture, np.float32) / 255
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 
 
-def without_cloth(pipe: DiffusionPipeline, held_out: HeldOut, steps: int, seed: int) -> np.ndarray:
+def inside(results: Iterable[Image.Image], lines: Sequence[Line]) -> list[Image.Image]:
+    """Results within the masks, and the person around them."""
+    return [Image.composite(result, line.person, line.mask) for result, line in zip(results, lines)]
+
+
+def without_cloth(pipe: DiffusionPipeline, lines: Sequence[Line], steps: int, seed: int) -> list[Image.Image]:
     """The same UNet through diffusers' own inpainting pipeline: the person's rows, and no cloth tokens."""
     parts = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
     components = {part: getattr(pipe, part) for part in parts} | {"safety_checker": None, "feature_extractor": None}
     inpaint = StableDiffusionInpaintPipeline(**components, requires_safety_checker=False)
-    height, width = held_out.masks.shape[1:]
-    images = inpaint(
-        prompt=[""] * len(held_out.masks),
-        image=held_out.pictures["person"],
-        mask_image=held_out.pictures["mask"],
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        guidance_scale=1.0,
-        generator=torch.Generator().manual_seed(seed),
-    ).images
-    return as_array(images)
+    results, (width, height) = [], lines[0].person.size
+    for start in range(0, len(lines), BATCH_SIZE):
+        batch = lines[start : start + BATCH_SIZE]
+        results += inpaint(
+            prompt=[""] * len(batch),
+            image=[line.person for line in batch],
+            mask_image=[line.mask for line in batch],
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            generator=noises(seed, start, start + len(batch)),
+        ).images
+    return inside(results, lines)
 
 
-def mean_color(root: Path, truth: np.ndarray, cloths: np.ndarray, seed: int) -> np.ndarray:
-    """The truth, with the cloth's mean colour all over the region that the cloth truly covers."""
-    painted = truth.copy()
-    for i, line in enumerate((root / "test_pairs.txt").read_text().splitlines()):
-        person, cloth = (draw_sample(seed, "test", int(name.split("_")[0])) for name in line.split())
-        _, _, labels = draw_person(person[0], cloth[1], UNIT_HEIGHT, UNIT_WIDTH)
-        flat = cloths[i][(cloths[i] < 0.98).any(axis=-1)]  # all that is not the white behind it
-        painted[i][np.asarray(labels) == UPPER_CLOTHES] = flat.mean(axis=0)
-    return painted
+def mean_color(line: Line) -> Image.Image:
+    """The truth, with the flat cloth's mean colour wherever the cloth is seen."""
+    flat, painted = np.asarray(line.cloth), np.array(line.truth)
+    painted[line.worn] = flat[(flat < 250).any(axis=-1)].mean(axis=0).round()  # all that is not the white behind it
+    return Image.fromarray(painted)
 
 
 @torch.no_grad()
-def round_trip(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
-    pixels = torch.from_numpy(pictures).float().movedim(-1, 1) * 2 - 1
-    decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-    return (decoded / 2 + 0.5).clamp(0, 1).movedim(1, -1).numpy()
+def round_trip(vae: AutoencoderKL, lines: Sequence[Line]) -> list[Image.Image]:
+    """What the VAE leaves of the truth."""
+    pixels = torch.stack([as_tensor(line.truth) for line in lines]) * 2 - 1  # (N, 3, H, W)
+    batches = pixels.to(vae.dtype).split(BATCH_SIZE)
+    decoded = torch.cat([vae.decode(vae.encode(batch).latent_dist.mode()).sample.float() for batch in batches])
+    arrays = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
+    return inside(map(Image.fromarray, arrays), lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- figures
+
+
+def measure(
+    results: Sequence[Image.Image], lines: Sequence[Line], classifier: ResNetForImageClassification
+) -> list[Parts]:
+    """What each line adds to each figure; an attribute that its cloth has not is left out."""
+    said, rows = recognize(classifier, results, [line.mask for line in lines]), []
+    for result, line, seen in zip(results, lines, said):
+        pair, mask = (as_tensor(result), as_tensor(line.truth)), as_tensor(line.mask)
+        right = {name: float(seen[name] == line.attributes[name]) for name in ATTRIBUTES if line.attributes[name]}
+        if line.attributes["logo"] != "none":
+            right[SHOWN_LOGO] = right["logo"]
+        values = {"psnr": squared_error(*pair, mask), "ssim": (ssim(*pair, mask), 1.0)}
+        rows.append(values | {name: (value, 1.0) for name, value in right.items()})
+    return rows
+
+
+def figures(rows: Sequence[Parts]) -> Figures:
+    """The figures of some lines, those of `TITLES` that any of them has."""
+    found = {}
+    for name in TITLES:
+        parts = [row[name] for row in rows if name in row]
+        if parts:
+            found[name] = bootstrap(*zip(*parts), transform=decibels if name == "psnr" else np.asarray)
+    return found
+
+
+def groups(lines: Sequence[Line], by: str) -> dict[str, list[int]]:
+    """The numbers of the lines at every level of a factor, or of every category."""
+    order = CATEGORIES if by == "category" else ("shorter", "equal", "longer") if by == "sleeve" else LEVELS[by]
+    found = {level: [] for level in order}
+    for i, line in enumerate(lines):
+        level = line.category if by == "category" else line.factors.get(by)
+        if level is not None:
+            found[level].append(i)
+    return {level: numbers for level, numbers in found.items() if numbers}
+
+
+# --------------------------------------------------------------------------------------------------------- tables and plots
+
+
+def cells(found: Figures) -> list[str]:
+    def cell(name: str) -> str:
+        if name not in found:
+            return "–"
+        one, style = found[name], {"psnr": "{:.2f}", "ssim": "{:.3f}"}.get(name, "{:.0%}")
+        shown = [style.format(value) for value in (one.value, one.low, one.high)]
+        return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+    return [cell(name) for name in TITLES]
+
+
+def recognition(found: Figures) -> float:
+    """The mean over the attributes, the printed logo's share aside."""
+    return float(np.mean([found[name].value for name in ATTRIBUTES if name in found]))
+
+
+def draw_error_bars(axes, places: Sequence[float], found: Sequence[Interval], **style) -> None:
+    values = np.array([one.value for one in found])
+    reach = np.abs([[one.value - one.low, one.high - one.value] for one in found]).T
+    axes.errorbar(places, values, reach, capsize=2, **style)
+
+
+def plot_groups(rows: dict[str, list[Parts]], lines: Sequence[Line], by: Sequence[str], file: Path) -> None:
+    """For every factor, PSNR above and recognition below, by level and method."""
+    sheet = Figure(figsize=(3.2 * len(by), 6.4), layout="constrained")
+    frames = sheet.subplots(2, len(by), squeeze=False, sharey="row")
+    for (above, below), name in zip(frames.T, by):
+        levels = groups(lines, name)
+        for method, of_lines in rows.items():
+            found = [figures([of_lines[i] for i in numbers]) for numbers in levels.values()]
+            style = {"marker": "o", "label": method}
+            if np.isfinite([one["psnr"].value for one in found]).all():
+                draw_error_bars(above, range(len(levels)), [one["psnr"] for one in found], **style)
+            below.plot(range(len(levels)), [recognition(one) for one in found], **style)
+        above.set_title(name)
+        labels = [f"{level}\n{len(numbers)} lines" for level, numbers in levels.items()]
+        below.set_xticks(range(len(levels)), labels, fontsize=7)
+        above.set_xticks([])
+    frames[0, 0].set_ylabel("PSNR in the mask, dB")
+    frames[1, 0].set_ylabel("attributes recognised, share")
+    below.legend(fontsize=7)
+    sheet.savefig(file, dpi=110)
+
+
+def plot_steps(by_steps: dict[int, Figures], file: Path) -> None:
+    sheet = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = sheet.subplots(1, 2)
+    draw_error_bars(left, list(by_steps), [found["psnr"] for found in by_steps.values()], marker="o")
+    left.set_ylabel("PSNR in the mask, dB")
+    for name in RECOGNISED:
+        there = {steps: found[name].value for steps, found in by_steps.items() if name in found}
+        right.plot(list(there), list(there.values()), marker="o", label=TITLES[name])
+    right.set_ylabel("recognised, share")
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xticks(list(by_steps), [str(steps) for steps in by_steps])
+        axes.minorticks_off()
+        axes.set_xlabel("denoising steps")
+    sheet.savefig(file, dpi=110)
+
+
+# ------------------------------------------------------------------------------------------------------------------- main
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO / "model", help="base and adapter (default demo/model)")
-    parser.add_argument("--adapter", type=Path, help="another adapter for the base (default: the one beside it)")
-    parser.add_argument("--lines", type=int, default=64, help="held-out unpaired lines (default 64)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of people, cloths and noise (default 1)")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
-    parser.add_argument("--guidance_scale", type=float, nargs="+", default=[None], help="default: the adapter's own")
-    return parser.parse_args(input_args)
+    add = parser.add_argument
+    add("--model", type=Path, default=DEMO / "model", help="base and adapter (default demo/model)")
+    add("--adapter", type=Path, help="another adapter for the base (default: the one beside it)")
+    add("--classifier", type=Path, default=CLASSIFIER, help="what recognises cloths (default demo/classifier)")
+    add("--output_dir", type=Path, default=Path("runs/measure"), help="for tables and plots (default runs/measure)")
+    add("--lines", type=int, default=64, help="held-out unpaired lines, at least 6 (default 64)")
+    add("--seed", type=int, default=1, help="seed of people, cloths and noise (default 1)")
+    add("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
+    add("--guidance_scale", type=float, nargs="+", default=[None], help="one row each (default: the adapter's own)")
+    add("--by", nargs="*", choices=GROUPS, metavar="FACTOR", help=f"break down by these, all if none is named: {', '.join(GROUPS)}")  # fmt: skip
+    add(
+        "--steps", type=int, nargs="+", default=[], help="the adapter's figures after each number of steps, as a curve"
+    )
+    args = parser.parse_args(input_args)
+    check_count(parser, "lines", args.lines)
+    for steps in (args.num_inference_steps, *args.steps):
+        if steps < 1:
+            parser.error(f"--num_inference_steps and --steps must be positive, got {steps}")
+    args.by = [] if args.by is None else args.by or list(GROUPS)
+    return args
+
+
+def compare(
+    pipe: DiffusionPipeline, lines: Sequence[Line], args: argparse.Namespace, score: Callable
+) -> dict[str, list[Parts]]:
+    """The adapter and what it has to beat; it is unloaded on the way."""
+    rows, run = {}, (args.num_inference_steps, args.seed)
+    for scale in args.guidance_scale:
+        results = try_on(pipe, lines, *run, scale)
+        rows[f"(a) the adapter, guidance {pipe.guidance_scale:g}"] = score(results)
+    pipe.unload_vton_adapter()
+    return rows | {
+        "(b) the base without a cloth": score(without_cloth(pipe, lines, *run)),
+        "(c) the cloth's mean colour in its true place": score([mean_color(line) for line in lines]),
+        "(d) the truth through the VAE": score(round_trip(pipe.vae, lines)),
+        "(e) the person in a wrong cloth, as they came": score([line.person for line in lines]),
+        "the truth": score([line.truth for line in lines]),
+    }
 
 
 def main(args: argparse.Namespace) -> None:
-    held_out = HeldOut.draw(args.lines, args.seed)
-    pipe = load_pipeline(args.model, args.adapter)
-    rows, run = [], (args.num_inference_steps, args.seed)
-    for scale in args.guidance_scale:
-        results = as_array(try_on(pipe, held_out.pictures, *run, scale))
-        rows.append((f"(a) the adapter, guidance {pipe.guidance_scale:g}", results))
-    pipe.unload_vton_adapter()
-    rows.append(("(b) the base without a cloth", without_cloth(pipe, held_out, *run)))
-    rows.append(("(c) the cloth's mean colour in the true cloth region", held_out.mean_colors))
-    rows.append(("(d) the VAE's round trip of the truth", round_trip(pipe.vae, held_out.truth)))
-    print(
-        f"PSNR in the mask, {args.lines} held-out unpaired lines, {args.num_inference_steps} DDPM steps, seed {args.seed}"
-    )
-    for name, results in rows:
-        print(f"{held_out.psnr(results):6.2f} dB  {name}")
+    pipe, classifier = load_pipeline(args.model, args.adapter), load_classifier(args.classifier)
+    lines = draw_lines(args.lines, args.seed, picture_height(pipe))
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def score(results: Sequence[Image.Image]) -> list[Parts]:
+        return measure(results, lines, classifier)
+
+    parts = [
+        f"{args.lines} held-out unpaired lines of seed {args.seed}, {args.num_inference_steps} DDPM steps, in the mask\n"
+    ]
+    by_steps = {n: figures(score(try_on(pipe, lines, n, args.seed, args.guidance_scale[0]))) for n in args.steps}
+    rows = compare(pipe, lines, args, score)
+    parts.append(table(["", *TITLES.values()], [[name, *cells(figures(found))] for name, found in rows.items()]))
+    if by_steps:
+        parts.append(table(["steps", *TITLES.values()], [[str(n), *cells(found)] for n, found in by_steps.items()]))
+        plot_steps(by_steps, args.output_dir / "steps.png")
+    for name in args.by:
+        broken_down = [
+            [level, str(len(numbers)), method.split(",")[0], *cells(figures([found[i] for i in numbers]))]
+            for level, numbers in groups(lines, name).items()
+            for method, found in rows.items()
+        ]
+        parts.append(table([name, "lines", "", *TITLES.values()], broken_down))
+    if args.by:
+        shown = {method: found for method, found in rows.items() if method != "the truth"}
+        plot_groups(shown, lines, args.by, args.output_dir / "by.png")
+    report = "\n".join(parts)
+    (args.output_dir / "report.md").write_text(report)
+    print(report)
 
 
 if __name__ == "__main__":

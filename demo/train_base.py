@@ -1,28 +1,37 @@
-#!/usr/bin/env python
-"""Train the demo's stand-in for Stable Diffusion 1.5 inpainting: the same classes, four million weights, a drawn world.
+"""Train the demo's stand-in for Stable Diffusion 1.5 inpainting: the same classes, seven million weights, a drawn world.
 
 Like SD1.5, it sees people and flat cloths, in whole and through masks, but never a person beside their cloth: what it learns
 is how the drawn world looks, not how to try a cloth on. The result is an ordinary diffusers folder.
 
-The VAE, the UNet and once more the VAE's decoder are trained in turn. A finished VAE in `--output_dir` is kept and used.
+The VAE, the UNet and once more the VAE's decoder are trained in turn. The same command goes on where a killed one stopped:
+every stage keeps checkpoints (weights, optimiser, averages, generators), and a finished stage is kept and used. TensorBoard
+logs and sheets of held-out samples lie in `--output_dir`.
 """
 
 import argparse
+import hashlib
 import math
-import time
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
-from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, get_wsd_schedule
+
+from train_vton import TreePairs
 
 
 CAPTIONS = ("", "a person", "a cloth")
@@ -30,6 +39,8 @@ MASK_KINDS = {
     "person": (("agnostic", 0.5), ("random", 0.35), ("full", 0.15)),
     "cloth": (("random", 0.8), ("full", 0.2)),
 }
+PEOPLE_SHARE = 0.6  # of a batch; the others are cloths
+HELD_OUT_TIMESTEPS = (100, 300, 500, 700, 900)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -43,35 +54,31 @@ class Pictures:
     masks: dict[str, torch.Tensor]
 
 
-def read_folder(folder: Path, mode: str) -> torch.Tensor:
-    files = sorted(folder.glob("*.png"))
-    if not files:
-        raise FileNotFoundError(f"--dataset_root: no pictures in {folder}; run demo/make_dataset.py first")
-    stack = np.stack([np.asarray(Image.open(file).convert(mode)) for file in files])
-    return torch.from_numpy(stack if stack.ndim == 4 else stack[..., None]).permute(0, 3, 1, 2).contiguous()
-
-
-def random_masks(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+def random_masks(count: int, height: int, width: int) -> torch.Tensor:
     """One to three overlapping rectangles a mask, each a quarter to four fifths of a side long: (N, 1, H, W), 0 or 255."""
     masks = torch.zeros(count, 1, height, width, dtype=torch.uint8)
     for mask in masks:
-        for _ in range(int(torch.randint(1, 4, (), generator=generator))):
-            size, place = torch.rand(2, generator=generator) * 0.55 + 0.25, torch.rand(2, generator=generator)
+        for _ in range(int(torch.randint(1, 4, ()))):
+            size, place = torch.rand(2) * 0.55 + 0.25, torch.rand(2)
             rows, columns = int(size[0] * height), int(size[1] * width)
             top, left = int(place[0] * (height - rows)), int(place[1] * (width - columns))
             mask[:, top : top + rows, left : left + columns] = 255
     return masks
 
 
-def load_pictures(root: Path, generator: torch.Generator) -> dict[str, Pictures]:
-    people, cloths = read_folder(root / "train" / "image", "RGB"), read_folder(root / "train" / "cloth", "RGB")
-    height, width = people.shape[-2:]
-    agnostic = read_folder(root / "train" / "agnostic-mask", "L")
+def load_pictures(pairs: TreePairs) -> dict[str, Pictures]:
+    """All people, cloths and agnostic masks of a split, and random masks for both."""
+
+    def stack(role: str) -> torch.Tensor:
+        arrays = np.stack([np.asarray(picture[role]) for picture in tqdm(rows, desc=f"{role} pictures", leave=False)])
+        return torch.from_numpy(arrays if arrays.ndim == 4 else arrays[..., None]).permute(0, 3, 1, 2).contiguous()
+
+    rows = [pairs.pictures(i) for i in tqdm(range(len(pairs)), desc="reading")]
+    people, cloths, agnostic = stack("person"), stack("cloth"), stack("mask")
+    hidden = partial(random_masks, len(rows), *people.shape[-2:])
     return {
-        "person": Pictures(
-            people, {"agnostic": agnostic, "random": random_masks(len(people), height, width, generator)}
-        ),
-        "cloth": Pictures(cloths, {"random": random_masks(len(cloths), height, width, generator)}),
+        "person": Pictures(people, {"agnostic": agnostic, "random": hidden()}),
+        "cloth": Pictures(cloths, {"random": hidden()}),
     }
 
 
@@ -85,15 +92,135 @@ def hide(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return images * (masks < 128)
 
 
+def save_sheet(file: Path, columns: list[torch.Tensor]) -> None:
+    """Pictures (N, 3, H, W) in [-1, 1], one column for each of the tensors."""
+    rows = torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(((rows.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(file)
+
+
+# -------------------------------------------------------------------------------------------------------------- a stage
+
+
+@contextmanager
+def undisturbed(seed: int):
+    """What happens inside draws from a seed of its own, and leaves the generators of the training as they were."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass
+class Stage:
+    """A training loop that goes on where a kill stopped it.
+
+    Checkpoints are written under another name first, and hold all that the loop draws on; the last one is kept. The
+    learning rate stays at its height until the last quarter, so that a run can be given more steps, or fewer.
+    """
+
+    name: str
+    module: torch.nn.Module
+    trained: list[torch.nn.Parameter]
+    steps: int
+    learning_rate: float
+    weight_decay: float
+    average: bool  # publish the moving average of the weights
+    args: argparse.Namespace
+
+    @property
+    def folder(self) -> Path:
+        return self.args.output_dir / "checkpoints" / self.name
+
+    def train(self, loss: Callable[[], torch.Tensor], report: Callable[[int], dict[str, float]]) -> None:
+        """Minimise `loss()`; `report(step)` says how held-out pictures fare, with the weights that will be published."""
+        logs = {"log_with": "tensorboard", "project_dir": str(self.args.output_dir)}
+        accelerator = Accelerator(cpu=True, mixed_precision=self.args.mixed_precision, **logs)
+        accelerator.init_trackers(f"logs-{self.name}")
+        torch.manual_seed(self.args.seed)
+        optimizer = torch.optim.AdamW(
+            self.trained, lr=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.99), fused=True
+        )
+        warmup, decay = min(200, self.steps // 10), self.steps // 4
+        schedule = get_wsd_schedule(
+            optimizer, num_warmup_steps=warmup, num_decay_steps=decay, num_training_steps=self.steps
+        )
+        _, optimizer, schedule = accelerator.prepare(self.module, optimizer, schedule)
+        ema = EMAModel(self.trained, decay=0.999, use_ema_warmup=True, power=0.75)
+        accelerator.register_for_checkpointing(ema)
+        done = self.resume(accelerator)
+        bar, losses = tqdm(range(done, self.steps), initial=done, total=self.steps, desc=self.name), []
+        for step in range(done + 1, self.steps + 1):
+            with accelerator.autocast():
+                value = loss()
+            accelerator.backward(value)
+            accelerator.clip_grad_norm_(self.trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if self.average:
+                ema.step(self.trained)
+            losses.append(value.item())
+            bar.update()
+            if step % 50 == 0:
+                log = {f"{self.name}/loss": float(np.mean(losses[-50:])), f"{self.name}/lr": schedule.get_last_lr()[0]}
+                accelerator.log(log, step=step)
+            if step % self.args.checkpointing_steps == 0 or step == self.steps:
+                self.save(accelerator, step)
+                with self.published(ema), undisturbed(self.args.seed):
+                    held_out = report(step)
+                accelerator.log({f"{self.name}/{name}": value for name, value in held_out.items()}, step=step)
+                shown = "  ".join(f"{name} {value:.4f}" for name, value in held_out.items())
+                tqdm.write(f"{self.name} step {step}  loss {np.mean(losses[-200:]):.4f}  {shown}")
+        if self.average:
+            ema.copy_to(self.trained)
+        accelerator.end_training()
+        accelerator.unwrap_model(self.module, keep_fp32_wrapper=False).eval().requires_grad_(False)
+
+    @contextmanager
+    def published(self, ema: EMAModel):
+        training = self.module.training
+        self.module.eval()
+        if self.average:
+            ema.store(self.trained)
+            ema.copy_to(self.trained)
+        yield
+        if self.average:
+            ema.restore(self.trained)
+        self.module.train(training)
+
+    def save(self, accelerator: Accelerator, step: int) -> None:
+        unfinished, finished = self.folder / "unfinished", self.folder / f"{step:06d}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        accelerator.save_state(str(unfinished))
+        unfinished.rename(finished)
+        for older in set(self.finished()) - {finished}:
+            shutil.rmtree(older)
+
+    def finished(self) -> list[Path]:
+        return sorted(folder for folder in self.folder.glob("*") if folder.name.isdecimal())
+
+    def resume(self, accelerator: Accelerator) -> int:
+        """The number of steps that are done."""
+        if not self.finished():
+            return 0
+        accelerator.load_state(str(self.finished()[-1]))
+        return int(self.finished()[-1].name)
+
+
+def psnr(error: torch.Tensor) -> float:
+    """Of an error in a range of two, from -1 to 1."""
+    return 10 * math.log10(4 / error.square().mean().item())
+
+
 # ----------------------------------------------------------------------------------------------------------------- VAE
 
 
 def build_vae(height: int) -> AutoencoderKL:
-    """Latents have half of a picture's sides: stripes of three pixels must come through."""
+    """Latents have a quarter of a picture's sides."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
         layers_per_block=1,
         mid_block_add_attention=False,
         norm_num_groups=8,
@@ -102,92 +229,129 @@ def build_vae(height: int) -> AutoencoderKL:
     )
 
 
-def train_vae(pictures: dict[str, Pictures], steps: int, batch_size: int, generator: torch.Generator) -> AutoencoderKL:
-    """Reconstruct pictures, one in six behind a mask; then set `scaling_factor` so that latents have unit variance.
+class VAETraining:
+    """Reconstruct pictures, one in six behind a mask; then the decoder once more, by itself.
 
     Drawn pictures vary twenty times more in brightness than along either colour axis. A small VAE trained on the plain error
     spends its four channels on edges and forgets a colour axis for good, so its first and last layers start from whitened
-    colours, and the error is whitened half-way.
+    colours, and the error is whitened half-way. The decoder's own stage has the plain error, and leaves latents as they are.
     """
-    images = torch.cat([p.images for p in pictures.values()])
-    masks = torch.cat([p.masks["random"] for p in pictures.values()])
-    vae = build_vae(images.shape[-2])
-    variances, axes = torch.linalg.eigh(torch.cov(to_model(images[::16]).movedim(1, -1).reshape(-1, 3).T))
 
-    def whitening(power: float) -> torch.Tensor:
-        return axes @ torch.diag((variances / variances.mean()) ** power) @ axes.T  # (3, 3)
+    def __init__(self, vae: AutoencoderKL, pictures: dict[str, Pictures], held_out: Pictures, args) -> None:
+        self.vae, self.pictures, self.held_out, self.args = vae, pictures, held_out, args
+        sample = torch.cat([to_model(p.images[:512]) for p in pictures.values()])
+        self.variances, self.axes = torch.linalg.eigh(torch.cov(sample.movedim(1, -1).reshape(-1, 3).T))
 
+    def whitening(self, power: float) -> torch.Tensor:
+        return self.axes @ torch.diag((self.variances / self.variances.mean()) ** power) @ self.axes.T  # (3, 3)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        first, last = self.vae.encoder.conv_in.weight, self.vae.decoder.conv_out.weight
+        first.copy_(torch.einsum("ochw,cd->odhw", first, self.whitening(-0.5)))
+        last.copy_(torch.einsum("co,oihw->cihw", self.whitening(0.5), last))
+        self.vae.quant_conv.bias[4:] = -8.0  # the posterior starts almost without noise
+
+    def draw(self) -> torch.Tensor:
+        """A batch (B, 3, H, W) in [-1, 1]: three people to two cloths, one in six behind a mask."""
+        batch = []
+        people = round(self.args.batch_size * PEOPLE_SHARE)
+        for name, count in (("person", people), ("cloth", self.args.batch_size - people)):
+            kind = self.pictures[name]
+            chosen = torch.randint(len(kind.images), (count,))
+            images = to_model(kind.images[chosen])
+            hidden = torch.rand(count, 1, 1, 1) < 1 / 6
+            batch.append(torch.where(hidden, hide(images, kind.masks["random"][chosen]), images))
+        return torch.cat(batch)
+
+    def loss(self) -> torch.Tensor:
+        batch = self.draw()
+        posterior = self.vae.encode(batch).latent_dist
+        error = torch.einsum(
+            "cd,bdhw->bchw", self.whitening(-0.25), self.vae.decode(posterior.sample()).sample - batch
+        )
+        return error.square().mean() + 0.1 * error.abs().mean() + 1e-6 * posterior.kl().mean()
+
+    def decoder_loss(self) -> torch.Tensor:
+        batch = self.draw()
+        with torch.no_grad():
+            latents = self.vae.encode(batch).latent_dist.mode()
+        error = self.vae.decode(latents).sample - batch
+        return error.square().mean() + 0.05 * error.abs().mean()
+
+    def report(self, step: int, name: str = "vae") -> dict[str, float]:
+        """PSNR of held-out people, whole and inside the agnostic mask."""
+        images, masks = to_model(self.held_out.images), self.held_out.masks["agnostic"] >= 128
+        decoded = torch.cat([self.vae.decode(self.vae.encode(x).latent_dist.mode()).sample for x in images.split(16)])
+        error = decoded.clamp(-1, 1) - images
+        save_sheet(self.args.output_dir / "samples" / f"{name}-{step:06d}.png", [images[:8], decoded[:8]])
+        return {"psnr": psnr(error), "psnr_in_mask": psnr(error[masks.expand_as(error)])}
+
+
+def train_vae(pictures: dict[str, Pictures], held_out: Pictures, args) -> AutoencoderKL:
+    """A VAE, and its `scaling_factor` such that latents have unit variance."""
+    torch.manual_seed(args.seed)
+    vae = build_vae(held_out.images.shape[-2])
+    training = VAETraining(vae, pictures, held_out, args)
+    training.initialize()
+    stage = Stage("vae", vae, list(vae.parameters()), args.vae_steps, 3e-3, 1e-4, average=False, args=args)
+    stage.train(training.loss, training.report)
     with torch.no_grad():
-        first, last = vae.encoder.conv_in.weight, vae.decoder.conv_out.weight
-        first.copy_(torch.einsum("ochw,cd->odhw", first, whitening(-0.5)))
-        last.copy_(torch.einsum("co,oihw->cihw", whitening(0.5), last))
-        vae.quant_conv.bias[4:] = -8.0  # the posterior starts almost without noise
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, min(100, steps), steps)
-    bar = tqdm(range(steps), desc="VAE")
-    for _ in bar:
-        chosen = torch.randint(len(images), (batch_size,), generator=generator)
-        batch = to_model(images[chosen])
-        hidden = torch.rand(batch_size, 1, 1, 1, generator=generator) < 1 / 6
-        batch = torch.where(hidden, hide(batch, masks[chosen]), batch)
-        posterior = vae.encode(batch).latent_dist
-        decoded = vae.decode(posterior.sample(generator)).sample
-        error = torch.einsum("cd,bdhw->bchw", whitening(-0.25), decoded - batch)
-        loss = error.square().mean() + 0.1 * error.abs().mean() + 1e-6 * posterior.kl().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if bar.n % 20 == 0:
-            bar.set_postfix(psnr=f"{10 * math.log10(4 / F.mse_loss(decoded, batch).item()):.1f} dB")
-    with torch.no_grad():
-        sample = torch.cat([vae.encode(to_model(p.images[:512])).latent_dist.mode() for p in pictures.values()])
+        sample = torch.cat([vae.encode(to_model(p.images[:256])).latent_dist.mode() for p in pictures.values()])
     vae.register_to_config(scaling_factor=1 / sample.std().item())
-    return vae.eval().requires_grad_(False)
+    return vae
 
 
-def train_decoder(
-    vae: AutoencoderKL, pictures: dict[str, Pictures], steps: int, batch_size: int, generator: torch.Generator
-) -> None:
-    """The decoder once more, by itself and on the plain error: latents, and so the UNet, stay as they are."""
-    people, cloths = (p.images for p in pictures.values())
+def train_decoder(vae: AutoencoderKL, pictures: dict[str, Pictures], held_out: Pictures, args) -> None:
     trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, min(50, steps), steps)
-    bar = tqdm(range(steps), desc="decoder")
-    for _ in bar:
-        count = batch_size // 4  # a quarter cloths
-        batch = to_model(
-            torch.cat(
-                [
-                    people[torch.randint(len(people), (batch_size - count,), generator=generator)],
-                    cloths[torch.randint(len(cloths), (count,), generator=generator)],
-                ]
-            )
-        )
-        with torch.no_grad():
-            latents = vae.encode(batch).latent_dist.mode()
-        error = vae.decode(latents).sample - batch
-        loss = error.square().mean() + 0.05 * error.abs().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if bar.n % 20 == 0:
-            bar.set_postfix(psnr=f"{10 * math.log10(4 / error.square().mean().item()):.1f} dB")
-    vae.requires_grad_(False)
+    training = VAETraining(vae, pictures, held_out, args)
+    stage = Stage("decoder", vae, trained, args.decoder_steps, 2e-3, 1e-4, average=True, args=args)
+    stage.train(training.decoder_loss, partial(training.report, name="decoder"))
+
+
+# ------------------------------------------------------------------------------------------------------------- latents
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: torch.Tensor, desc: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled posterior mean and standard deviation, each (N, 4, h, w)."""
-    posteriors = [vae.encode(batch).latent_dist for batch in tqdm(images.split(256), desc=desc)]
+def encode(
+    vae: AutoencoderKL, images: torch.Tensor, masks: torch.Tensor, desc: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled posterior mean and standard deviation of pictures behind masks, each (N, 4, h, w), in half precision."""
+    batches = tqdm(list(zip(images.split(64), masks.split(64))), desc=desc)
+    posteriors = [vae.encode(hide(to_model(seen), mask)).latent_dist for seen, mask in batches]
     scale = vae.config.scaling_factor
-    return torch.cat([p.mean for p in posteriors]) * scale, torch.cat([p.std for p in posteriors]) * scale
+    mean, std = torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+    return (mean * scale).half(), (std * scale).half()
+
+
+def encode_pictures(vae: AutoencoderKL, pictures: dict[str, Pictures]) -> dict[str, torch.Tensor]:
+    """By `picture.part`: mean and std (N, 4, h, w), and conditions (N, 5, h, w), the mask and what is seen beside it."""
+    encoded = {}
+    for name, p in pictures.items():
+        nothing = torch.zeros_like(p.images[:, :1])
+        encoded[f"{name}.mean"], encoded[f"{name}.std"] = encode(vae, p.images, nothing, f"{name} latents")
+        everything = torch.full_like(nothing[:1], 255)
+        for kind, masks in {**p.masks, "full": everything}.items():
+            mask = F.interpolate((masks >= 128).half(), size=encoded[f"{name}.mean"].shape[-2:])  # nearest
+            seen = encode(vae, p.images[: len(masks)], masks, f"{name} behind {kind} masks")[0]
+            encoded[f"{name}.{kind}"] = torch.cat([mask, seen], dim=1)  # one "full" serves all
+    return encoded
+
+
+def cached_latents(vae: AutoencoderKL, pictures: dict[str, Pictures], pairs: TreePairs, file: Path) -> dict:
+    """`encode_pictures`, once for these pairs and this VAE."""
+    weights = b"".join(v.contiguous().numpy().tobytes() for v in vae.encoder.state_dict().values())
+    identity = hashlib.sha256(weights + repr(pairs.identity()).encode()).hexdigest()
+    if file.is_file():
+        with safe_open(file, "pt") as stored:
+            if (stored.metadata() or {}).get("identity") == identity:
+                return load_file(file)
+    latents = encode_pictures(vae, pictures)
+    save_file(latents, file.with_suffix(".unfinished"), metadata={"identity": identity})
+    file.with_suffix(".unfinished").rename(file)
+    return latents
 
 
 # ---------------------------------------------------------------------------------------------------------------- UNet
@@ -213,15 +377,16 @@ def build_text_encoder() -> tuple[CLIPTokenizer, CLIPTextModel]:
 
 
 def build_unet(latent_size: tuple[int, int], cross_attention_dim: int) -> UNet2DConditionModel:
+    """Self-attention on every level, the finest included: what a cloth shows is read where it is seen."""
     return UNet2DConditionModel(
         sample_size=round(math.sqrt(math.prod(latent_size))),  # StableDiffusionInpaintPipeline takes no pair
         in_channels=9,
         out_channels=4,
-        block_out_channels=(32, 96, 96),
+        block_out_channels=(48, 96, 160),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        attention_head_dim=(2, 4, 4),
         cross_attention_dim=cross_attention_dim,
         norm_num_groups=8,
     )
@@ -245,89 +410,70 @@ def build_scheduler() -> DDPMScheduler:
 
 
 @dataclass
-class Latents:
-    """One kind of picture, encoded: what is drawn, and what is seen of it through each kind of mask."""
+class UNetTraining:
+    """The plain error of what the scheduler has the UNet predict, velocities."""
 
-    mean: torch.Tensor  # (N, 4, h, w)
-    std: torch.Tensor  # (N, 4, h, w)
-    conditions: dict[str, torch.Tensor]  # (N, 5, h, w): mask, masked picture
-    caption: int
+    pipe: StableDiffusionInpaintPipeline
+    latents: dict[str, torch.Tensor]
+    held_out: dict[str, Pictures]
+    args: argparse.Namespace
 
-    def draw(self, kind: str, chosen: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = torch.randn(self.mean[chosen].shape, generator=generator)
-        return self.mean[chosen] + self.std[chosen] * noise, self.conditions[kind][chosen]
+    def __post_init__(self) -> None:
+        tokens = self.pipe.tokenizer(list(CAPTIONS), padding="max_length", return_tensors="pt").input_ids
+        with torch.no_grad():
+            self.caption_embeds = self.pipe.text_encoder(tokens)[0]  # (captions, 16, 32)
+        self.held_out_latents = encode_pictures(self.pipe.vae, self.held_out)
 
+    def draw(self, latents: dict[str, torch.Tensor], count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Targets, conditions and captions: three people to two cloths, behind masks of random kinds, half without text."""
+        targets, conditions, captions = [], [], []
+        people = round(count * PEOPLE_SHARE)
+        for name, share in (("person", people), ("cloth", count - people)):
+            kinds, weights = zip(*MASK_KINDS[name])
+            for i in torch.multinomial(torch.tensor(weights), share, replacement=True).tolist():
+                k = int(torch.randint(len(latents[f"{name}.mean"]), ()))
+                mean, std = (latents[f"{name}.{part}"][k].float() for part in ("mean", "std"))
+                targets.append(mean + std * torch.randn_like(mean))
+                seen = latents[f"{name}.{kinds[i]}"]
+                conditions.append(seen[k if len(seen) > 1 else 0].float())
+                captions.append(CAPTIONS.index(f"a {name}") if torch.rand(()) < 0.5 else 0)
+        return torch.stack(targets), torch.stack(conditions), torch.tensor(captions)
 
-def encode_pictures(vae: AutoencoderKL, pictures: dict[str, Pictures]) -> dict[str, Latents]:
-    encoded = {}
-    for name, p in pictures.items():
-        images = to_model(p.images)
-        mean, std = encode(vae, images, f"{name} latents")
-        conditions = {}
-        for kind, masks in p.masks.items():
-            mask = F.interpolate((masks >= 128).float(), size=mean.shape[-2:])  # nearest
-            conditions[kind] = torch.cat(
-                [mask, encode(vae, hide(images, masks), f"{name} behind {kind} masks")[0]], dim=1
-            )
-        grey = encode(vae, torch.zeros_like(images[:1]), "grey")[0]
-        conditions["full"] = torch.cat([torch.ones_like(grey[:, :1]), grey], dim=1).expand(len(mean), -1, -1, -1)
-        encoded[name] = Latents(mean, std, conditions, CAPTIONS.index(f"a {name}"))
-    return encoded
+    def error(self, batch: tuple, timesteps: torch.Tensor) -> torch.Tensor:
+        targets, conditions, captions = batch
+        noise = torch.randn_like(targets)
+        noisy = self.pipe.scheduler.add_noise(targets, noise, timesteps)
+        model_input = torch.cat([noisy, conditions], dim=1)  # (B, 9, h, w)
+        predicted = self.pipe.unet(model_input, timesteps, self.caption_embeds[captions], return_dict=False)[0]
+        return F.mse_loss(predicted.float(), self.pipe.scheduler.get_velocity(targets, noise, timesteps))
 
+    def loss(self) -> torch.Tensor:
+        """One timestep of every equal share of the schedule: the same mean as drawing each alone, with less luck."""
+        count = self.args.batch_size
+        timesteps = ((torch.randperm(count) + torch.rand(count)) / count * len(self.pipe.scheduler.betas)).long()
+        return self.error(self.draw(self.latents, count), timesteps)
 
-def draw_batch(latents: dict[str, Latents], batch_size: int, generator: torch.Generator):
-    """Three people to two cloths, each behind a mask of a random kind; half of the captions are dropped."""
-    targets, conditions, captions = [], [], []
-    people = round(batch_size * 0.6)
-    for name, count in (("person", people), ("cloth", batch_size - people)):
-        kinds, weights = zip(*MASK_KINDS[name])
-        drawn = torch.multinomial(torch.tensor(weights), count, replacement=True, generator=generator)
-        for i, kind in enumerate(kinds):
-            number = int((drawn == i).sum())
-            chosen = torch.randint(len(latents[name].mean), (number,), generator=generator)
-            target, condition = latents[name].draw(kind, chosen, generator)
-            targets.append(target)
-            conditions.append(condition)
-            captions.append(torch.where(torch.rand(number, generator=generator) < 0.5, 0, latents[name].caption))
-    return torch.cat(targets), torch.cat(conditions), torch.cat(captions)
-
-
-def train_unet(
-    unet: UNet2DConditionModel,
-    scheduler: DDPMScheduler,
-    latents: dict[str, Latents],
-    caption_embeds: torch.Tensor,
-    args: argparse.Namespace,
-    generator: torch.Generator,
-) -> None:
-    """The plain error of what the scheduler has the UNet predict, velocities; leaves the EMA weights in `unet`."""
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=1e-3, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, min(200, args.unet_steps), args.unet_steps)
-    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    losses, bar = [], tqdm(range(args.unet_steps), desc="UNet")
-    for _ in bar:
-        targets, conditions, captions = draw_batch(latents, args.batch_size, generator)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(targets),), generator=generator)
-        noise = torch.randn(targets.shape, generator=generator)
-        model_input = torch.cat([scheduler.add_noise(targets, noise, timesteps), conditions], dim=1)  # (B, 9, h, w)
-        predicted = unet(model_input, timesteps, caption_embeds[captions], return_dict=False)[0]
-        loss = F.mse_loss(predicted, scheduler.get_velocity(targets, noise, timesteps))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        ema.step(unet.parameters())
-        losses.append(loss.item())
-        if len(losses) % 100 == 0:
-            tqdm.write(f"step {len(losses)}  loss {np.mean(losses[-100:]):.4f}  lr {schedule.get_last_lr()[0]:.2e}")
-        if len(losses) % args.checkpointing_steps == 0:
-            ema.store(unet.parameters())
-            ema.copy_to(unet.parameters())
-            unet.save_pretrained(args.output_dir / "checkpoint-unet")
-            ema.restore(unet.parameters())
-    ema.copy_to(unet.parameters())
-    unet.eval().requires_grad_(False)
+    def report(self, step: int) -> dict[str, float]:
+        """Errors on held-out pictures by timestep; a sheet of masked people and of what stands behind the masks."""
+        batch = self.draw(self.held_out_latents, 48)
+        errors = {t: self.error(batch, torch.full((48,), t)).item() for t in HELD_OUT_TIMESTEPS}
+        people = self.held_out["person"]
+        images = to_model(people.images[:8])
+        results = self.pipe(
+            prompt=["a person"] * len(images),
+            image=images / 2 + 0.5,
+            mask_image=(people.masks["agnostic"][:8] >= 128).float(),
+            height=images.shape[-2],
+            width=images.shape[-1],
+            num_inference_steps=20,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(self.args.seed),
+            output_type="pt",
+        ).images
+        masked = hide(images, people.masks["agnostic"][:8])
+        sheet = self.args.output_dir / "samples" / f"unet-{step:06d}.png"
+        save_sheet(sheet, [images, masked, results.float().cpu() * 2 - 1])
+        return {"held_out": float(np.mean(list(errors.values())))} | {f"t{t}": error for t, error in errors.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -335,57 +481,55 @@ def train_unet(
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_root", type=Path, required=True, help="a folder written by demo/make_dataset.py")
+    parser.add_argument(
+        "--dataset_root", type=Path, required=True, help="a folder that `python -m demo.make_dataset` wrote"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="where the diffusers folder goes")
-    parser.add_argument("--vae_steps", type=int, default=1200, help="steps of the VAE (default 1200)")
-    parser.add_argument("--unet_steps", type=int, default=7000, help="steps of the UNet (default 7000)")
+    parser.add_argument("--vae_steps", type=int, default=1500, help="steps of the VAE (default 1500)")
+    parser.add_argument("--unet_steps", type=int, default=10000, help="steps of the UNet (default 10000)")
     parser.add_argument("--decoder_steps", type=int, default=1500, help="steps of the decoder alone (default 1500)")
     parser.add_argument("--batch_size", type=int, default=16, help="pictures a step (default 16)")
     parser.add_argument("--learning_rate", type=float, default=8e-4, help="the UNet's highest rate (default 8e-4)")
     parser.add_argument(
-        "--checkpointing_steps", type=int, default=500, help="steps between copies of the UNet (default 500)"
+        "--mixed_precision", choices=("no", "bf16"), default="no", help="bf16 pays on CPUs with AMX (default no)"
+    )
+    parser.add_argument(
+        "--checkpointing_steps", type=int, default=250, help="steps between checkpoints and reports (default 250)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise (default 0)")
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    for name in ("vae_steps", "unet_steps", "decoder_steps", "batch_size", "checkpointing_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be positive, got {getattr(args, name)}")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
-    started = time.time()
-    generator = torch.Generator().manual_seed(args.seed)
-    pictures = load_pictures(args.dataset_root, generator)
-    drawn = generator.get_state()
+    pairs = TreePairs(args.dataset_root, "train", paired=True)
+    torch.manual_seed(args.seed)
+    pictures = load_pictures(pairs)
+    held_out = load_pictures(TreePairs(args.dataset_root, "test", paired=True))
 
-    def start_stage() -> None:  # every stage starts from the seed, whether the one before it ran now or earlier
-        torch.manual_seed(args.seed)
-        generator.set_state(drawn)
+    vae = train_vae(pictures, held_out["person"], args)
+    latents = cached_latents(vae, pictures, pairs, args.output_dir / "latents.safetensors")
 
-    start_stage()
-    if (args.output_dir / "vae" / "config.json").is_file():
-        vae = AutoencoderKL.from_pretrained(args.output_dir / "vae").eval().requires_grad_(False)
-    else:
-        vae = train_vae(pictures, args.vae_steps, args.batch_size, generator)
-        vae.save_pretrained(args.output_dir / "vae")
-    print(f"VAE ready after {time.time() - started:.0f} s, scaling factor {vae.config.scaling_factor:.4f}")
-
-    start_stage()
-    latents = encode_pictures(vae, pictures)
+    torch.manual_seed(args.seed)
     tokenizer, text_encoder = build_text_encoder()
-    tokens = tokenizer(list(CAPTIONS), padding="max_length", return_tensors="pt").input_ids
-    with torch.no_grad():
-        caption_embeds = text_encoder(tokens)[0]  # (captions, 16, 32)
-    unet = build_unet(latents["person"].mean.shape[-2:], text_encoder.config.hidden_size)
-    scheduler = build_scheduler()
-    train_unet(unet, scheduler, latents, caption_embeds, args, generator)
-
-    start_stage()
-    train_decoder(vae, pictures, args.decoder_steps, args.batch_size, generator)
-    # The text encoder stays in float32: transformers loads what was saved, and a default load must not mix dtypes.
-    vae, unet = vae.to(torch.float16), unet.to(torch.float16)
+    unet = build_unet(latents["person.mean"].shape[-2:], text_encoder.config.hidden_size)
     pipe = StableDiffusionInpaintPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        vae, text_encoder, tokenizer, unet, build_scheduler(), None, None, requires_safety_checker=False
     )
+    pipe.set_progress_bar_config(disable=True)
+    training = UNetTraining(pipe, latents, held_out, args)
+    stage = Stage("unet", unet, list(unet.parameters()), args.unet_steps, args.learning_rate, 1e-3, True, args)
+    stage.train(training.loss, training.report)
+
+    train_decoder(vae, pictures, held_out["person"], args)
+    # The text encoder stays in float32: transformers loads what was saved, and a default load must not mix dtypes.
+    vae.to(torch.float16)
+    unet.to(torch.float16)
     pipe.save_pretrained(args.output_dir)
-    print(f"base in {args.output_dir} after {time.time() - started:.0f} s")
+    print(f"base in {args.output_dir}")
 
 
 if __name__ == "__main__":

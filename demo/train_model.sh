@@ -1,20 +1,66 @@
 #!/usr/bin/env bash
-# Make demo/model again from nothing: the drawn dataset, the base, and the adapter that train_vton.py trains on it.
+# Make the demo's models again from nothing: the drawn dataset, the base, the networks that recognise and parse, and the adapter
+# that train_vton.py trains on the base.
+#
+#     bash demo/train_model.sh [WORK [MODEL [CLASSIFIER]]]
+#
+# WORK (default runs/demo-model) holds every stage's results; the same command goes on where a killed one stopped, and finished
+# stages are skipped: remove a stage's folder to run it again. At the end they are copied to MODEL (default demo/model) and
+# CLASSIFIER (default demo/classifier) and measured. The numbers below can be set in the environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-work=${1:-runs/demo-model}
+work=${1:-runs/demo-model} model=${2:-demo/model} classifier=${3:-demo/classifier}
+python=.venv/bin/python
+: "${HEIGHT:=128}" "${TRAIN:=5000}" "${TEST:=96}"
+: "${VAE_STEPS:=1000}" "${UNET_STEPS:=10000}" "${DECODER_STEPS:=1500}" "${CLASSIFIER_TRUTHS:=16000}"
+: "${ADAPTER_STEPS:=4000}" "${BATCH:=16}" "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
+precision=$($python -c 'from demo.try_on import fast_dtype; print("bf16" if str(fast_dtype()) == "torch.bfloat16" else "no")')
 
-.venv/bin/python demo/make_dataset.py --output_dir "$work/dataset" --train 12000 --test 64 --seed 0
-.venv/bin/python demo/train_base.py --dataset_root "$work/dataset" --output_dir "$work/base" \
-  --vae_steps 1200 --unet_steps 7000 --decoder_steps 1500 --batch_size 16 --learning_rate 8e-4 --seed 0
+stage() { # NAME PROOF COMMAND...: the command writes the proof when it has finished
+  echo "== $1"
+  [ -e "$2" ] || "${@:3}"
+}
+
+dataset() {
+  rm -rf "$work/dataset.unfinished"
+  $python -m demo.make_dataset --output_dir "$work/dataset.unfinished" \
+    --category all --train "$TRAIN" --test "$TEST" --height "$HEIGHT" --seed 0
+  mv "$work/dataset.unfinished" "$work/dataset"
+}
+
+base() {
+  $python -m demo.train_base --dataset_root "$work/dataset" --output_dir "$work/base" \
+    --vae_steps "$VAE_STEPS" --unet_steps "$UNET_STEPS" --decoder_steps "$DECODER_STEPS" \
+    --batch_size "$BATCH" --learning_rate 8e-4 --mixed_precision "$precision" \
+    --checkpointing_steps "$CHECKPOINT_EVERY" --seed 0
+}
+
+classifier() {
+  $python -m demo.train_classifier --output_dir "$work/classifier" --train "$CLASSIFIER_TRUTHS" --height "$HEIGHT" --seed 0
+}
+
+adapter() { # attention alone, of all categories: DREAM (arXiv:2312.00210), averaged weights, and masks that do not tell the cut
+  $python -m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --dynamo_backend no \
+    --mixed_precision "$precision" --num_cpu_threads_per_process "${OMP_NUM_THREADS:-$(nproc)}" train_vton.py \
+    --pretrained_model_name_or_path "$work/base" --dataset_root "$work/dataset" --output_dir "$work/adapter" \
+    --height "$HEIGHT" --width $((HEIGHT * 3 / 4)) --augment mask flip --dream_detail_preservation 10 \
+    --train_batch_size "$BATCH" --max_train_steps "$ADAPTER_STEPS" --learning_rate 2e-3 \
+    --lr_warmup_steps $((ADAPTER_STEPS / 20)) --ema_decay 0.999 --guidance_scale 1.5 \
+    --validation_steps "$CHECKPOINT_EVERY" --checkpointing_steps "$CHECKPOINT_EVERY" --checkpoints_total_limit 2 \
+    --resume_from_checkpoint latest --seed 0
+}
+
+stage dataset "$work/dataset" dataset
+stage base "$work/base/model_index.json" base
+stage classifier "$work/classifier/model.safetensors" classifier
+stage adapter "$work/adapter/vton_adapter.safetensors" adapter
+
+mkdir -p "$model" "$classifier"
 for part in model_index.json scheduler text_encoder tokenizer unet vae; do
-  rm -rf "demo/model/$part"
-  mkdir -p demo/model
-  cp -r "$work/base/$part" demo/model/
+  rm -rf "${model:?}/$part"
+  cp -r "$work/base/$part" "$model/"
 done
-.venv/bin/accelerate launch --cpu --num_processes 1 --num_cpu_threads_per_process 2 train_vton.py \
-  --pretrained_model_name_or_path demo/model --dataset_root "$work/dataset" --output_dir "$work/adapter" \
-  --height 64 --width 48 --cache_latents --train_batch_size 16 --max_train_steps 2200 --learning_rate 2e-3 \
-  --lr_warmup_steps 100 --ema_decay 0.999 --guidance_scale 1.5 --seed 0
-cp "$work/adapter/vton_adapter.safetensors" demo/model/
-.venv/bin/python demo/measure.py
+cp "$work/adapter/vton_adapter.safetensors" "$model/"
+cp "$work/classifier/config.json" "$work/classifier/model.safetensors" "$classifier/"
+$python -m demo.measure --model "$model" --classifier "$classifier" --output_dir "$work/measure" \
+  --lines "$LINES" --num_inference_steps "$STEPS" --by

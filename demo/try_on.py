@@ -1,70 +1,141 @@
-#!/usr/bin/env python
 """Draw people that the demo model has never seen, try cloths on them, and show it all on one sheet."""
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from make_dataset import make_dataset
 from PIL import Image, ImageDraw
+
+from demo.make_dataset import World, describe
+from demo.world import CATEGORIES, LIP, draw_cloth, draw_person
 
 
 DEMO = Path(__file__).resolve().parent
 COLUMNS = ("person", "cloth", "mask", "result", "truth")
-ZOOM, MARGIN, TITLE = 3, 6, 14
+SHOWN_HEIGHT, MARGIN, TITLE = 256, 8, 18  # pixels of the sheet
+BATCH_SIZE = 16
 
 
-def load_pipeline(model: Path, adapter: Path | None = None) -> DiffusionPipeline:
+@dataclass(frozen=True)
+class Line:
+    """A person and a cloth that they don't wear, drawn; pictures have the model's size.
+
+    Args:
+        category: one of `CATEGORIES`.
+        person, cloth, mask: what a try-on is given.
+        truth: what it should give.
+        worn: where the truth shows the cloth, booleans (H, W).
+        factors: the level of every factor by which the truth varies.
+        attributes: what can be recognised of the cloth.
+    """
+
+    category: str
+    person: Image.Image
+    cloth: Image.Image
+    mask: Image.Image
+    truth: Image.Image
+    worn: np.ndarray
+    factors: dict[str, str]
+    attributes: dict[str, str | None]
+
+
+def draw_line(world: World, index: int, partner: int) -> Line:
+    (person, own), (_, cloth) = (world.sample("test", i) for i in (index, partner))
+    before, mask, _ = draw_person(person, own, *world.size)
+    truth, _, labels = draw_person(person, cloth, *world.size)
+    described = describe(world, person, own, cloth)
+    return Line(
+        category=world.category_of(index),
+        person=before,
+        cloth=draw_cloth(cloth, *world.size),
+        mask=mask,
+        truth=truth,
+        worn=labels == LIP[cloth.kind],
+        **described,
+    )
+
+
+def draw_lines(count: int, seed: int, height: int) -> list[Line]:
+    """The unpaired lines of the dataset that `demo.make_dataset` draws of all categories, those of a category side by side."""
+    world = World(seed, height, "all")
+    lines = [draw_line(world, i, world.partner(i, count)) for i in range(count)]
+    return sorted(lines, key=lambda line: CATEGORIES.index(line.category))
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the CPU has AMX, which multiplies matrices of it; elsewhere float32 is faster."""
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def load_pipeline(model: Path, adapter: Path | None = None, dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """The base in `model`, with the pipeline of this repository and an adapter: None is the one beside the base."""
     pipe = DiffusionPipeline.from_pretrained(
-        str(model), custom_pipeline=str(DEMO.parent / "pipeline_vton.py"), trust_remote_code=True, dtype=torch.float32
+        str(model),
+        custom_pipeline=str(DEMO.parent / "pipeline_vton.py"),
+        trust_remote_code=True,
+        dtype=dtype or fast_dtype(),
     )
     pipe.load_vton_adapter(adapter or model)
     return pipe
 
 
-def read_test_split(root: Path) -> dict[str, list[Image.Image]]:
-    """Every line of `test_pairs.txt` as pictures: person, cloth, mask and truth."""
-    pairs = [[Path(name).stem for name in line.split()] for line in (root / "test_pairs.txt").read_text().splitlines()]
-    files = {
-        "person": [f"image/{person}.png" for person, _ in pairs],
-        "cloth": [f"cloth/{cloth}.png" for _, cloth in pairs],
-        "mask": [f"agnostic-mask/{person}_mask.png" for person, _ in pairs],
-        "truth": [f"tryon/{person}__{cloth}.png" for person, cloth in pairs],
-    }
-    return {name: [Image.open(root / "test" / file) for file in listed] for name, listed in files.items()}
+def picture_height(pipe: DiffusionPipeline) -> int:
+    """Of the drawn world in which the model was trained."""
+    return pipe.vae.config.sample_size
+
+
+def noises(seed: int, start: int, stop: int) -> list[torch.Generator]:
+    """A generator for each line, so that its result doesn't depend on how many are tried on, or together with which."""
+    return [torch.Generator().manual_seed(seed * 100_003 + i) for i in range(start, stop)]
 
 
 def try_on(
-    pipe: DiffusionPipeline, pictures: dict[str, list[Image.Image]], steps: int, seed: int, scale: float | None
+    pipe: DiffusionPipeline, lines: Sequence[Line], steps: int, seed: int, scale: float | None = None
 ) -> list[Image.Image]:
     """Every cloth on its person; `scale` None is the adapter's own guidance."""
-    return pipe(
-        person_image=pictures["person"],
-        cloth_image=pictures["cloth"],
-        mask_image=pictures["mask"],
-        num_inference_steps=steps,
-        guidance_scale=scale,
-        generator=torch.Generator().manual_seed(seed),
-    ).images
+    results = []
+    for start in range(0, len(lines), BATCH_SIZE):
+        batch = lines[start : start + BATCH_SIZE]
+        results += pipe(
+            person_image=[line.person for line in batch],
+            cloth_image=[line.cloth for line in batch],
+            mask_image=[line.mask for line in batch],
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            generator=noises(seed, start, start + len(batch)),
+        ).images
+    return results
 
 
-def contact_sheet(pictures: dict[str, list[Image.Image]]) -> Image.Image:
-    """Two pairs a line, every pixel shown as a square."""
-    count, (width, height) = len(pictures["person"]), pictures["person"][0].size
-    cell = (width * ZOOM + MARGIN, height * ZOOM + MARGIN)
-    block = len(COLUMNS) * cell[0] + MARGIN
-    sheet = Image.new("RGB", (2 * block + MARGIN, TITLE + (count + 1) // 2 * cell[1] + MARGIN), "white")
+def contact_sheet(lines: Sequence[Line], results: Sequence[Image.Image]) -> Image.Image:
+    """Two lines a row, every pixel shown as a square of whole pixels."""
+    width, height = lines[0].person.size
+    zoom = max(1, SHOWN_HEIGHT // height)
+    shown = width * zoom, height * zoom
+    cell = [side + MARGIN for side in shown]
+    block = len(COLUMNS) * cell[0] + 2 * MARGIN
+    sheet = Image.new("RGB", (2 * block - MARGIN, TITLE + (len(lines) + 1) // 2 * cell[1] + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    for i in range(count):
+    for i, (line, result) in enumerate(zip(lines, results)):
+        pictures = {
+            "person": line.person,
+            "cloth": line.cloth,
+            "mask": line.mask,
+            "result": result,
+            "truth": line.truth,
+        }
         for j, name in enumerate(COLUMNS):
             left = MARGIN + i % 2 * block + j * cell[0]
-            draw.text((left, 2), name, fill="black")
-            picture = pictures[name][i].convert("RGB").resize((width * ZOOM, height * ZOOM), Image.Resampling.NEAREST)
-            sheet.paste(picture, (left, TITLE + MARGIN + i // 2 * cell[1]))
+            if i < 2:
+                draw.text((left + shown[0] // 2, TITLE), name, fill="black", anchor="mb", font_size=13)
+            picture = pictures[name].convert("RGB").resize(shown, Image.Resampling.NEAREST)
+            sheet.paste(picture, (left, TITLE + MARGIN // 2 + i // 2 * cell[1]))
     return sheet
 
 
@@ -73,27 +144,35 @@ def can_show() -> bool:
     return on_screen and "CI" not in os.environ
 
 
+def check_count(parser: argparse.ArgumentParser, name: str, count: int) -> None:
+    """Every category needs two lines: a person tries on what another one wears."""
+    if count < 2 * len(CATEGORIES):
+        parser.error(f"--{name} must be at least {2 * len(CATEGORIES)}, two of every category, got {count}")
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=DEMO / "model", help="base and adapter (default demo/model)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="default runs/demo")
-    parser.add_argument("--count", type=int, default=12, help="try-ons, at least 2 (default 12)")
+    parser.add_argument("--count", type=int, default=12, help="try-ons, at least 6 (default 12)")
     parser.add_argument(
         "--seed", type=int, default=7, help="seed of people, cloths and noise; 0 was trained on (default 7)"
     )
     parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
     parser.add_argument("--guidance_scale", type=float, help="default: the adapter's own")
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    check_count(parser, "count", args.count)
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
-    make_dataset(args.output_dir / "dataset", train=0, test=args.count, seed=args.seed)
-    pictures = read_test_split(args.output_dir / "dataset")
     pipe = load_pipeline(args.model)
-    pictures["result"] = try_on(pipe, pictures, args.num_inference_steps, args.seed, args.guidance_scale)
-    sheet = contact_sheet(pictures)
-    sheet.save(args.output_dir / "contact_sheet.png")
-    print(f"{args.count} try-ons in {args.output_dir / 'contact_sheet.png'}")
+    lines = draw_lines(args.count, args.seed, picture_height(pipe))
+    results = try_on(pipe, lines, args.num_inference_steps, args.seed, args.guidance_scale)
+    sheet, file = contact_sheet(lines, results), args.output_dir / "contact_sheet.png"
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    sheet.save(file)
+    print(f"{args.count} try-ons in {file}")
     if can_show():
         sheet.show()
 

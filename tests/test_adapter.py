@@ -15,8 +15,9 @@ from diffusers import DiffusionPipeline, StableDiffusionInpaintPipeline, UNet2DC
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import ROOT, SD15_UNET, box_mask, picture, run, seeded, tiny_pipe
+from tiny import ROOT, box_mask, picture, run, seeded, tiny_pipe
 
+from benchmarks import sd15
 from pipeline_vton import (
     ADAPTER_NAME,
     AdapterSettings,
@@ -213,7 +214,7 @@ def test_a_failed_save_leaves_no_half_file(tmp_path):
 
 def test_sd15_trains_as_many_weights_as_it_says():
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD15_UNET)
+        unet = UNet2DConditionModel(**sd15.UNET)
     attention = sum(parameter.numel() for parameter in adapter_parameters(unet, "self_attention", False).values())
     widen_conv_in(unet)
     widened = sum(parameter.numel() for parameter in adapter_parameters(unet, "self_attention", True).values())

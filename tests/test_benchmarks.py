@@ -2,13 +2,15 @@
 
 import time
 
-import costs
-import methods
+import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
-from make_dataset import make_dataset
 from tiny import ROOT
+
+from benchmarks import costs, methods
+from demo.make_dataset import make_dataset
+from demo.try_on import draw_lines
 
 
 @torch.no_grad()
@@ -17,9 +19,9 @@ def test_the_four_channel_base_paints_what_the_inpainting_base_paints_behind_a_f
     methods.write_four_channel_base(base, tmp_path)
     narrow = StableDiffusionPipeline.from_pretrained(tmp_path).unet
     pipe = StableDiffusionInpaintPipeline.from_pretrained(base, dtype=torch.float32)
-    noisy = torch.randn(2, 4, 32, 24, generator=torch.Generator().manual_seed(0))
-    grey = pipe.vae.encode(torch.zeros(2, 3, 64, 48)).latent_dist.mode() * pipe.vae.config.scaling_factor
-    rows = torch.cat([noisy, torch.ones(2, 1, 32, 24), grey], dim=1)
+    grey = pipe.vae.encode(torch.zeros(2, 3, 128, 96)).latent_dist.mode() * pipe.vae.config.scaling_factor
+    noisy = torch.randn(grey.shape, generator=torch.Generator().manual_seed(0))
+    rows = torch.cat([noisy, torch.ones_like(grey[:, :1]), grey], dim=1)
     expected = pipe.unet.conv_in(rows)
     inside = (..., slice(4, -4), slice(4, -4))  # at the edge, grey is not one colour
 
@@ -29,16 +31,33 @@ def test_the_four_channel_base_paints_what_the_inpainting_base_paints_behind_a_f
     assert error(narrow.conv_in.bias) < 0.2 * error(pipe.unet.conv_in.bias)
 
 
+def test_a_row_is_trained_and_measured_once_for_a_budget(tmp_path, monkeypatch, capfd):
+    line = ["--output_dir", str(tmp_path), "--rows", "reference", "--train", "6", "--lines", "6", "--seed", "11"]
+    line += ["--train_batch_size", "2", "--num_inference_steps", "2", "--max_train_steps"]
+    methods.main(methods.parse_args([*line, "1"]))
+    row = capfd.readouterr().out.splitlines()[-2]
+    assert row.startswith("| reference | ") and (tmp_path / "reference" / "vton_adapter.safetensors").is_file()
+
+    def train(*args):
+        raise RuntimeError("trained again")
+
+    monkeypatch.setattr(methods, "train", train)
+    methods.main(methods.parse_args([*line, "1"]))
+    assert capfd.readouterr().out.splitlines()[-2] == row
+    with pytest.raises(RuntimeError, match="trained again"):
+        methods.main(methods.parse_args([*line, "2"]))
+
+
 def test_a_row_is_measured_with_its_cloth_or_without():
-    model, held_out = ROOT / "demo" / "model", methods.HeldOut.draw(4, seed=1)
-    args = methods.parse_args(["--num_inference_steps", "5"])
+    model, lines = ROOT / "demo" / "model", draw_lines(6, seed=1, height=64)
+    args = methods.parse_args(["--num_inference_steps", "4"])
     reference = methods.Method("reference")
-    right, none = (methods.measure(row, model, model, held_out, args) for row in (reference, methods.NO_CLOTH))
-    assert right > none + 2
+    right, none = (methods.measure(row, model, model, lines, args) for row in (reference, methods.NO_CLOTH))
+    assert right["psnr"].value > none["psnr"].value
 
 
 def test_a_step_is_timed_and_weighed(tmp_path, fresh_accelerate):
-    make_dataset(tmp_path / "data", train=2, test=0, seed=0)
+    make_dataset(tmp_path / "data", train=2, test=0, seed=0, height=64)
     line = ["--pretrained_model_name_or_path", ROOT / "demo" / "model", "--dataset_root", tmp_path / "data"]
     line += ["--output_dir", tmp_path / "out", "--height", 64, "--width", 48, "--train_batch_size", 1]
     line += ["--dataloader_num_workers", 0, "--report_to", "none", *costs.ROWS["reference, both"].split()]

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tiny import SD15_UNET, box_mask, picture, run, seeded, tiny_pipe
+from tiny import box_mask, picture, run, seeded, tiny_pipe
 
+from benchmarks import sd15
 from pipeline_vton import StableDiffusionVTONPipeline, adapter_parameters, name_catvton_weights, widen_conv_in
 
 
@@ -116,7 +117,7 @@ def test_catvtons_weights_give_what_its_own_pipeline_gives(hub, tmp_path, mask_f
 
 def test_catvtons_places_are_sd15s_attentions_with_the_mid_block_last():
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD15_UNET | {"in_channels": 9})
+        unet = UNet2DConditionModel(**sd15.UNET | {"in_channels": 9})
         parts = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
         weights = {f"{8 * n}.{part}": torch.empty(n) for n in range(16) for part in parts}
     named = name_catvton_weights("model.safetensors", weights, unet)

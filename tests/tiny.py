@@ -20,19 +20,6 @@ from pipeline_vton import StableDiffusionVTONPipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The UNet of stable-diffusion-v1-5/stable-diffusion-v1-5, as its config.json says.
-SD15_UNET = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
-
 
 def tiny_unet(in_channels: int = 9) -> UNet2DConditionModel:
     return UNet2DConditionModel(

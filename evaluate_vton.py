@@ -1,0 +1,1522 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+"""Measure try-on: figures that anybody can reproduce, or one sentence that says why there are none.
+
+    accelerate launch evaluate_vton.py --model stable-diffusion-v1-5/stable-diffusion-inpainting --adapter runs/viton-hd \\
+        --dataset_root data/viton-hd --output_dir runs/figures
+
+tries every cloth of the test lists on, keeps the pictures without loss, and writes OUTPUT_DIR/report.json and report.md.
+
+    python evaluate_vton.py --compare runs/figures/report.json runs/others/report.json
+
+puts reports of one protocol side by side. The file reads in the order of a run: arguments, measures, lists and pictures,
+trying on, scoring, the report, comparing.
+"""
+
+import argparse
+import hashlib
+import importlib
+import importlib.metadata
+import io
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub import EvalResult
+from PIL import Image, ImageDraw, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline_vton import (
+    LORA_NAME,
+    StableDiffusionVTONPipeline,
+    as_masks,
+    as_pil,
+    as_tensors,
+    composite_result,
+    resize,
+)
+from train_vton import (
+    DRESS_CODE_FOLDERS,
+    RowPairs,
+    TreePairs,
+    check_sizes,
+    in_persons_colours,
+    load_rows,
+    open_picture,
+)
+
+
+os.environ.setdefault(
+    "MKL_CBWR", "AUTO"
+)  # else MKL rounds otherwise where several processes compute, and a byte flips
+logger = get_logger("evaluate_vton")
+SETTINGS = ("paired", "unpaired")
+METRICS = ("ssim", "psnr", "lpips", "fid", "kid")
+ARROWS = {"ssim": "↑", "psnr": "↑", "lpips": "↓", "fid": "↓", "kid": "↓", "recognition": "↑"}
+CLOTH_TYPES = {"upper_body": "upper", "lower_body": "lower", "dresses": "dress"}
+SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+INSTALL = "pip install -r requirements-eval.txt"
+RESAMPLES = 2000  # of the bootstrap
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+HASH_SIZE, HASH_DISTANCE = (
+    (12, 16),
+    2.0,
+)  # of the duplicates' hash: width and height, and the mean difference in levels
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for add_arguments in (add_data_arguments, add_model_arguments, add_metric_arguments):
+        add_arguments(parser)
+    args = parser.parse_args(input_args)
+    check_args(parser, args)
+    return args
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is tried on").add_argument
+    add("--dataset_root", type=Path, help="a folder in VITON-HD's or DressCode's layout")
+    add("--dataset_name", help="or what datasets.load_dataset takes; unpaired is then every row in the next row's cloth")  # fmt: skip
+    add("--dataset_config_name", help="its configuration (default: its only one)")
+    add("--streaming", action="store_true", help="read --dataset_name as it comes instead of downloading it first")
+    add("--person_column", default="image", help="the person in the cloth (default image)")
+    add("--cloth_column", default="cloth", help="the cloth alone (default cloth)")
+    add("--mask_column", default="mask", help="the agnostic mask (default mask)")
+    add("--condition_column", default="condition", help="paired and mask-free: column, or folder beside the persons', of the person in another cloth (default condition)")  # fmt: skip
+    parser.set_defaults(caption_column=None)  # which load_rows asks for
+    add("--split", default="test", help="whose pairs are taken (default test)")
+    add("--setting", choices=(*SETTINGS, "both"), default="both", help="own cloths, other cloths, or both (default)")
+    add("--category", choices=(*DRESS_CODE_FOLDERS, "all"), default="all", help="of DressCode's layout (default all, pooled and each)")  # fmt: skip
+    add("--list", type=Path, help="a frozen list, OUTPUT_DIR/list.txt of another run, in place of the tree's own")
+    add("--num_samples", type=int, help="the first lines of every list and category (default all)")
+    add("--human_parser", help="the parser for --masks parser: a Hub repository or a folder (default: the pipeline's own)")  # fmt: skip
+    add("--cloth_type", choices=tuple(CLOTH_TYPES.values()), default="upper", help="what --masks parser repaints where no category says (default upper)")  # fmt: skip
+    add("--masks", choices=("files", "parser", "none"), help="read, drawn by the pipeline's human parser, or none (default files; mask-free: none)")  # fmt: skip
+    add("--train_root", type=Path, help="the training set's tree: test persons that are in it fail the run")
+    add("--drop_duplicates", action="store_true", help="leave them out of the list, and say so, instead")
+    add("--output_dir", type=Path, help="for pictures and the report; a killed run goes on there")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("who tries on").add_argument
+    add("--model", help="the base, or a whole pipeline: a Hub repository or a folder")
+    add("--revision", help="its revision on the Hub (default main)")
+    add("--adapter", help="the adapter, or a LoRA of it: a Hub repository, a folder or a file (default: none, the model is whole)")  # fmt: skip
+    add("--pred_dir", type=Path, help="or pictures that another model made: [SETTING/][CATEGORY/]PERSON__CLOTH.png or PERSON.png")  # fmt: skip
+    add("--pred_composited", action="store_true", help="they are the photographs outside the masks, which is checked (default: pasted into them here)")  # fmt: skip
+    add("--height", type=int, help="to work at (default: the adapter's, at the persons' aspect)")
+    add("--width", type=int, help="to work at (default: the adapter's, at the persons' aspect)")
+    add("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
+    add("--guidance_scale", type=float, help="default: the adapter's own")
+    add("--scheduler", help="a scheduler class of diffusers (default: the pipeline's own)")
+    add("--eta", type=float, help="for DDIM (default: the pipeline's own)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU, else float32")
+    add("--batch_size", type=int, default=4, help="pictures read, and written, side by side (default 4); the UNet sees one at a time, since batches round otherwise")  # fmt: skip
+    add("--seed", type=int, default=0, help="with a line's name it seeds the line's noise (default 0)")
+    add("--seeds", type=int, default=1, help="how often everything is tried on, with seeds from --seed on (default 1)")
+
+
+def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how it is measured").add_argument
+    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default all; lpips, fid and kid need torchvision and weights")  # fmt: skip
+    add("--eval_height", type=int, help="size at which truth and result are compared (default: the working size)")
+    add("--eval_width", type=int, help="size at which truth and result are compared (default: the working size)")
+    add("--lpips_net", choices=("squeeze", "alex", "vgg"), default="squeeze", help="LPIPS' backbone (default squeeze, as CatVTON and Leffa have it)")  # fmt: skip
+    add("--lpips_weights", type=Path, help="the backbone's weights, torchvision's file (default: downloaded)")
+    add("--fid_mode", choices=("clean", "legacy"), default="clean", help="clean-fid's resize (default), or TensorFlow's of 2015")  # fmt: skip
+    add("--inception_weights", type=Path, help="torch-fidelity's file (default: downloaded)")
+    add("--recognizer", help="MODULE:FUNCTION, from a list of PIL pictures to a dict of attributes for each: the share that equals the truth's is reported")  # fmt: skip
+    add(
+        "--push_to_hub", metavar="REPO", help="upload the adapter, or the whole pipeline, with the figures in its card"
+    )
+    add("--compare", nargs="+", type=Path, metavar="REPORT", help="print these report.json side by side, and do nothing else")  # fmt: skip
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """One sentence for what argparse cannot see by itself."""
+    if args.compare is not None:
+        if len(args.compare) < 2:
+            parser.error(f"--compare needs at least two reports, got {len(args.compare)}")
+        return
+    for name in ("batch_size", "seeds", "num_inference_steps", "num_samples", "height", "width", "eval_height", "eval_width"):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name} must be positive, got {value}")
+    if args.output_dir is None:
+        parser.error("--output_dir must be given")
+    for one, other in (("dataset_root", "dataset_name"), ("model", "pred_dir")):
+        if (getattr(args, one) is None) == (getattr(args, other) is None):
+            parser.error(f"give --{one} or --{other}, got {getattr(args, one)} and {getattr(args, other)}")
+    if (args.eval_height is None) != (args.eval_width is None):
+        parser.error(f"--eval_height and --eval_width go together, got {args.eval_height} and {args.eval_width}")
+    if args.streaming and args.dataset_name is None:
+        parser.error("--streaming needs --dataset_name")
+    if args.list is not None and (args.dataset_root is None or not args.list.is_file()):
+        parser.error(f"--list must be a file, and goes with --dataset_root, got {args.list} and {args.dataset_root}")
+    if args.drop_duplicates and args.train_root is None:
+        parser.error("--drop_duplicates needs --train_root")
+    if args.pred_dir is not None and (args.seeds > 1 or args.push_to_hub or args.masks == "parser"):
+        parser.error("--pred_dir has one seed, no adapter to push and no human parser")
+    if args.pred_composited and (args.pred_dir is None or args.masks == "none"):
+        parser.error("--pred_composited speaks of --pred_dir's pictures, and is checked with the masks")
+    if args.recognizer is not None and ":" not in args.recognizer:
+        parser.error(f"--recognizer must be MODULE:FUNCTION, got {args.recognizer}")
+
+
+# ------------------------------------------------------------------------------------------------------------ measures
+
+
+def squared_error(result: Tensor, truth: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
+    """Sum of squared errors, and of how many values; pictures (3, H, W) in [0, 1], inside the mask (1, H, W) if given."""
+    error = (result.double() - truth.double()).square()
+    mask = torch.ones_like(error) if mask is None else (mask >= 0.5).expand_as(error).double()
+    return (error * mask).sum().item(), mask.sum().item()
+
+
+def decibels(mean_squared_error: np.ndarray | float) -> np.ndarray:
+    """Peak signal-to-noise ratio of values in [0, 1]; infinite where there is no error."""
+    with np.errstate(divide="ignore"):
+        return -10 * np.log10(mean_squared_error)
+
+
+def masked_psnr(results: Sequence[Tensor], truths: Sequence[Tensor], masks: Sequence[Tensor | None]) -> float:
+    """Decibels of pictures (3, H, W) in [0, 1] inside their masks (1, H, W): the error pooled over all values of all pictures."""
+    errors = [squared_error(*each) for each in zip(results, truths, masks, strict=True)]
+    total, count = np.sum(errors, axis=0)
+    return float(decibels(total / count))
+
+
+def ssim_map(result: Tensor, truth: Tensor) -> Tensor:
+    """Structural similarity of pictures (3, H, W) in [0, 1] around every value.
+
+    Source: torchmetrics, Gaussian window of sigma 1.5, data_range 1; in float64, since in float32 a flat picture is not
+    even equal to itself (.9991).
+    """
+    measure = metric_library("torchmetrics.functional.image").structural_similarity_index_measure
+    return measure(result.double()[None], truth.double()[None], data_range=1.0, return_full_image=True)[1][0]
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> float:
+    """The mean of (3, H, W), inside the mask (1, H, W) if given."""
+    return (values if mask is None else values[(mask >= 0.5).expand_as(values)]).mean().item()
+
+
+def ssim(result: Tensor, truth: Tensor, mask: Tensor | None = None) -> float:
+    """Structural similarity of pictures (3, H, W) in [0, 1]: its map's mean, inside the mask (1, H, W) if given."""
+    return masked_mean(ssim_map(result, truth), mask)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and the 95 % of the bootstrap around it."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    numerators: Sequence[float],
+    denominators: Sequence[float] | None = None,
+    transform: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    seed: int = 0,
+) -> Interval:
+    """`transform(sum of numerators / sum of denominators)` over the samples, with 2.5 and 97.5 % of 2,000 resamples of them.
+
+    Without denominators it is a mean. PSNR is `transform=decibels` of squared errors and counts: pooled, never infinite
+    because of one picture.
+
+    Source: the percentile bootstrap, Efron and Tibshirani, 1993.
+    """
+    numerators = np.asarray(numerators, dtype=np.float64)
+    denominators = np.ones_like(numerators) if denominators is None else np.asarray(denominators, dtype=np.float64)
+    if numerators.ndim != 1 or not len(numerators) or denominators.shape != numerators.shape:
+        shapes = f"{numerators.shape} and {denominators.shape}"
+        raise ValueError(f"`numerators` and `denominators` must be equally many, at least one, got shapes {shapes}")
+    drawn = np.random.default_rng(seed).integers(0, len(numerators), (RESAMPLES, len(numerators)))
+    resampled = transform(numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1))
+    ordered = np.sort(resampled)  # no interpolation between quantiles, which infinities would turn into NaN
+    low, high = ordered[int(0.025 * RESAMPLES)], ordered[int(0.975 * RESAMPLES)]
+    return Interval(float(transform(numerators.sum() / denominators.sum())), float(low), float(high))
+
+
+class Features(torch.nn.Module):
+    """Features that are there already, (N, d), handed on: torchmetrics' FID and KID then only compare them, in one process."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """FID of features (N, d) and (M, d), in float64. Source: arXiv:1706.08500; torchmetrics."""
+    metric = metric_library("torchmetrics.image.fid").FrechetInceptionDistance(
+        Features(real.shape[1]), sync_on_compute=False
+    )
+    metric.update(real.double(), real=True)
+    metric.update(fake.double(), real=False)
+    return metric.compute().item()
+
+
+def kernel_distance(real: Tensor, fake: Tensor, seed: int = 0) -> tuple[float, float]:
+    """KID of features (N, d) and (M, d), and its deviation over 100 subsets of min(1000, half of the fewer), drawn by `seed`.
+
+    Source: arXiv:1801.01401; torchmetrics, whose subsets come from torch's global generator, which is put back.
+    """
+    size = min(KID_SUBSET_SIZE, min(len(real), len(fake)) // 2)
+    options = {"subsets": KID_SUBSETS, "subset_size": size, "sync_on_compute": False}
+    metric = metric_library("torchmetrics.image.kid").KernelInceptionDistance(Features(real.shape[1]), **options)
+    metric.update(real.double().cpu(), real=True)
+    metric.update(fake.double().cpu(), real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mean, deviation = metric.compute()
+    return mean.item(), deviation.item()
+
+
+class Inception(torch.nn.Module):
+    """Pictures uint8 (N, 3, H, W) to the 2,048 features of torch-fidelity's Inception, the graph of 2015.
+
+    Args:
+        mode: `"clean"` resizes as clean-fid does, arXiv:2104.11222 (bicubic with antialiasing, clamped, not rounded);
+            `"legacy"` as TensorFlow's graph did (bilinear without).
+        weights: torch-fidelity's file; None downloads it.
+    """
+
+    num_features = 2048
+
+    def __init__(self, mode: str = "clean", weights: Path | None = None) -> None:
+        super().__init__()
+        fidelity = metric_library("torch_fidelity.feature_extractor_inceptionv3")
+        options = {"feature_extractor_weights_path": None if weights is None else str(weights)}
+        net = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], **options)
+        self.body = torch.nn.Sequential(*[layer for name, layer in net.named_children() if name != "fc"])
+        self.size, self.mode = (net.INPUT_IMAGE_SIZE, net.INPUT_IMAGE_SIZE), mode
+        self.legacy_resize = partial(fidelity.interpolate_bilinear_2d_like_tensorflow1x, align_corners=False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        pictures = pictures.float()
+        if self.mode == "legacy":
+            pictures = self.legacy_resize(pictures, size=self.size)
+        else:
+            pictures = clean_resize(pictures, self.size)
+        return self.body((pictures - 128) / 128).flatten(1)
+
+
+def clean_resize(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, 3, H, W) in 0-255 to (N, 3, *size), as PIL's bicubic filter does on floats."""
+    return F.interpolate(pictures, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+
+
+def load_lpips(net: str, weights: Path | None) -> torch.nn.Module:
+    """torchmetrics' LPIPS; `weights` stands in torch's own cache, where torchvision would download the backbone to."""
+    measure = metric_library("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity
+    if weights is None:
+        return measure(net, normalize=True, sync_on_compute=False)
+    names = {"squeeze": "squeezenet1_1", "alex": "alexnet", "vgg": "vgg16"}
+    url = metric_library("torchvision.models").get_model_weights(names[net]).DEFAULT.url
+    before = torch.hub.get_dir()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "checkpoints").mkdir()
+        (Path(folder) / "checkpoints" / Path(url).name).symlink_to(weights.resolve())
+        torch.hub.set_dir(folder)
+        try:
+            return measure(net, normalize=True, sync_on_compute=False)
+        finally:
+            torch.hub.set_dir(before)
+
+
+def metric_library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"evaluate_vton.py needs {name.split('.')[0]}: {INSTALL}") from error
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """16 hexadecimal digits that stand for these very values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+# -------------------------------------------------------------------------------------------------- lists and pictures
+
+
+@dataclass(frozen=True)
+class Line:
+    """Who wears what. Person and cloth are named as in the list, DressCode's with their category's folder before."""
+
+    setting: str
+    person: str
+    cloth: str
+
+    @property
+    def name(self) -> str:
+        """Of the result, without a suffix; DressCode's lie in their category's folder."""
+        return f"{Path(self.person).with_suffix('')}__{Path(self.cloth).stem}"
+
+    @property
+    def category(self) -> str | None:
+        folder = Path(self.person).parts[0]
+        return folder if folder in DRESS_CODE_FOLDERS else None
+
+    def __str__(self) -> str:
+        return f"{self.setting}\t{self.person}\t{self.cloth}"
+
+
+class EvaluatedPairs(TreePairs):
+    """The trainer's pairs, with the `names` of their lines; files are opened when their line's turn comes, which then fails alone.
+
+    With `frozen` they are its lines, whatever lists the tree has.
+    """
+
+    def __init__(self, frozen: Path | None, *args: Any) -> None:
+        self.frozen, self.names = frozen, []
+        super().__init__(*args)
+
+    def named_pairs(self, folder: str, split: str, paired: bool) -> list[tuple[str, str, str]]:
+        named = super().named_pairs(folder, split, paired) if self.frozen is None else self.listed(folder, paired)
+        before = f"{folder}/" if self.dress_code else ""
+        self.names += [(before + person, before + cloth) for person, cloth, _ in named]
+        return named
+
+    def listed(self, folder: str, paired: bool) -> list[tuple[str, str, str]]:
+        """The lines `SETTING PERSON CLOTH`, with tabs between them, of one folder."""
+        named, before = [], f"{folder}/" if self.dress_code else ""
+        for number, text in enumerate(self.frozen.read_text(encoding="utf-8").splitlines(), start=1):
+            words, where = text.split("\t"), f"{self.frozen}, line {number}"
+            if len(words) != 3 or words[0] not in SETTINGS:
+                raise ValueError(
+                    f"{where}: must be {' or '.join(SETTINGS)}, a person and a cloth with tabs between, got {text!r}"
+                )
+            if words[0] == SETTINGS[not paired] and words[1].startswith(before):
+                named.append((*(word.removeprefix(before) for word in words[1:]), where))
+        return named
+
+    def check(self) -> None:
+        pass
+
+
+@dataclass(eq=False)
+class TreeSource:
+    """Lines and pictures of a tree, through the trainer's reader; `lists` names the files that were taken.
+
+    A drawn world has more than photographs have: the `truth` of an unpaired line, `tryon/PERSON__CLOTH.png` beside the persons'
+    folder, and `factors.jsonl`, which says of every line by what it varies and what can be recognised.
+
+    Args:
+        root, split: as in `TreePairs`.
+        settings: of `paired` and `unpaired`.
+        masked, conditioned: whether masks are read, and in paired lines the person in another cloth.
+        condition_folder: where that lies, beside the persons' folder.
+        frozen: a list that another run wrote, in place of the tree's own.
+    """
+
+    root: Path
+    split: str = "test"
+    settings: Sequence[str] = SETTINGS
+    masked: bool = True
+    conditioned: bool = False
+    condition_folder: str = "condition"
+    frozen: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.places: dict[Line, tuple[EvaluatedPairs, int]] = {}
+        for setting in self.settings:
+            pairs = self.read(setting)
+            for index, names in enumerate(pairs.names):
+                if (line := Line(setting, *names)) in self.places:
+                    raise ValueError(f"{pairs.pairs[index][1]}: {pairs.name(index)} stands in the list twice")
+                self.places[line] = pairs, index
+        self.lines = list(self.places)
+        wheres = [pairs.pairs[index][1] for pairs, index in self.places.values()]
+        self.lists = list(dict.fromkeys(where.rsplit(", line ", 1)[0] for where in wheres))
+        self.known = self.read_factors()
+
+    def read(self, setting: str) -> EvaluatedPairs:
+        roles = (
+            ["person", "cloth"] + ["mask"] * self.masked + ["condition"] * (self.conditioned and setting == "paired")
+        )
+        return EvaluatedPairs(self.frozen, self.root, self.split, setting == "paired", roles, self.condition_folder)
+
+    def read_factors(self) -> dict[Line, dict[str, dict[str, str | None]]]:
+        """Of every line that factors.jsonl has: `factors` and `attributes`."""
+        known, file = {}, self.root / "factors.jsonl"
+        folders = {kind: folder for folder, kind in CLOTH_TYPES.items() if (self.root / folder).is_dir()}
+        for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+            row = json.loads(text)
+            folder = folders.get(row["category"])
+            names = [f"{folder}/{row[role]}" if folder else row[role] for role in ("person", "cloth")]
+            if row["split"] == self.split:
+                known[Line("paired" if row["paired"] else "unpaired", *names)] = row
+        return known
+
+    def files(self, line: Line) -> dict[str, Path]:
+        pairs, index = self.places[line]
+        files = pairs.pairs[index][2]
+        truth = files["person"].parent.parent / "tryon" / f"{Path(line.name).name}.png"
+        return files | ({"truth": truth} if line.setting == "unpaired" and truth.is_file() else {})
+
+    def pictures(self, line: Line) -> dict[str, Image.Image]:
+        pairs, index = self.places[line]
+        pictures, files = pairs.pictures(index), self.files(line)
+        if "truth" in files:
+            pictures["truth"] = read_picture(files["truth"], "truth")
+        check_sizes(
+            {role: picture.size for role, picture in pictures.items() if role != "truth"}, str(files["person"])
+        )
+        return pictures
+
+    def factors(self, line: Line) -> dict[str, str]:
+        """By what a line varies: its category and the levels of its factors."""
+        category = {"category": line.category} if line.category else {}
+        return category | self.known.get(line, {}).get("factors", {})
+
+    def attributes(self, line: Line) -> dict[str, str]:
+        """What can be recognised of the cloth in a line's truth."""
+        attributes = self.known.get(line, {}).get("attributes", {})
+        return {name: value for name, value in attributes.items() if value is not None}
+
+
+@dataclass(eq=False)
+class RowSource:
+    """Lines and pictures of a `datasets` split: every row in its own cloth, or in the next row's."""
+
+    args: argparse.Namespace
+    masked: bool = True
+    conditioned: bool = False
+
+    def __post_init__(self) -> None:
+        args = self.args
+        roles = ["person", "cloth"] + ["mask"] * self.masked
+        conditioned = ["condition"] * (self.conditioned and args.setting != "unpaired")
+        columns = {role: getattr(args, f"{role}_column") for role in roles + conditioned}
+        rows = load_rows(args, args.split, columns)
+        rows = StreamedRows(rows, args.num_samples) if args.streaming else rows
+        self.pairs = RowPairs(rows, columns, "row")
+        self.unpaired = RowPairs(rows, {role: columns[role] for role in roles}, "row")
+        self.lists = [f"{args.dataset_name}, split {args.split}"]
+        count, step = len(rows), {"paired": 0, "unpaired": 1}
+        self.lines = [
+            Line(s, f"row-{i}", f"row-{(i + step[s]) % count}") for s in settings_of(args) for i in range(count)
+        ]
+
+    def pictures(self, line: Line) -> dict[str, Image.Image]:
+        person, cloth = (int(name.removeprefix("row-")) for name in (line.person, line.cloth))
+        if line.setting == "paired":
+            return self.pairs.pictures(person)
+        return self.unpaired.pictures(person) | {"cloth": self.unpaired.pictures(cloth)["cloth"]}
+
+    def files(self, line: Line) -> dict[str, Path]:
+        return {}
+
+    factors = attributes = files
+
+
+class StreamedRows:
+    """A stream as a sequence: it is counted once, read on from where it stands, and begun again for an earlier row."""
+
+    def __init__(self, stream: Any, limit: int | None) -> None:
+        self.stream = stream if limit is None else stream.take(limit)
+        self.length, self.at = sum(1 for _ in self.stream), math.inf
+        self.lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        with self.lock:
+            if index < self.at:
+                self.rows, self.at = iter(self.stream), -1
+            while self.at < index:
+                self.row, self.at = next(self.rows), self.at + 1
+            return self.row
+
+
+def read_picture(file: Path, role: str) -> Image.Image:
+    return open_picture(partial(Image.open, file), str(file), role)
+
+
+def read_result(file: Path, person: Image.Image) -> Image.Image:
+    """In the colours of the person, whose profile ours carry."""
+    return in_persons_colours({"person": person, "result": read_picture(file, "result")})["result"]
+
+
+def settings_of(args: argparse.Namespace) -> Sequence[str]:
+    return SETTINGS if args.setting == "both" else (args.setting,)
+
+
+def choose_lines(args: argparse.Namespace, lines: list[Line]) -> list[Line]:
+    """The lines of --category, and of every setting and category the first --num_samples."""
+    if args.category != "all":
+        lines = [line for line in lines if line.category == args.category]
+    seen, chosen = Counter(), []
+    for line in lines:
+        seen[line.setting, line.category] += 1
+        if args.num_samples is None or seen[line.setting, line.category] <= args.num_samples:
+            chosen.append(line)
+    if not chosen:
+        raise ValueError(
+            f"there is nothing to evaluate: no line of --setting {args.setting} --category {args.category}"
+        )
+    return chosen
+
+
+def write_list(file: Path, lines: list[Line]) -> str:
+    """The frozen list, for --list; returns its hash."""
+    text = "".join(f"{line}\n" for line in lines)
+    write_whole(file, text.encode())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Under a temporary name first, so that what has the name is whole."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)
+
+
+def perceptual_hash(file: Path) -> np.ndarray:
+    """The picture at 12x16 pixels, (576,): alike for other sizes and after lossy storage, unlike for another cloth."""
+    picture = read_picture(file, "person")
+    return np.asarray(picture.resize(HASH_SIZE, Image.Resampling.BOX), dtype=np.float32).ravel()
+
+
+def find_duplicates(persons: dict[str, Path], train_root: Path) -> dict[str, str]:
+    """Persons of the test lists that are among the training persons too, and under which name."""
+    train = TreePairs(train_root, "train", True, ["person"])
+    files = [files["person"] for _, _, files in train.pairs]
+    known = np.stack([perceptual_hash(file) for file in tqdm(files, desc="hash the training persons")])
+    found = {}
+    for name, file in tqdm(persons.items(), desc="hash the tested persons"):
+        distances = np.abs(known - perceptual_hash(file)).mean(axis=1)
+        if distances.min() <= HASH_DISTANCE:
+            found[name] = str(files[distances.argmin()].relative_to(train_root))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- trying on
+
+
+def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffusionVTONPipeline:
+    """The model with its adapter or LoRA; without the safety checker, whose black pictures would be measured."""
+    dtype = getattr(torch, args.dtype or ("float16" if device.type == "cuda" else "float32"))
+    load = StableDiffusionVTONPipeline.from_pretrained
+    pipe = load(args.model, revision=args.revision, dtype=dtype, safety_checker=None)
+    if args.human_parser is not None:
+        parser = transformers.SegformerForSemanticSegmentation.from_pretrained(args.human_parser).eval()
+        processor = transformers.AutoImageProcessor.from_pretrained(args.human_parser)
+        pipe.register_modules(human_parser=parser, human_parser_processor=processor)
+    if args.adapter is not None:
+        lora = (Path(args.adapter) / LORA_NAME).is_file()
+        (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(args.adapter)
+    if args.scheduler is not None:
+        pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def seed_of(seed: int, line: Line) -> int:
+    """A line's own seed, whoever computes it and beside whatever."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {line}".encode()).digest()[:8]) >> 1
+
+
+class Model:
+    """Tries lines on, one picture at a time: batched kernels round otherwise, and would make other pictures."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.pipe = args, load_pipeline(args, device)
+        self.mask_free = self.pipe.config.mask_free
+
+    def working_size(self, person: Image.Image) -> tuple[int, int]:
+        return self.pipe.resolve_size(person.height, person.width, self.args.height, self.args.width)
+
+    def describe(self, size: tuple[int, int]) -> dict[str, Any]:
+        """All that the pictures depend on, beside the lines."""
+        args, pipe = self.args, self.pipe
+        eta = {} if args.eta is None else {"eta": args.eta}
+        return {
+            "model": args.model,
+            "revision": args.revision,
+            "adapter": args.adapter,
+            "weights": fingerprint([*pipe.unet.state_dict().values(), *pipe.vae.state_dict().values()]),
+            "scheduler": type(pipe.scheduler).__name__,
+            "num_inference_steps": args.num_inference_steps,
+            "guidance_scale": pipe.config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
+            "working_size": list(size),
+            "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        } | eta
+
+    def draw_mask(self, line: Line, person: Image.Image) -> Image.Image:
+        kind = CLOTH_TYPES.get(line.category, self.args.cloth_type)
+        return self.pipe.predict_mask(person, kind)
+
+    def bare(self, line: Line, pictures: dict[str, Image.Image], seed: int, size: tuple[int, int]) -> Tensor:
+        """The bare decode (3, H, W) in [0, 1] at the working size."""
+        args = self.args
+        options = {} if args.eta is None else {"eta": args.eta}
+        return self.pipe(
+            pictures.get("condition", pictures["person"]),
+            pictures["cloth"],
+            pictures.get("mask"),
+            height=size[0],
+            width=size[1],
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            generator=torch.Generator().manual_seed(seed_of(seed, line)),
+            composite=False,
+            output_type="pt",
+            **options,
+        ).images[0]
+
+
+class Predictions:
+    """Pictures that another model made, in [SETTING/][CATEGORY/], named PERSON__CLOTH or PERSON as the lists name them."""
+
+    mask_free = False
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.folder, self.both = args.pred_dir, args.setting == "both"
+
+    def working_size(self, person: Image.Image) -> tuple[int, int]:
+        return person.height, person.width
+
+    def describe(self, size: tuple[int, int]) -> dict[str, Any]:
+        return {"model": str(self.folder)}
+
+    def look_for(self, line: Line) -> Path | None:
+        folder = self.folder / line.setting
+        folder = folder if folder.is_dir() or self.both else self.folder
+        names = [folder / line.name, folder / Path(line.person).with_suffix("")]
+        found = [file for name in names for end in SUFFIXES if (file := name.with_name(name.name + end)).is_file()]
+        return found[0] if found else None
+
+    def bare(self, line: Line, pictures: dict[str, Image.Image], seed: int, size: tuple[int, int]) -> Tensor:
+        """The picture as it was given, (3, H, W) in [0, 1]."""
+        return as_tensors(read_result(self.file(line), pictures["person"]), "result")[0]
+
+    def file(self, line: Line) -> Path:
+        """The line's picture, which is none of the tree's own."""
+        if (file := self.look_for(line)) is None:
+            raise FileNotFoundError(f"--pred_dir: there is no picture named {line.name} or {Path(line.person).stem}")
+        return file
+
+    def check(self, lines: list[Line], source: Any) -> None:
+        """One picture a line, none beside them, which may be of another list, and none of the dataset's own."""
+        found = {
+            line: file for line in lines if (file := self.look_for(line)) is not None
+        }  # a missing one fails its line
+        for line, file in found.items():
+            for role, other in source.files(line).items():
+                if file.samefile(other):
+                    raise ValueError(f"--pred_dir: {file} is the dataset's own {role}")
+        folders = {file.parent for file in found.values()}
+        held = {file for folder in folders for file in folder.iterdir() if file.suffix in SUFFIXES}
+        if len(held) > len(found) or len(set(found.values())) < len(found):
+            belong = len(set(found.values()))
+            raise ValueError(
+                f"--pred_dir: its folders hold {len(held)} pictures, {belong} of them of the list's {len(lines)} lines"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+
+@dataclass
+class Row:
+    """What was measured on one line with one seed."""
+
+    index: int  # of the line
+    seed: int
+    values: dict[
+        tuple[str, str, str], tuple[float, float]
+    ]  # by compositing, region and metric: numerator and denominator
+    features: dict[str, np.ndarray]  # Inception's, (d,), by compositing; and the real person's
+    digests: dict[str, str]  # of truth and mask
+    masked: float | None  # share of the picture
+    seconds: float | None  # that the picture took
+
+
+def to_size(picture: Image.Image, size: tuple[int, int], what: str) -> Tensor:
+    """(3, *size) in [0, 1], by LANCZOS and never stretched."""
+    height, width = size
+    if abs(picture.width * height / (picture.height * width) - 1) > 0.01:
+        raise ValueError(
+            f"the {what} of {picture.width}x{picture.height} pixels would be stretched to {width}x{height}"
+        )
+    return resize(as_tensors(picture, what)[0], height, width)
+
+
+def check_untouched(result: Image.Image, person: Image.Image, mask: Image.Image) -> None:
+    """Outside the mask every pixel is the person's."""
+    if result.size != person.size:
+        raise ValueError(f"the composited result has size {result.size}, its person {person.size}")
+    changed = (np.asarray(result) != np.asarray(person)).any(axis=-1) & (np.asarray(mask) < 128)
+    if changed.any():
+        raise ValueError(f"{changed.sum()} pixels outside the mask are not the person's")
+
+
+def check_truth(pictures: dict[str, Image.Image], truth: Image.Image) -> None:
+    """No input is the truth itself, as where persons and cloths share a folder and a list mixes them up."""
+    for role in pictures.keys() & {"cloth", "condition"}:
+        if pictures[role].size == truth.size and np.array_equal(np.asarray(pictures[role]), np.asarray(truth)):
+            raise ValueError(f"the truth and the {role} are the same picture")
+
+
+@dataclass
+class Scorer:
+    """Measures results against their truth at one size, one picture at a time."""
+
+    size: tuple[int, int]
+    metrics: Sequence[str]
+    device: torch.device
+    lpips: torch.nn.Module | None = None
+    inception: torch.nn.Module | None = None
+    recognizer: Callable[[list[Image.Image]], list[dict[str, str]]] | None = None
+
+    def values(
+        self,
+        result: Image.Image,
+        truth: Image.Image,
+        mask: Image.Image | None,
+        attributes: dict[str, str] | None = None,
+    ) -> dict[tuple[str, str], tuple[float, float]]:
+        """By region and metric: numerator and denominator, whose sums over the lines make the figure.
+
+        `attributes` are what the recognizer should see; where there are none, what it sees in the truth.
+        """
+        pair = [
+            to_size(each, self.size, what).to(self.device) for each, what in ((result, "result"), (truth, "truth"))
+        ]
+        regions, values = {"picture": None}, {}
+        if mask is not None:
+            mask = mask.resize(self.size[::-1], Image.Resampling.NEAREST)
+            regions["mask"] = as_masks(mask, "mask")[0].to(self.device)
+        if "ssim" in self.metrics:
+            similarity = ssim_map(*pair)
+            values |= {(region, "ssim"): (masked_mean(similarity, inside), 1.0) for region, inside in regions.items()}
+        if "psnr" in self.metrics:
+            values |= {(region, "psnr"): squared_error(*pair, inside) for region, inside in regions.items()}
+        if self.lpips is not None:
+            values["picture", "lpips"] = self.lpips(pair[0][None], pair[1][None]).item(), 1.0
+            self.lpips.reset()
+        if self.recognizer is not None:
+            seen, true = self.recognizer([result, truth])
+            for name in sorted(seen.keys() & attributes.keys() if attributes else seen):
+                right = seen[name] == (attributes or true)[name]
+                values["picture", f"recognition of {name}"] = float(right), 1.0
+        return values
+
+    @torch.no_grad()
+    def features(self, picture: Image.Image, what: str) -> np.ndarray:
+        pixels = (to_size(picture, self.size, what) * 255).round().to(torch.uint8)
+        return self.inception(pixels[None].to(self.device))[0].cpu().double().numpy()
+
+
+def save_picture(file: Path, picture: Image.Image, seconds: float | None = None) -> None:
+    """Without loss, and under a temporary name first; the seconds that it took go with it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text, content = PngInfo(), io.BytesIO()
+    if seconds is not None:
+        text.add_text("seconds", f"{seconds:.3f}")
+    picture.save(content, format="PNG", pnginfo=text)
+    write_whole(file, content.getvalue())
+
+
+def read_seconds(file: Path) -> float:
+    with Image.open(file) as picture:
+        return float(picture.text["seconds"])
+
+
+def digest_of(picture: Image.Image) -> str:
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+@dataclass
+class Figure:
+    """One number of the report, with what it was taken from."""
+
+    setting: str
+    compositing: str
+    group: str  # all, or the level of a factor
+    region: str
+    metric: str
+    value: float  # over all seeds
+    count: int  # of lines
+    per_seed: list[float]
+    low: float | None = None  # the bootstrap's 95 %
+    high: float | None = None
+    deviation: float | None = None  # KID's, over its subsets
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.setting, self.compositing, self.group, self.region, self.metric
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation between seeds."""
+        return float(np.std(self.per_seed, ddof=1)) if len(self.per_seed) > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        if self.low is not None:
+            return self.low, self.high
+        return None if self.deviation is None else (self.value - self.deviation, self.value + self.deviation)
+
+
+def figures(rows: list[Row], lines: list[Line], groups: dict[str, list[int]], seed: int) -> list[Figure]:
+    """Means with their intervals for every group of lines, then distances of sets for all and for each category.
+
+    Args:
+        rows: of every line and seed.
+        groups: indices of lines by name.
+        seed: of the bootstrap and of KID's subsets.
+    """
+    made = []
+    for name, members in groups.items():
+        for setting in SETTINGS:
+            chosen = {index for index in members if lines[index].setting == setting}
+            some = [row for row in rows if row.index in chosen]
+            for key in dict.fromkeys(key for row in some for key in row.values):
+                made.append(mean_figure(setting, name, key, [row for row in some if key in row.values], seed))
+            if name == "all" or name.startswith("category: "):
+                made += set_figures(setting, name, some, lines, seed)
+    return made
+
+
+def mean_figure(setting: str, group: str, key: tuple[str, str, str], rows: list[Row], seed: int) -> Figure:
+    """A mean, or PSNR, over the lines: those of one line with several seeds are resampled together."""
+    compositing, region, metric = key
+    transform = decibels if metric == "psnr" else np.asarray
+    indices = sorted({row.index for row in rows})
+    sums = {index: np.zeros(2) for index in indices}
+    totals = defaultdict(lambda: np.zeros(2))
+    for row in rows:
+        sums[row.index] += row.values[key]
+        totals[row.seed] += row.values[key]
+    numerators, denominators = np.stack(list(sums.values())).T
+    found = bootstrap(numerators, denominators, transform, seed)
+    per_seed = [float(transform(numerator / denominator)) for numerator, denominator in totals.values()]
+    return Figure(
+        setting, compositing, group, region, metric, found.value, len(indices), per_seed, found.low, found.high
+    )
+
+
+def set_figures(setting: str, group: str, rows: list[Row], lines: list[Line], seed: int) -> list[Figure]:
+    """FID and KID (times 1,000) of the results against the persons of the lines, each person once; none of fewer than four."""
+    real = {lines[row.index].person: row.features["real"] for row in rows if "real" in row.features}
+    if len(real) < 4:  # KID's subsets are halves
+        return []
+    real, made = torch.from_numpy(np.stack(list(real.values()))), []
+    for compositing in [name for name in rows[0].features if name != "real"]:
+        by_seed = defaultdict(list)
+        for row in rows:
+            by_seed[row.seed].append(torch.from_numpy(row.features[compositing]))
+        fakes, count = [torch.stack(features) for features in by_seed.values()], len(rows) // len(by_seed)
+        fids = [frechet_distance(real, fake) for fake in fakes]
+        kids = [[1000 * value for value in kernel_distance(real, fake, seed)] for fake in fakes]
+        where = (setting, compositing, group, "picture")
+        made.append(Figure(*where, "fid", float(np.mean(fids)), count, fids))
+        means, deviations = zip(*kids)
+        made.append(
+            Figure(*where, "kid", float(np.mean(means)), count, list(means), deviation=float(np.mean(deviations)))
+        )
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+def label(metric: str, protocol: dict[str, Any]) -> str:
+    """A metric as tables name it: never LPIPS without its backbone, never FID without its resize."""
+    named = {"lpips": f"LPIPS ({protocol['lpips_net']})", "fid": f"FID ({protocol['fid_mode']})", "kid": "KID × 1000"}
+    return named.get(metric, metric.upper() if metric in METRICS else metric)
+
+
+def number(value: float, metric: str) -> str:
+    digits = {"psnr": 2, "fid": 3, "kid": 3}.get(metric, 4)
+    return f"{value:.{digits}f}"
+
+
+def cell(figure: Figure | None) -> str:
+    """A figure with its interval, KID's deviation, and the spread between seeds."""
+    if figure is None:
+        return "–"
+    shown = number(figure.value, figure.metric)
+    if figure.low is not None:
+        shown += f" [{number(figure.low, figure.metric)}, {number(figure.high, figure.metric)}]"
+    if figure.deviation is not None:
+        shown += f" (subsets ± {number(figure.deviation, figure.metric)})"
+    if figure.spread is not None:
+        shown += f" (seeds ± {number(figure.spread, figure.metric)})"
+    return shown
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def measure_name(figure: Figure, protocol: dict[str, Any]) -> str:
+    where = " in the mask" if figure.region == "mask" else ""
+    return f"{label(figure.metric, protocol)}{where} {ARROWS.get(figure.metric.split()[0], '')}"
+
+
+def figure_tables(found: list[Figure], protocol: dict[str, Any]) -> Iterator[str]:
+    """A table of all lines for every setting, and one by category and factor."""
+    by_key = {figure.key: figure for figure in found}
+    for setting in [name for name in SETTINGS if any(figure.setting == name for figure in found)]:
+        here = [figure for figure in found if figure.setting == setting]
+        pooled, compositings = [f for f in here if f.group == "all"], list(dict.fromkeys(f.compositing for f in here))
+        measures = {(f.region, f.metric): measure_name(f, protocol) for f in pooled}
+        rows = [
+            [name, *(cell(by_key.get((setting, compositing, "all", *key))) for compositing in compositings)]
+            for key, name in measures.items()
+        ]
+        yield f"## {setting.capitalize()}, {max(f.count for f in pooled)} lines\n"
+        yield table(["", *compositings], rows)
+        groups = list(dict.fromkeys(f.group for f in here if f.group != "all"))
+        if groups:
+            rows = []
+            for group in groups:
+                cells = [by_key.get((setting, compositings[0], group, *key)) for key in measures]
+                rows.append([group, str(max(f.count for f in cells if f)), *map(cell, cells)])
+            yield table([compositings[0], "lines", *measures.values()], rows)
+
+
+def write_report(folder: Path, report: dict[str, Any], found: list[Figure], pictures: list[str]) -> None:
+    """report.json, which --compare reads, and report.md; infinities are strings, since JSON has none."""
+    rows = [vars(figure) | {"spread": figure.spread} for figure in found]
+    text = json.dumps(without_infinities(report | {"figures": rows}), indent=2, allow_nan=False)
+    protocol, made = report["protocol"], report["made"]
+    parts = [f"# Try-on, measured\n\n{made['model']}{' with ' + made['adapter'] if made.get('adapter') else ''}\n"]
+    if report["failures"]:
+        parts.append(f"**No figures: {len(report['failures'])} of {report['lines']} lines failed.**\n")
+        parts.append(table(["line", "what is wrong"], [[f["line"], f["error"]] for f in report["failures"]]))
+    parts += figure_tables(found, protocol)
+    if found:
+        parts.append(
+            f"Brackets hold the 95 % of {RESAMPLES} bootstrap resamples of the lines. PSNR pools the error of all pictures.\n"
+        )
+    parts += [f"![{name}]({name})\n" for name in pictures]
+    if report["duplicates"]:
+        parts.append("Left out, since the training set has them:\n")
+        parts.append(table(["test person", "training person"], report["duplicates"].items()))
+    for title in ("protocol", "made", "cost", "versions"):
+        parts.append(f"## {title.capitalize()}\n")
+        parts.append(table(["", ""], [[name, str(value)] for name, value in report[title].items()]))
+    write_whole(folder / "report.md", "\n".join(parts).encode())
+    write_whole(folder / "report.json", f"{text}\n".encode())
+
+
+def without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_infinities(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [without_infinities(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def per_line(rows: list[Row], lines: list[Line], seed: int) -> dict[tuple[str, str, str, str], dict[int, float]]:
+    """By setting, compositing, region and metric: the value of every line with one seed."""
+    values = defaultdict(dict)
+    for row in (row for row in rows if row.seed == seed):
+        for (compositing, region, metric), (numerator, denominator) in row.values.items():
+            value = numerator / denominator
+            value = float(decibels(value)) if metric == "psnr" else value
+            values[lines[row.index].setting, compositing, region, metric][row.index] = value
+    return values
+
+
+def contact_sheet(
+    columns: Sequence[str], rows: Sequence[tuple[str, dict[str, Image.Image]]], height: int = 192
+) -> Image.Image:
+    """Rows of a caption and pictures by column; small pictures are enlarged pixel by pixel."""
+    shape = next(iter(rows[0][1].values()))
+    width, margin, title, caption = round(shape.width * height / shape.height), 6, 18, 200
+    size = (caption + len(columns) * (width + margin) + margin, title + len(rows) * (height + margin) + margin)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, name in enumerate(columns):
+        draw.text((caption + margin + j * (width + margin), 4), name, fill="black")
+    for i, (text, pictures) in enumerate(rows):
+        top = title + margin + i * (height + margin)
+        draw.multiline_text((margin, top), text, fill="black")
+        for j, name in enumerate(columns):
+            if name in pictures:
+                picture = pictures[name].convert("RGB")
+                enlarged = Image.Resampling.NEAREST if picture.height < height else Image.Resampling.LANCZOS
+                picture = ImageOps.contain(picture, (width, height), enlarged)
+                sheet.paste(picture, (caption + margin + j * (width + margin), top))
+    return sheet
+
+
+def plot_distributions(
+    values: dict[tuple[str, str, str, str], dict[int, float]], protocol: dict[str, Any], file: Path
+) -> None:
+    """A histogram of every measure, composited and bare in one frame, with their medians."""
+    matplotlib_figure = metric_library("matplotlib.figure")
+    frames = defaultdict(dict)
+    for (setting, compositing, region, metric), by_line in values.items():
+        finite = [value for value in by_line.values() if math.isfinite(value)]
+        if finite and metric in METRICS:
+            where = " in the mask" if region == "mask" else ""
+            frames[f"{label(metric, protocol)}{where}, {setting}"][compositing] = finite
+    if not frames:
+        return
+    columns = min(3, len(frames))
+    lines = math.ceil(len(frames) / columns)
+    sheet = matplotlib_figure.Figure(figsize=(4 * columns, 2.6 * lines), layout="tight")
+    for place, (title, by_compositing) in enumerate(frames.items(), start=1):
+        axes = sheet.add_subplot(lines, columns, place)
+        edges = np.histogram_bin_edges(np.concatenate(list(by_compositing.values())), bins=24)
+        for color, (compositing, found) in zip(("tab:blue", "tab:orange"), by_compositing.items()):
+            shown = f"{compositing}, median {np.median(found):.4g}"
+            axes.hist(found, edges, histtype="stepfilled", alpha=0.55, color=color, label=shown)
+            axes.axvline(np.median(found), color=color, linewidth=1)
+        axes.set_title(title, fontsize=9)
+        axes.set_ylabel("lines", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.locator_params(nbins=5)
+        axes.legend(fontsize=7)
+    temporary = file.with_name(f".{file.name}")
+    sheet.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, file)
+
+
+def compare(files: Sequence[Path]) -> str:
+    """Reports of one protocol side by side; ≈ stands where the intervals of a figure and the first report's overlap."""
+    reports = [json.loads(file.read_text()) for file in files]
+    for file, report in zip(files, reports):
+        if not report["figures"]:
+            raise ValueError(f"{file} has no figures: {len(report['failures'])} of its lines failed")
+        for name, value in report["protocol"].items():
+            if value != reports[0]["protocol"][name]:
+                other = reports[0]["protocol"][name]
+                raise ValueError(f"{files[0]} and {file} were measured differently: {name} is {other} and {value}")
+    found = [{figure.key: figure for figure in map(read_figure, report["figures"])} for report in reports]
+    keys = [key for key in found[0] if all(key in each for each in found)]
+    rows = []
+    for key in keys:
+        first = found[0][key]
+        cells = [cell(first)]
+        for figure in (each[key] for each in found[1:]):
+            cells.append(cell(figure) + (" ≈" if overlap(first.interval, figure.interval) else ""))
+        setting, compositing, group, _, _ = key
+        rows.append([setting, compositing, group, measure_name(first, reports[0]["protocol"]), *cells])
+    head = ["setting", "compositing", "lines", "measure", *(str(file.parent) for file in files)]
+    return table(head, rows)
+
+
+def overlap(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool:
+    return one is not None and other is not None and one[0] <= other[1] and other[0] <= one[1]
+
+
+def read_figure(row: dict[str, Any]) -> Figure:
+    numbers = {name: float(row[name]) for name in ("value", "low", "high", "deviation") if row[name] is not None}
+    rest = {name: value for name, value in row.items() if name != "spread"}
+    return Figure(**rest | numbers | {"per_seed": [float(value) for value in row["per_seed"]]})
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+class Evaluation:
+    """One run: `run` makes the pictures, scores them and writes the report.
+
+    Args:
+        args: of `parse_args`.
+        inception: a module from uint8 pictures (N, 3, H, W) to features (N, d) in place of Inception.
+    """
+
+    def __init__(self, args: argparse.Namespace, inception: torch.nn.Module | None = None) -> None:
+        self.args, self.accelerator = args, accelerate.Accelerator()
+        device = self.accelerator.device
+        lpips = load_lpips(args.lpips_net, args.lpips_weights).to(device) if "lpips" in args.metrics else None
+        if {"fid", "kid"} & set(args.metrics):
+            inception = (inception or Inception(args.fid_mode, args.inception_weights)).to(device).eval()
+        else:
+            inception = None
+        if {"ssim", "psnr"} & set(args.metrics):
+            metric_library("torchmetrics")
+        self.model = (Model if args.pred_dir is None else Predictions)(args, device)
+        self.masks = args.masks or ("none" if self.model.mask_free else "files")
+        shown = {"masked": self.masks == "files", "conditioned": self.model.mask_free}
+        if args.dataset_root is not None:
+            shown |= {"condition_folder": args.condition_column, "frozen": args.list}
+            self.source = TreeSource(args.dataset_root, args.split, settings_of(args), **shown)
+        else:
+            self.source = RowSource(args, **shown)
+        self.lines = choose_lines(args, self.source.lines)
+        self.duplicates = self.drop_duplicates() if args.train_root is not None else {}
+        first = self.source.pictures(self.lines[0])["person"]
+        self.working_size = self.model.working_size(first)
+        self.size = (args.eval_height, args.eval_width) if args.eval_height else self.working_size
+        self.seeds = range(args.seed, args.seed + args.seeds)
+        recognizer = load_recognizer(args.recognizer) if args.recognizer is not None else None
+        self.scorer = Scorer(self.size, args.metrics, device, lpips, inception, recognizer)
+        self.given = None  # the compositing of --pred_dir's pictures
+        self.compositings = ["bare"] if self.masks == "none" else ["composited", "bare"]
+        if args.pred_dir is not None:
+            self.given = "composited" if args.pred_composited else "bare"
+            self.compositings = ["composited"] if args.pred_composited else self.compositings
+            self.model.check(self.lines, self.source)
+        self.failures: list[dict[str, str]] = []
+
+    def drop_duplicates(self) -> dict[str, str]:
+        """Find test persons in the training tree; they fail the run, or leave the list if asked."""
+        found = [None]
+        if self.accelerator.is_main_process:
+            persons = {line.person: self.source.files(line)["person"] for line in self.lines}
+            found = [find_duplicates(persons, self.args.train_root)]
+        found = broadcast_object_list(found)[0]
+        if found and not self.args.drop_duplicates:
+            shown = ", ".join(f"{name} is {other}" for name, other in list(found.items())[:5])
+            raise ValueError(f"--train_root holds {len(found)} of the test persons ({shown}): see --drop_duplicates")
+        self.lines = [line for line in self.lines if line.person not in found]
+        return found
+
+    # ---- making pictures
+
+    def file(self, seed: int, line: Line, compositing: str) -> Path:
+        if compositing == self.given:
+            return self.model.file(line)
+        return self.args.output_dir / f"seed-{seed}" / line.setting / compositing / f"{line.name}.png"
+
+    def pictures(self, line: Line) -> dict[str, Image.Image]:
+        """The line's pictures, with its mask where the parser draws it."""
+        pictures = self.source.pictures(line)
+        if self.masks == "parser":
+            file = self.args.output_dir / "masks" / f"{Path(line.person).with_suffix('')}.png"
+            if not file.is_file():
+                save_picture(file, self.model.draw_mask(line, pictures["person"]))
+            pictures["mask"] = read_picture(file, "mask")
+        return pictures
+
+    def make(self) -> None:
+        """Try on what is not there yet, every process its part; what fails is kept for the report."""
+        wanted = [(seed, line) for seed in self.seeds for line in self.lines]
+        mine = wanted[self.accelerator.process_index :: self.accelerator.num_processes]
+        missing = [
+            job for job in mine if not all(self.is_made(*job, compositing) for compositing in self.compositings)
+        ]
+        bar = tqdm(total=len(missing), desc="try on", disable=not self.accelerator.is_local_main_process)
+        with bar, ThreadPoolExecutor(self.args.batch_size) as pool:
+            for start in range(0, len(missing), self.args.batch_size):
+                jobs = missing[start : start + self.args.batch_size]
+                saved = []
+                for (seed, line), read in zip(jobs, pool.map(lambda job: self.attempt(self.pictures, job[1]), jobs)):
+                    if read is not None and (made := self.attempt(self.try_on, line, read, seed)) is not None:
+                        saved += [pool.submit(save_picture, *each) for each in made]
+                    bar.update()
+                for future in saved:
+                    future.result()
+
+    def is_made(self, seed: int, line: Line, compositing: str) -> bool:
+        return compositing == self.given or self.file(seed, line, compositing).is_file()
+
+    def attempt(self, work: Callable, line: Line, *rest: Any) -> Any:
+        """What `work` returns; None, and a failure, where it says what is wrong with the line."""
+        try:
+            return work(line, *rest)
+        except (OSError, ValueError) as error:
+            self.failures.append({"line": str(line).replace("\t", " "), "error": str(error)})
+            return None
+
+    def try_on(self, line: Line, pictures: dict[str, Image.Image], seed: int) -> list[tuple]:
+        """The files to save, each with its picture and seconds: the composited one last, which says that both are there."""
+        started = time.perf_counter()
+        bare = self.model.bare(line, pictures, seed, self.working_size)
+        made = {"bare": bare}
+        if "mask" in pictures:
+            person = as_tensors(pictures.get("condition", pictures["person"]), "person_image")[0]
+            mask = as_masks(pictures["mask"], "mask_image")[0]
+            made["composited"] = composite_result(bare, person, mask, (0, 0, *person.shape[:0:-1]))
+        seconds = time.perf_counter() - started
+        missing = [name for name in made if not self.is_made(seed, line, name)]
+        profile = pictures["person"].info.get("icc_profile")
+        return [(self.file(seed, line, name), as_pil(made[name], profile), seconds) for name in missing]
+
+    # ---- scoring
+
+    def score(self) -> list[Row]:
+        """Rows of every line and seed, in the list's order, on every process."""
+        jobs = [(index, seed) for seed in self.seeds for index in range(len(self.lines))]
+        jobs = jobs[self.accelerator.process_index :: self.accelerator.num_processes]
+        rows = []
+        for index, seed in tqdm(jobs, desc="score", disable=not self.accelerator.is_local_main_process):
+            line = self.lines[index]
+            if (row := self.attempt(self.score_line, line, index, seed)) is not None:
+                rows.append(row)
+        return sorted(gather_object(rows), key=lambda row: (row.seed, row.index))
+
+    def score_line(self, line: Line, index: int, seed: int) -> Row:
+        pictures = self.pictures(line)
+        person, mask = pictures["person"], pictures.get("mask")
+        truth = person if line.setting == "paired" else pictures.get("truth")
+        values, features, seconds = {}, {}, None
+        if truth is not None:
+            check_truth(pictures, truth)
+        for compositing in self.compositings:
+            file = self.file(seed, line, compositing)
+            result = read_result(file, person)
+            if compositing != self.given:
+                seconds = read_seconds(file)
+            if compositing == "composited":
+                check_untouched(result, pictures.get("condition", person), mask)
+            elif self.given is None and result.size != self.working_size[::-1]:
+                raise ValueError(f"{file} has size {result.size}, not {self.working_size[::-1]}")
+            if truth is not None:
+                measured = self.scorer.values(result, truth, mask, self.source.attributes(line))
+                values |= {(compositing, *key): value for key, value in measured.items()}
+            if self.scorer.inception is not None:
+                features[compositing] = self.scorer.features(result, "result")
+        if self.scorer.inception is not None and seed == self.seeds[0]:
+            features["real"] = self.scorer.features(person, "person")
+        digests = {name: digest_of(picture) for name, picture in (("truth", truth), ("mask", mask)) if picture}
+        share = None if mask is None else float((np.asarray(mask) >= 128).mean())
+        return Row(index, seed, values, features, digests, share, seconds)
+
+    # ---- the run
+
+    def run(self) -> bool:
+        """Make, score, report; returns whether there are figures."""
+        args, main = self.args, self.accelerator.is_main_process
+        described = self.model.describe(self.working_size) | {"masks": self.masks}
+        if main:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            self.refuse_other_pictures(described)
+            self.list_hash = write_list(args.output_dir / "list.txt", self.lines)
+        self.accelerator.wait_for_everyone()
+        self.make()
+        self.accelerator.wait_for_everyone()
+        failures = gather_object(self.failures)
+        rows = []
+        if not failures:
+            rows = self.score()
+            failures = gather_object(self.failures)
+        if main:
+            self.report(described, rows if not failures else [], failures)
+        self.accelerator.wait_for_everyone()
+        return not failures
+
+    def refuse_other_pictures(self, described: dict[str, Any]) -> None:
+        """Pictures that are there go on only if this run would make the same."""
+        file = self.args.output_dir / "pictures.json"
+        if file.is_file() and (before := json.loads(file.read_text())) != described:
+            differing = [name for name in described | before if described.get(name) != before.get(name)]
+            shown = ", ".join(f"{name} was {before.get(name)} and is {described.get(name)}" for name in differing)
+            raise ValueError(f"--output_dir {self.args.output_dir} holds pictures of another run: {shown}")
+        write_whole(file, json.dumps(described).encode())
+
+    def groups(self) -> dict[str, list[int]]:
+        """Indices of lines: all, and by category and by the levels of the factors that a tree writes."""
+        groups = {"all": list(range(len(self.lines)))}
+        for index, line in enumerate(self.lines):
+            for name, level in self.source.factors(line).items():
+                groups.setdefault(f"{name}: {level}", []).append(index)
+        return {name: groups[name] for name in ("all", *sorted(groups.keys() - {"all"}))}
+
+    def protocol(self, rows: list[Row]) -> dict[str, Any]:
+        """What must be equal where figures stand side by side."""
+        args, scorer, first = self.args, self.scorer, [row for row in rows if row.seed == self.seeds[0]]
+        digests = {
+            name: hashlib.sha256("".join(row.digests.get(name, "") for row in first).encode()).hexdigest()[:16]
+            for name in ("truth", "mask")
+        }
+        net = scorer.lpips
+        return {
+            "size": f"{self.size[0]}x{self.size[1]}",
+            "compositing": " and ".join(self.compositings),
+            "lpips_net": args.lpips_net if net else None,
+            "lpips_weights": fingerprint(net.state_dict().values()) if net else None,
+            "fid_mode": args.fid_mode if scorer.inception else None,
+            "inception_weights": fingerprint(scorer.inception.state_dict().values()) if scorer.inception else None,
+            "list": self.list_hash,
+            "masks": digests["mask"],
+            "truths": digests["truth"],
+        }
+
+    def report(self, described: dict[str, Any], rows: list[Row], failures: list[dict[str, str]]) -> None:
+        args, folder = self.args, self.args.output_dir
+        found = [
+            f
+            for f in figures(rows, self.lines, self.groups(), args.seed)
+            if f.metric.split()[0] in (*args.metrics, "recognition")
+        ]
+        protocol, sheets = self.protocol(rows), []
+        if rows:
+            values = per_line(rows, self.lines, self.seeds[0])
+            sheets = self.draw_sheets(values, protocol)
+            lines = [
+                json.dumps(
+                    {"line": str(self.lines[row.index]), "seed": row.seed}
+                    | {" ".join(k): v for k, v in row.values.items()}
+                )
+                for row in rows
+            ]
+            write_whole(folder / "lines.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        shares, seconds = [row.masked for row in rows if row.masked], [row.seconds for row in rows if row.seconds]
+        report = {
+            "lines": len(self.lines),
+            "protocol": protocol,
+            "made": described
+            | {
+                "seeds": list(self.seeds),
+                "lists": ", ".join(self.source.lists),
+                "mask_files": self.masks
+                if not shares
+                else f"{self.masks}, {np.mean(shares):.1%} of a picture on average",
+            },
+            "cost": {
+                "seconds_a_picture": round(float(np.mean(seconds)), 3) if seconds else None,
+                "peak_memory_gib": round(peak_memory(self.accelerator.device), 2),
+                "device": device_name(self.accelerator.device),
+                "processes": self.accelerator.num_processes,
+            },
+            "versions": versions(),
+            "failures": failures,
+            "duplicates": self.duplicates,
+        }
+        write_report(folder, report, found, sheets)
+        if found and args.push_to_hub is not None:
+            self.push(found, protocol)
+
+    def draw_sheets(self, values: dict[tuple, dict[int, float]], protocol: dict[str, Any]) -> list[str]:
+        """The best, the median and the worst line by each measure, a sheet a setting; and the distributions."""
+        folder, drawn = self.args.output_dir, []
+        for setting in SETTINGS:
+            rows = []
+            for (where, compositing, region, metric), by_line in values.items():
+                if where != setting or compositing != self.compositings[0] or metric not in METRICS:
+                    continue
+                ordered = sorted(by_line, key=lambda index: by_line[index], reverse=ARROWS[metric] == "↑")
+                for rank, index in (
+                    ("best", ordered[0]),
+                    ("median", ordered[len(ordered) // 2]),
+                    ("worst", ordered[-1]),
+                ):
+                    name = label(metric, protocol) + (" in the mask" if region == "mask" else "")
+                    rows.append((f"{rank}\n{name}\n{number(by_line[index], metric)}", self.shown(self.lines[index])))
+            if rows:
+                sheet = contact_sheet(("person", "cloth", "mask", "result", "truth"), rows)
+                drawn.append(f"sheet_{setting}.png")
+                save_picture(folder / drawn[-1], sheet)
+        if values:
+            drawn.append("distributions.png")
+            plot_distributions(values, protocol, folder / drawn[-1])
+        return drawn
+
+    def shown(self, line: Line) -> dict[str, Image.Image]:
+        pictures = self.pictures(line)
+        file = self.file(self.seeds[0], line, self.compositings[0])
+        pictures["result"] = read_result(file, pictures["person"])
+        return {"truth": pictures["person"]} | pictures
+
+    def push(self, found: list[Figure], protocol: dict[str, Any]) -> None:
+        """The figures of all lines into the card of the adapter, or of the whole pipeline."""
+        data, results = str(self.args.dataset_name or self.args.dataset_root.name), []
+        for figure in (figure for figure in found if figure.group == "all"):
+            where = f"{figure.setting}, {figure.compositing}, {protocol['size']}"
+            results.append(
+                EvalResult(
+                    task_type="image-to-image",
+                    dataset_type=data,
+                    dataset_name=f"{data}, {where}",
+                    dataset_config=where,  # by which the card tells results apart
+                    dataset_split=self.args.split,
+                    metric_type=figure.metric,
+                    metric_name=measure_name(figure, protocol),
+                    metric_value=float(number(figure.value, figure.metric)),
+                )
+            )
+        adapter_only = self.args.adapter is not None
+        self.model.pipe.push_to_hub(self.args.push_to_hub, "Figures", adapter_only=adapter_only, eval_results=results)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The GPU's, or this process's, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # of bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    )
+
+
+def versions() -> dict[str, str]:
+    libraries = (
+        "torch",
+        "diffusers",
+        "transformers",
+        "torchmetrics",
+        "torch-fidelity",
+        "torchvision",
+        "numpy",
+        "Pillow",
+    )
+    there = {package.name for package in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in libraries if name in there}
+
+
+def load_recognizer(name: str) -> Callable[[list[Image.Image]], list[dict[str, str]]]:
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def main(args: argparse.Namespace, inception: torch.nn.Module | None = None) -> None:
+    shape = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(format=shape, datefmt="%H:%M:%S", level=logging.INFO)
+    if args.compare is not None:
+        print(compare(args.compare))
+        return
+    evaluation = Evaluation(args, inception)
+    complete = evaluation.run()
+    logger.info("%s", args.output_dir / "report.md")
+    if not complete:
+        raise SystemExit(f"no figures, since lines failed: {args.output_dir / 'report.md'} lists them")
+
+
+if __name__ == "__main__":
+    main(parse_args())

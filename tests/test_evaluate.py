@@ -1,0 +1,726 @@
+"""evaluate_vton.py on a tiny base and a tiny tree: figures against the libraries' own, and against each other."""
+
+import importlib.util
+import json
+import math
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import patch_environment
+from huggingface_hub import ModelCard
+from PIL import Image
+from tiny import box_mask, picture, tiny_pipe
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from evaluate_vton import (
+    Features,
+    Inception,
+    Line,
+    bootstrap,
+    clean_resize,
+    compare,
+    decibels,
+    find_duplicates,
+    frechet_distance,
+    kernel_distance,
+    load_lpips,
+    main,
+    masked_psnr,
+    metric_library,
+    parse_args,
+    seed_of,
+    ssim,
+)
+from pipeline_vton import StableDiffusionVTONPipeline, as_tensors
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+COUNT, HEIGHT, WIDTH = 5, 64, 48  # of the persons; they are worked at 32x24
+
+
+UNPAIRED = {"setting": "unpaired", "metrics": ["psnr", "fid"]}
+
+
+class Colors(torch.nn.Module):
+    """Features of a picture: its mean colours in four quarters, (N, 12)."""
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(pictures.double() / 255, 2).flatten(1)
+
+
+def save(image: Image.Image, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> Path:
+    """VITON-HD's layout, with a true picture for every unpaired line."""
+    root = tmp_path_factory.mktemp("tree")
+    for i in range(COUNT):
+        other = (i + 2) % COUNT
+        save(picture(i, HEIGHT, WIDTH), root / f"test/image/{i:02d}.png")
+        save(picture(100 + i, HEIGHT, WIDTH), root / f"test/cloth/{i:02d}.png")
+        save(box_mask(HEIGHT, WIDTH), root / f"test/agnostic-mask/{i:02d}_mask.png")
+        save(picture(200 + i, HEIGHT, WIDTH), root / f"test/tryon/{i:02d}__{other:02d}.png")
+    lines = "".join(f"{i:02d}.png {(i + 2) % COUNT:02d}.png\n" for i in range(COUNT))
+    (root / "test_pairs.txt").write_text(lines)
+    return root
+
+
+@pytest.fixture
+def own_tree(tree, tmp_path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(tree, tmp_path / "tree"))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A base with an adapter beside it."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipe(guidance_scale=1.5, height=32, width=24).save_pretrained(folder)
+    return folder
+
+
+def flags(out: Path, tree: Path | None, model: Path | None = None, setting: str = "both", **changed) -> list[str]:
+    """The command line of a short run; True is a flag without a value, None leaves one out."""
+    options = {
+        "output_dir": out,
+        "dataset_root": tree,
+        "model": model,
+        "adapter": model,
+        "setting": setting,
+        "num_inference_steps": 2,
+        "metrics": ["ssim", "psnr", "fid", "kid"],
+    } | changed
+    line = []
+    for name, value in options.items():
+        if value is not None:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            line += [f"--{name}", *map(str, values)]
+    return line
+
+
+def evaluate(out: Path, *where, **changed) -> dict:
+    """The report of a run."""
+    main(parse_args(flags(out, *where, **changed)), Colors())
+    return json.loads((out / "report.json").read_text())
+
+
+def fails(out: Path, *where, **changed) -> list[dict[str, str]]:
+    """The failures of a run without figures."""
+    with pytest.raises(SystemExit, match="lines failed"):
+        evaluate(out, *where, **changed)
+    report = json.loads((out / "report.json").read_text())
+    assert report["figures"] == [] and report["failures"][0]["error"] in (out / "report.md").read_text()
+    return report["failures"]
+
+
+def figure(
+    report: dict, setting: str, compositing: str, metric: str, region: str = "picture", group: str = "all"
+) -> dict:
+    wanted = {"setting": setting, "compositing": compositing, "metric": metric, "region": region, "group": group}
+    (found,) = [row for row in report["figures"] if wanted.items() <= row.items()]
+    return found
+
+
+def results(out: Path) -> dict[str, np.ndarray]:
+    return {str(file.relative_to(out)): np.asarray(Image.open(file)) for file in sorted(out.glob("seed-*/**/*.png"))}
+
+
+def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    """Whether the first run's pictures are the second's, pixel by pixel."""
+    return bool(one) and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def assert_close(one: dict, other: dict) -> None:
+    """Equal figures, of the settings and metrics of the first report."""
+    chosen = {(row["setting"], row["metric"]) for row in one["figures"]}
+    twins = [row for row in other["figures"] if (row["setting"], row["metric"]) in chosen]
+    assert chosen
+    for row, twin in zip(one["figures"], twins, strict=True):
+        assert row["group"] == twin["group"]
+        for name in ("value", "low", "high", "deviation"):
+            assert row[name] == pytest.approx(twin[name], abs=1e-6), row
+
+
+@pytest.fixture(scope="session")
+def finished(tree, model, tmp_path_factory) -> tuple[Path, dict]:
+    """The output folder and the report of a whole run."""
+    out = tmp_path_factory.mktemp("finished")
+    with patch_environment(ACCELERATE_USE_CPU="true"):
+        report = evaluate(out, tree, model)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    return out, report
+
+
+# ------------------------------------------------------------------------------------------------------------ measures
+
+
+def test_measures_are_torchmetrics_own():
+    one, other = (torch.stack([as_tensors(picture(i), "p")[0] for i in some]) for some in ((1, 2, 3), (4, 5, 6)))
+    similar = [ssim(*pair) for pair in zip(one, other)]
+    direct = structural_similarity_index_measure(one.double(), other.double(), data_range=1.0, reduction="none")
+    assert similar == pytest.approx(direct.tolist(), abs=1e-6)
+    psnr = peak_signal_noise_ratio(one, other, data_range=1.0).item()
+    assert masked_psnr(one, other, [None] * 3) == pytest.approx(psnr, abs=1e-5)
+    box = torch.zeros(1, 32, 24)
+    box[:, 8:20, 4:16] = 1
+    inside = peak_signal_noise_ratio(one[..., 8:20, 4:16], other[..., 8:20, 4:16], data_range=1.0).item()
+    assert masked_psnr(one, other, [box] * 3) == pytest.approx(inside, abs=1e-5)
+    changed = torch.where(box.bool(), one[0], 1 - one[0])  # far from the mask's inside nothing matters
+    box[:] = 0
+    box[:, 14, 10] = 1
+    assert ssim(one[0], changed, box) > 0.999 > 0.9 > ssim(one[0], changed)
+
+
+def test_a_flat_picture_is_equal_to_itself():
+    flat = torch.full((3, 32, 24), 0.7)
+    assert ssim(flat, flat) == pytest.approx(1, abs=1e-9) and masked_psnr([flat], [flat], [None]) == math.inf
+
+
+def test_bootstrap():
+    values = np.random.default_rng(0).normal(5, 2, 400)
+    found = bootstrap(values)
+    assert found.value == pytest.approx(values.mean()) and found == bootstrap(values) != bootstrap(values, seed=1)
+    half = 1.96 * values.std() / 20  # of the normal distribution's 95 %
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.03)
+    pooled = bootstrap([0.0, 2.0], [100, 100], decibels)
+    assert pooled.value == pytest.approx(20) and pooled.high == math.inf  # resamples of the perfect one alone
+    with pytest.raises(ValueError, match="at least one, got shapes"):
+        bootstrap([])
+
+
+def test_set_distances_are_scipys_and_torchmetrics():
+    real, fake = (torch.from_numpy(np.random.default_rng(i).normal(i / 4, 1 + i / 3, (60, 8))) for i in (0, 1))
+    means, covariances = [x.numpy().mean(axis=0) for x in (real, fake)], [np.cov(x.numpy().T) for x in (real, fake)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    formula = np.square(means[0] - means[1]).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    assert frechet_distance(real, fake) == pytest.approx(formula, abs=1e-6)
+    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-6)
+
+    state = torch.get_rng_state()
+    found = kernel_distance(real, fake, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found == kernel_distance(real, fake, seed=3) != kernel_distance(real, fake, seed=4)
+    torch.manual_seed(3)
+    direct = KernelInceptionDistance(Features(8), subset_size=30)  # half of them
+    direct.update(real, real=True)
+    direct.update(fake, real=False)
+    assert found == pytest.approx([value.item() for value in direct.compute()], abs=1e-6)
+
+
+def test_clean_resize_is_pils_on_floats():
+    """As clean-fid has it: PIL's bicubic filter on every channel as floats, clamped and not rounded."""
+    array = np.asarray(picture(1, 90, 70).resize((350, 450), Image.Resampling.NEAREST))
+    channels = [Image.fromarray(array[..., i].astype(np.float32)) for i in range(3)]
+    expected = np.stack([np.asarray(c.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255) for c in channels])
+    found = clean_resize(torch.from_numpy(array).movedim(-1, 0)[None].float(), (299, 299))[0].numpy()
+    assert np.abs(found - expected).max() < 1e-3
+
+
+def test_a_missing_library_is_named_with_the_remedy():
+    with pytest.raises(ImportError, match="needs no_such: pip install -r requirements-eval.txt"):
+        metric_library("no_such.library")
+
+
+# -------------------------------------------------------------------------------------------------------------- a run
+
+
+def test_the_report_is_what_the_pictures_say(finished, tree):
+    out, report = finished
+    for setting, truth in (("paired", "image/{0:02d}"), ("unpaired", "tryon/{0:02d}__{1:02d}")):
+        pairs = [(i, i if setting == "paired" else (i + 2) % COUNT) for i in range(COUNT)]
+        truths = [Image.open(tree / f"test/{truth.format(*pair)}.png") for pair in pairs]
+        for compositing in ("composited", "bare"):
+            names = [out / f"seed-0/{setting}/{compositing}/{i:02d}__{j:02d}.png" for i, j in pairs]
+            shown, true = (
+                torch.stack([as_tensors(p.resize((24, 32), Image.Resampling.LANCZOS), "p")[0] for p in pictures])
+                for pictures in (map(Image.open, names), truths)
+            )
+            psnr = peak_signal_noise_ratio(shown, true, data_range=1.0)
+            similar = structural_similarity_index_measure(shown.double(), true.double(), data_range=1.0)
+            assert figure(report, setting, compositing, "psnr")["value"] == pytest.approx(psnr.item(), abs=1e-5)
+            assert figure(report, setting, compositing, "ssim")["value"] == pytest.approx(similar.item(), abs=1e-6)
+            real, fake = (Colors()((x * 255).round().to(torch.uint8)) for x in (persons(tree), shown))
+            fid = frechet_distance(real, fake)
+            assert figure(report, setting, compositing, "fid")["value"] == pytest.approx(fid, abs=1e-6)
+            kid = figure(report, setting, compositing, "kid")
+            assert (kid["value"], kid["deviation"]) == pytest.approx([1000 * x for x in kernel_distance(real, fake)])
+    text = (out / "report.md").read_text()
+    shown = figure(report, "paired", "composited", "ssim")
+    assert f"{shown['value']:.4f} [{shown['low']:.4f}, {shown['high']:.4f}]" in text and "FID (clean)" in text
+    for name in ("sheet_paired.png", "sheet_unpaired.png", "distributions.png"):
+        assert f"({name})" in text and Image.open(out / name).width > 300
+
+
+def persons(tree: Path) -> torch.Tensor:
+    files = sorted((tree / "test/image").iterdir())
+    shrunk = [Image.open(file).resize((24, 32), Image.Resampling.LANCZOS) for file in files]
+    return torch.stack([as_tensors(p, "p")[0] for p in shrunk])
+
+
+def test_composited_pictures_are_the_pipelines(finished, tree, model):
+    """Pixel by pixel what a call with the line's seed returns."""
+    out, _ = finished
+    pipe = StableDiffusionVTONPipeline.from_pretrained(model)
+    pipe.load_vton_adapter(model)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(seed_of(0, Line("unpaired", "01.png", "03.png")))
+    pictures = [Image.open(tree / f"test/{name}.png") for name in ("image/01", "cloth/03", "agnostic-mask/01_mask")]
+    expected = pipe(*pictures, height=32, width=24, num_inference_steps=2, generator=noise).images[0]
+    found = Image.open(out / "seed-0/unpaired/composited/01__03.png")
+    assert found.size == (WIDTH, HEIGHT) and np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batches_change_nothing(finished, tree, model, tmp_path, batch_size):
+    out, report = finished
+    assert_close(evaluate(tmp_path, tree, model, batch_size=batch_size, **UNPAIRED), report)
+    assert same(results(tmp_path), results(out))
+
+
+def test_two_processes_change_nothing(finished, tree, model, tmp_path):
+    out, report = finished
+    debug_launcher(
+        evaluate, (tmp_path, tree, model, "unpaired"), num_processes=2
+    )  # what accelerate launch starts, forked
+    two = json.loads((tmp_path / "report.json").read_text())
+    assert two["cost"]["processes"] == 2 and len(results(tmp_path)) == 2 * COUNT
+    assert same(results(tmp_path), results(out))
+    assert_close(two, report)
+
+
+def test_a_killed_run_goes_on(finished, tree, model, tmp_path):
+    """Of a run that was killed there are whole pictures and a temporary one; only what is missing is made."""
+    out, report = finished
+    begun = tmp_path / "begun"
+    shutil.copytree(out, begun)
+    gone = begun / "seed-0/unpaired/composited/03__00.png"
+    gone.with_name(f".{gone.name}.123").write_bytes(gone.read_bytes()[:100])
+    gone.unlink()
+    kept = begun / "seed-0/unpaired/bare/01__03.png"
+    before = kept.stat().st_mtime_ns
+    assert_close(evaluate(begun, tree, model, **UNPAIRED), report)
+    assert same(results(begun), results(out)) and kept.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="pictures of another run: num_inference_steps was 2 and is 3"):
+        evaluate(begun, tree, model, num_inference_steps=3)
+
+
+def test_seeds_spread(finished, tree, model, tmp_path):
+    out, one = finished
+    report = evaluate(tmp_path, tree, model, seeds=2, setting="paired", metrics=["psnr", "fid"])
+    assert same({name: shown for name, shown in results(tmp_path).items() if "seed-0" in name}, results(out))
+    for metric in ("psnr", "fid"):
+        found = figure(report, "paired", "bare", metric)
+        assert found["per_seed"][0] == pytest.approx(figure(one, "paired", "bare", metric)["value"])
+        assert found["per_seed"][1] != found["per_seed"][0]
+        assert found["spread"] == pytest.approx(np.std(found["per_seed"], ddof=1))
+    assert "(seeds ± " in (tmp_path / "report.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------- predictions and failures
+
+
+def predict(tree: Path, folder: Path, end: str = ".png", **options) -> Path:
+    """The truth of every unpaired line as another model's picture of it."""
+    folder.mkdir()
+    for file in (tree / "test/tryon").iterdir():
+        Image.open(file).save(folder / f"{file.stem}{end}", **options)
+    return folder
+
+
+PREDICTED = {"setting": "unpaired", "metrics": ["ssim", "psnr"]}
+
+
+def test_a_perfect_prediction(own_tree, tmp_path):
+    """The truths are the persons here, so that FID's real pictures are the predictions too."""
+    for i in range(COUNT):
+        shutil.copy(own_tree / f"test/image/{i:02d}.png", own_tree / f"test/tryon/{i:02d}__{(i + 2) % COUNT:02d}.png")
+    pictures = predict(own_tree, tmp_path / "pictures")
+    report = evaluate(tmp_path / "out", own_tree, pred_dir=pictures, setting="unpaired")
+    for compositing in ("composited", "bare"):
+        for region in ("picture", "mask"):
+            similar, psnr = (figure(report, "unpaired", compositing, name, region) for name in ("ssim", "psnr"))
+            assert similar["value"] == similar["low"] == pytest.approx(1, abs=1e-9)
+            assert psnr["value"] == psnr["low"] == psnr["high"] == "inf"
+        assert figure(report, "unpaired", compositing, "fid")["value"] == pytest.approx(0, abs=1e-3)
+    assert "| inf [inf, inf] | inf [inf, inf] |" in (tmp_path / "out/report.md").read_text()
+
+    lossy = predict(own_tree, tmp_path / "lossy", ".jpg", quality=75)  # which a lossy truth would make of it
+    report = evaluate(tmp_path / "lossy_out", own_tree, pred_dir=lossy, **PREDICTED)
+    assert figure(report, "unpaired", "bare", "ssim")["value"] < 0.999
+    assert figure(report, "unpaired", "bare", "psnr")["value"] < 45
+
+
+def test_predictions_are_pasted_as_ours(finished, tree, tmp_path):
+    """The bare results of a run, named by their persons, as another model's."""
+    out, report = finished
+    (tmp_path / "pictures").mkdir()
+    for file in (out / "seed-0/unpaired/bare").iterdir():
+        shutil.copy(file, tmp_path / f"pictures/{file.name[:2]}.png")
+    again = evaluate(
+        tmp_path / "out", tree, pred_dir=tmp_path / "pictures", **PREDICTED, eval_height=32, eval_width=24
+    )
+    bare, ours = ([row for row in r["figures"] if row["compositing"] == "bare"] for r in (again, report))
+    assert_close({"figures": bare}, {"figures": ours})
+    pasted, whole = (figure(r, "unpaired", "composited", "psnr")["value"] for r in (again, report))
+    assert pasted == pytest.approx(whole, abs=0.01)  # ours were pasted before they were rounded to bytes
+
+
+def test_composited_predictions_must_be_the_persons_outside_the_mask(finished, tree, tmp_path):
+    out, report = finished
+    pictures = tmp_path / "pictures"
+    shutil.copytree(out / "seed-0/unpaired/composited", pictures)
+    options = PREDICTED | {"eval_height": 32, "eval_width": 24, "pred_composited": True}
+    again = evaluate(tmp_path / "out", tree, pred_dir=pictures, **options)
+    assert again["protocol"]["compositing"] == "composited"
+    assert_close(again, {"figures": [row for row in report["figures"] if row["compositing"] == "composited"]})
+    touched = Image.open(pictures / "02__04.png")
+    touched.putpixel((1, 1), tuple(255 - value for value in touched.getpixel((1, 1))))
+    touched.save(pictures / "02__04.png")
+    Image.open(pictures / "03__00.png").resize((24, 32)).save(pictures / "03__00.png")
+    failures = fails(tmp_path / "again", tree, pred_dir=pictures, **options)
+    assert [failure["line"] for failure in failures] == ["unpaired 02.png 04.png", "unpaired 03.png 00.png"]
+    assert failures[0]["error"] == "1 pixels outside the mask are not the person's"
+    assert "has size (24, 32), its person (48, 64)" in failures[1]["error"]
+
+
+def test_what_cannot_be_read_leaves_no_figures(own_tree, model, tmp_path):
+    """Every such line is listed; one that can be read does not make a smaller set."""
+    file = own_tree / "test/cloth/03.png"
+    file.write_bytes(file.read_bytes()[:200])
+    failures = fails(tmp_path / "out", own_tree, model, setting="both", metrics=["psnr"])
+    assert {failure["line"] for failure in failures} == {"paired 03.png 03.png", "unpaired 01.png 03.png"}
+    assert all("cloth/03.png` must be a whole picture" in failure["error"] for failure in failures)
+    assert "No figures: 2 of 10 lines failed" in (tmp_path / "out/report.md").read_text()
+
+    save(picture(103, HEIGHT, WIDTH), file)  # mended, the run goes on
+    made = own_tree.parent / "out/seed-0/paired/bare/02__02.png"
+    before = made.stat().st_mtime_ns
+    assert (
+        figure(evaluate(tmp_path / "out", own_tree, model, metrics=["psnr"]), "paired", "bare", "psnr")["count"]
+        == COUNT
+    )
+    assert made.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("what", ["missing", "unreadable", "stretched", "truth is the cloth", "empty mask"])
+def test_predictions_that_fail(own_tree, tmp_path, what):
+    pictures = predict(own_tree, tmp_path / "pictures")
+    spoilt = pictures / "02__04.png"
+    if what == "missing":
+        spoilt.unlink()
+    elif what == "unreadable":
+        spoilt.write_bytes(spoilt.read_bytes()[:200])
+    elif what == "stretched":
+        Image.open(spoilt).resize((48, 48)).save(spoilt)
+    elif what == "truth is the cloth":
+        shutil.copy(own_tree / "test/cloth/04.png", own_tree / "test/tryon/02__04.png")
+    else:
+        Image.new("L", (WIDTH, HEIGHT)).save(own_tree / "test/agnostic-mask/02_mask.png")
+    (failure,) = fails(tmp_path / "out", own_tree, pred_dir=pictures, **PREDICTED)
+    said = {
+        "missing": "no picture named 02__04 or 02",
+        "unreadable": "got one that cannot be read",
+        "stretched": "the result of 48x48 pixels would be stretched to 48x64",
+        "truth is the cloth": "the truth and the cloth are the same picture",
+        "empty mask": "mask that is black everywhere",
+    }
+    assert failure["line"] == "unpaired 02.png 04.png" and said[what] in failure["error"]
+
+
+def test_predictions_of_another_list_are_refused(tree, tmp_path):
+    pictures = predict(tree, tmp_path / "pictures")
+    save(picture(9), pictures / "09__01.png")
+    with pytest.raises(ValueError, match="hold 6 pictures, 5 of them of the list's 5 lines"):
+        evaluate(tmp_path / "out", tree, pred_dir=pictures, **PREDICTED)
+    with pytest.raises(ValueError, match="is the dataset's own truth"):
+        evaluate(tmp_path / "out", tree, pred_dir=tree / "test/tryon", **PREDICTED)
+
+
+# ---------------------------------------------------------------------------------------------------- lists and readers
+
+
+def test_a_frozen_list_needs_no_other(finished, own_tree, tmp_path):
+    """What was evaluated is evaluated again, whatever has become of the tree's lists; another list has another hash."""
+    pictures, _ = predict(own_tree, tmp_path / "pictures"), finished
+    first = evaluate(tmp_path / "one", own_tree, pred_dir=pictures, **PREDICTED)
+    lines = (tmp_path / "one/list.txt").read_text()
+    assert lines.splitlines()[1] == "unpaired\t01.png\t03.png"
+    (own_tree / "test_pairs.txt").write_text("00.png 01.png\n")
+    again = evaluate(tmp_path / "two", own_tree, pred_dir=pictures, list=tmp_path / "one/list.txt", **PREDICTED)
+    assert again["protocol"] == first["protocol"]
+    assert_close(again, first)
+    shuffled = tmp_path / "shuffled.txt"
+    shuffled.write_text("".join(reversed(lines.splitlines(keepends=True))))
+    other = evaluate(tmp_path / "three", own_tree, pred_dir=pictures, list=shuffled, **PREDICTED)
+    assert other["protocol"]["list"] != first["protocol"]["list"]
+    shuffled.write_text("01.png 03.png\n")
+    with pytest.raises(
+        ValueError, match="shuffled.txt, line 1: must be paired or unpaired, a person and a cloth with tabs"
+    ):
+        evaluate(tmp_path / "four", own_tree, pred_dir=pictures, list=shuffled, **PREDICTED)
+
+
+def test_a_list_that_repeats_a_line_is_refused(own_tree, tmp_path):
+    lines = (own_tree / "test_pairs.txt").read_text()
+    (own_tree / "test_pairs.txt").write_text(lines + lines.splitlines()[2])
+    with pytest.raises(ValueError, match="test_pairs.txt, line 6: 02.png 04.png stands in the list twice"):
+        evaluate(tmp_path / "out", own_tree, pred_dir=tmp_path, **PREDICTED)
+
+
+def test_dress_code_is_pooled_and_by_category(tree, tmp_path):
+    root, pictures = tmp_path / "dresses", tmp_path / "pictures"
+    for k, category in enumerate(("upper_body", "dresses")):
+        for i in range(4):
+            save(picture(i + 10 * k, HEIGHT, WIDTH), root / f"{category}/images/{i:06d}_0.png")
+            save(picture(i + 300, HEIGHT, WIDTH), root / f"{category}/images/{i:06d}_1.png")
+            save(box_mask(HEIGHT, WIDTH), root / f"{category}/agnostic_masks/{i:06d}_0.png")
+            save(picture(i + 400 + k, HEIGHT, WIDTH), pictures / f"{category}/{i:06d}_0.png")
+        lines = "".join(f"{i:06d}_0.png {i:06d}_1.png\n" for i in range(4))
+        (root / category / "test_pairs_paired.txt").write_text(lines)
+    options = {"pred_dir": pictures, "setting": "paired", "metrics": ["psnr", "fid"]}
+    report = evaluate(tmp_path / "out", root, **options)
+    alone = evaluate(tmp_path / "alone", root, category="dresses", **options)
+    for metric in ("psnr", "fid"):
+        pooled, dresses = (figure(report, "paired", "bare", metric, group=g) for g in ("all", "category: dresses"))
+        assert (pooled["count"], dresses["count"]) == (8, 4) and pooled["value"] != dresses["value"]
+        assert dresses["value"] == pytest.approx(figure(alone, "paired", "bare", metric)["value"], abs=1e-9)
+    assert (
+        (tmp_path / "out/list.txt")
+        .read_text()
+        .startswith("paired\tupper_body/000000_0.png\tupper_body/000000_1.png\n")
+    )
+    frozen = evaluate(tmp_path / "frozen", root, list=tmp_path / "out/list.txt", **options)
+    assert_close(frozen, report)
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+def test_rows_are_measured_as_a_tree(finished, tree, model, tmp_path, streaming):
+    """Streamed or not; everybody in their own cloth, and in the next row's."""
+    names = [f"{i:02d}" for i in range(COUNT)]
+    rows = {
+        "image": [str(tree / f"test/image/{name}.png") for name in names],
+        "cloth": [str(tree / f"test/cloth/{name}.png") for name in names],
+        "mask": [str(tree / f"test/agnostic-mask/{name}_mask.png") for name in names],
+    }
+    kinds = datasets.Features({column: datasets.Image() for column in rows})
+    (tmp_path / "rows").mkdir()
+    datasets.Dataset.from_dict(rows, kinds).to_parquet(tmp_path / "rows/test.parquet")
+    options = {"dataset_name": tmp_path / "rows", "streaming": streaming, "num_samples": 3, "metrics": ["psnr"]}
+    report = evaluate(tmp_path / "out", None, model, **options)
+    assert (tmp_path / "out/list.txt").read_text().splitlines()[3:] == [
+        "unpaired\trow-0\trow-1", "unpaired\trow-1\trow-2", "unpaired\trow-2\trow-3" if streaming is None else "unpaired\trow-2\trow-0",
+    ]  # fmt: skip
+    (tree / "three.txt").write_text("".join(f"paired\t{name}.png\t{name}.png\n" for name in names[:3]))
+    again = evaluate(tmp_path / "again", tree, pred_dir=renamed(tmp_path / "out/seed-0/paired/bare", tmp_path / "made"), list=tree / "three.txt", setting="paired", metrics=["psnr"], eval_height=32, eval_width=24)  # fmt: skip
+    assert figure(again, "paired", "bare", "psnr")["value"] == pytest.approx(
+        figure(report, "paired", "bare", "psnr")["value"]
+    )
+
+
+def renamed(rows: Path, folder: Path) -> Path:
+    """Results of rows under the names of the tree's persons."""
+    folder.mkdir()
+    for file in rows.iterdir():
+        shutil.copy(file, folder / f"{int(file.name[4]):02d}.png")
+    return folder
+
+
+def test_training_persons_among_the_tested_fail_or_leave(tree, tmp_path):
+    train = tmp_path / "train"
+    for i in range(4):
+        save(picture(50 + i, HEIGHT, WIDTH), train / f"train/image/{i:02d}.jpg")
+        save(picture(60 + i, HEIGHT, WIDTH), train / f"train/cloth/{i:02d}.jpg")
+    again = picture(3, HEIGHT, WIDTH).resize((96, 128))  # a test person, larger and lossy
+    again.save(train / "train/image/02.jpg", quality=80)
+    (train / "train_pairs.txt").write_text("".join(f"{i:02d}.jpg {i:02d}.jpg\n" for i in range(4)))
+    persons = {file.name: file for file in (tree / "test/image").iterdir()}
+    assert find_duplicates(persons, train) == {"03.png": "train/image/02.jpg"}
+    options = PREDICTED | {"pred_dir": predict(tree, tmp_path / "pictures"), "train_root": train}
+    with pytest.raises(ValueError, match="--train_root holds 1 of the test persons .03.png is train/image/02.jpg"):
+        evaluate(tmp_path / "out", tree, **options)
+    (tmp_path / "pictures/03__00.png").unlink()
+    report = evaluate(tmp_path / "out", tree, drop_duplicates=True, **options)
+    assert report["lines"] == COUNT - 1 and report["duplicates"] == {"03.png": "train/image/02.jpg"}
+    assert "03.png\t00.png" not in (tmp_path / "out/list.txt").read_text()
+
+
+# ----------------------------------------------------------------------------------- factors, recognition, comparing
+
+
+def brightness(pictures: list[Image.Image]) -> list[dict[str, str]]:
+    """A recognizer."""
+    return [{"tone": "light" if np.asarray(shown).mean() > 128 else "dark"} for shown in pictures]
+
+
+def test_factors_and_recognition(own_tree, tmp_path):
+    pictures = predict(own_tree, tmp_path / "pictures")
+    tones = [
+        brightness([Image.open(pictures / f"{i:02d}__{(i + 2) % COUNT:02d}.png")])[0]["tone"] for i in range(COUNT)
+    ]
+    known = []
+    for i in range(COUNT):
+        row = {"split": "test", "category": "upper", "paired": False, "person": f"{i:02d}.png"}
+        row |= {"cloth": f"{(i + 2) % COUNT:02d}.png", "factors": {"pose": "raised" if i < 2 else "down"}}
+        tone = "light" if i == 1 else tones[i]
+        known.append(json.dumps(row | {"attributes": {"tone": tone, "logo": None}}) + "\n")
+    tones[1] = "light"
+    (own_tree / "factors.jsonl").write_text("".join(known))
+    Image.new("RGB", (WIDTH, HEIGHT)).save(pictures / "01__03.png")  # dark: not what should be recognised
+    options = PREDICTED | {"pred_dir": pictures, "recognizer": "test_evaluate:brightness"}
+    report = evaluate(tmp_path / "out", own_tree, **options)
+    seen = {
+        g: figure(report, "unpaired", "bare", "recognition of tone", group=g)
+        for g in ("all", "pose: raised", "pose: down")
+    }
+    assert [(row["value"], row["count"]) for row in seen.values()] == [(0.8, 5), (0.5, 2), (1, 3)]
+    raised = figure(report, "unpaired", "bare", "psnr", "mask", "pose: raised")["value"]
+    assert raised < 20 and figure(report, "unpaired", "bare", "psnr", "mask", "pose: down")["value"] == "inf"
+    assert "| pose: raised | 2 |" in (tmp_path / "out/report.md").read_text()
+
+
+def test_reports_side_by_side(tree, tmp_path, capsys):
+    """Overlapping intervals are marked; reports of different protocols are refused by the name of what differs."""
+    truth = predict(tree, tmp_path / "truth")
+    for name, noise in (("near", 8), ("nearer", 7), ("far", 120)):
+        (tmp_path / name).mkdir()
+        for i, file in enumerate(sorted(truth.iterdir())):
+            pixels = np.asarray(Image.open(file)) + np.random.default_rng(i).normal(0, noise, (HEIGHT, WIDTH, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / name / file.name)
+        evaluate(tmp_path / f"{name}_out", tree, pred_dir=tmp_path / name, **PREDICTED)
+    reports = [tmp_path / f"{name}_out/report.json" for name in ("near", "nearer", "far")]
+    main(parse_args(["--compare", *map(str, reports)]))
+    table = capsys.readouterr().out.splitlines()
+    (psnr,) = [line for line in table if "| unpaired | bare | all | PSNR in the mask ↑ |" in line]
+    near, nearer, far = (json.loads(file.read_text()) for file in reports)
+    low, high = (figure(near, "unpaired", "bare", "psnr", "mask")[side] for side in ("low", "high"))
+    assert low <= figure(nearer, "unpaired", "bare", "psnr", "mask")["high"]
+    cells = psnr.split(" | ")
+    assert f"[{low:.2f}, {high:.2f}]" in cells[4] and "≈" not in cells[4]
+    overlapping = figure(nearer, "unpaired", "bare", "psnr", "mask")["low"] <= high
+    assert ("≈" in cells[5]) == overlapping and "≈" not in cells[6]
+
+    evaluate(tmp_path / "smaller", tree, pred_dir=tmp_path / "near", **PREDICTED, eval_height=32, eval_width=24)
+    with pytest.raises(ValueError, match="were measured differently: size is 64x48 and 32x24"):
+        compare([reports[0], tmp_path / "smaller/report.json"])
+    for name in near["protocol"]:
+        other = near | {"protocol": near["protocol"] | {name: "another"}}
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=f"measured differently: {name} is {near['protocol'][name]} and another"):
+            compare([reports[0], tmp_path / "other.json"])
+
+
+def test_figures_stand_in_the_adapters_card(finished, tree, model, tmp_path, hub, monkeypatch):
+    out, report = finished
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    begun = shutil.copytree(out, tmp_path / "out")
+    evaluate(begun, tree, model, push_to_hub="me/measured", metrics=["psnr"], setting="paired")
+    card = ModelCard.load("me/measured")
+    found = {
+        result.dataset_name: result for result in card.data.eval_results if result.metric_name == "PSNR in the mask ↑"
+    }
+    bare = figure(report, "paired", "bare", "psnr", "mask")["value"]
+    (result,) = [found[name] for name in found if "paired, bare, 32x24" in name]
+    assert result.metric_value == pytest.approx(bare, abs=0.01) and result.metric_type == "psnr"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["--output_dir", "o"], "give --dataset_root or --dataset_name, got None and None"),
+        (["--output_dir", "o", "--dataset_root", "d"], "give --model or --pred_dir, got None and None"),
+        (["--dataset_root", "d", "--model", "m"], "--output_dir must be given"),
+        (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--seeds", "0"], "--seeds must be positive, got 0"),
+        (["--output_dir", "o", "--dataset_root", "d", "--pred_dir", "p", "--seeds", "2"], "--pred_dir has one seed"),
+        (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--eval_width", "8"], "go together, got None and 8"),
+        (["--compare", "one"], "--compare needs at least two reports, got 1"),
+    ],
+)  # fmt: skip
+def test_arguments(capsys, line, said):
+    with pytest.raises(SystemExit):
+        parse_args(line)
+    assert said in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- the classes that need torchvision: make test-eval
+
+real_classes = pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is None, reason="needs make test-eval")
+
+
+@pytest.fixture(scope="session")
+def random_weights(tmp_path_factory) -> dict[str, Path]:
+    """Files as torch-fidelity's and torchvision's, with random weights."""
+    import torchvision
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    files = {name: tmp_path_factory.mktemp("weights") / f"{name}.pth" for name in ("inception", "squeeze")}
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), files["squeeze"])
+    torch.save({}, files["inception"])
+    with pytest.MonkeyPatch.context() as patch:  # it can only be made of a file
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(files["inception"]))
+    torch.save(net.state_dict(), files["inception"])
+    return files
+
+
+@real_classes
+def test_inception_is_torch_fidelitys(random_weights):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    pictures = torch.stack([(as_tensors(picture(i, 80, 60), "p")[0] * 255).round().to(torch.uint8) for i in range(2)])
+    net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(random_weights["inception"]))
+    legacy, clean = (Inception(mode, random_weights["inception"]).eval() for mode in ("legacy", "clean"))
+    with torch.no_grad():
+        assert torch.allclose(legacy(pictures), net(pictures)[0], atol=1e-6)
+        assert not torch.allclose(clean(pictures), legacy(pictures), atol=1e-4)
+        square = clean_resize(pictures.float(), (299, 299)).round().to(torch.uint8)  # nothing left to resize
+        assert torch.allclose(clean(square), net(square)[0], atol=1e-6)
+
+
+@real_classes
+@pytest.mark.parametrize("net", ["squeeze"])
+def test_lpips_is_torchmetrics(random_weights, tmp_path, net):
+    """From a file, without a download; torch's own cache is left alone."""
+    from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
+
+    one, other = (as_tensors(picture(i, 64, 48), "p")[0][None] for i in (1, 2))
+    before = torch.hub.get_dir()
+    measured = load_lpips(net, random_weights[net])(one, other).item()
+    assert torch.hub.get_dir() == before
+    torch.hub.set_dir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(random_weights[net], tmp_path / "checkpoints/squeezenet1_1-b8a52dc0.pth")
+    try:
+        direct = learned_perceptual_image_patch_similarity(one, other, net, normalize=True).item()
+    finally:
+        torch.hub.set_dir(before)
+    assert measured == pytest.approx(direct, abs=1e-6) and measured > 0
+
+
+@real_classes
+def test_a_perfect_prediction_by_the_real_classes(own_tree, random_weights, tmp_path):
+    for i in range(COUNT):
+        shutil.copy(own_tree / f"test/image/{i:02d}.png", own_tree / f"test/tryon/{i:02d}__{(i + 2) % COUNT:02d}.png")
+    options = {"pred_dir": predict(own_tree, tmp_path / "pictures"), "setting": "unpaired", "pred_composited": True}
+    options |= {"inception_weights": random_weights["inception"], "lpips_weights": random_weights["squeeze"]}
+    options["metrics"] = ["ssim", "psnr", "lpips", "fid", "kid"]
+    main(parse_args(flags(tmp_path / "out", own_tree, **options)))
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert figure(report, "unpaired", "composited", "fid")["value"] == pytest.approx(0, abs=1e-3)
+    assert figure(report, "unpaired", "composited", "lpips")["value"] == pytest.approx(0, abs=1e-6)
+    assert report["protocol"]["lpips_net"] == "squeeze" and len(report["protocol"]["inception_weights"]) == 16
+    text = (tmp_path / "out/report.md").read_text()
+    assert "LPIPS (squeeze) ↓" in text and "FID (clean) ↓" in text and "KID × 1000 ↓" in text

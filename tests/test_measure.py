@@ -1,0 +1,203 @@
+"""The committed demo model at work, what is measured of it, and the network that recognises cloths."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import ROOT
+
+from demo import measure, train_classifier, try_on
+from demo.make_dataset import World, make_dataset
+from demo.recognition import ATTRIBUTES, CLASSIFIER, CROP, crop, load_classifier, recognize
+from demo.world import draw_person
+
+
+MODEL = ROOT / "demo" / "model"
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return load_classifier()
+
+
+@pytest.fixture(scope="module")
+def lines():
+    """Two of every category, at the committed model's size."""
+    return try_on.draw_lines(6, seed=11, height=64)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = try_on.load_pipeline(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pixels(pictures) -> np.ndarray:
+    return np.stack([np.asarray(picture) for picture in pictures]) / 255
+
+
+def test_the_lines_are_those_of_the_dataset(lines, tmp_path):
+    make_dataset(tmp_path, train=0, test=6, seed=11, height=64, category="all")
+    rows = [json.loads(row) for row in (tmp_path / "factors.jsonl").read_text().splitlines()]
+    unpaired = sorted(
+        (row for row in rows if not row["paired"]), key=lambda row: ["upper", "lower", "dress"].index(row["category"])
+    )
+    assert [row["category"] for row in unpaired] == [line.category for line in lines]
+    for row, line in zip(unpaired, lines):
+        assert (row["factors"], row["attributes"]) == (line.factors, line.attributes)
+        names = "{}__{}.png".format(*(row[role].removesuffix(".png") for role in ("person", "cloth")))
+        (truth,), (cloth,) = tmp_path.glob(f"*/tryon/{names}"), tmp_path.glob(f"*/images/{row['cloth']}")
+        assert np.array_equal(Image.open(truth), line.truth) and np.array_equal(Image.open(cloth), line.cloth)
+
+
+def test_the_demo_model_puts_the_right_cloth_on(lines, pipe, classifier):
+    """A result is nearer by 1 dB to its own truth than a result in the wrong cloth is, and is the person outside the mask."""
+    tops = lines[:2]
+    results = try_on.try_on(pipe, tops, steps=10, seed=0)
+    right = measure.figures(measure.measure(results, tops, classifier))
+    wrong = measure.figures(measure.measure(results[::-1], tops, classifier))
+    assert right["psnr"].value > wrong["psnr"].value + 1
+    outside = pixels(line.mask for line in tops) < 0.5
+    assert np.array_equal(pixels(results)[outside], pixels(line.person for line in tops)[outside])
+    alone = try_on.try_on(pipe, tops[:1], steps=10, seed=0)
+    assert np.abs(pixels(alone) - pixels(results[:1])).max() < 0.05  # whoever else is tried on
+
+
+def test_the_demo_writes_a_contact_sheet(tmp_path, capsys):
+    try_on.main(try_on.parse_args(["--output_dir", str(tmp_path), "--count", "6", "--num_inference_steps", "1"]))
+    width, height = Image.open(tmp_path / "contact_sheet.png").size
+    assert width > 2 * 5 * 4 * 48 and height > 3 * 4 * 64
+    with pytest.raises(SystemExit):
+        try_on.parse_args(["--count", "5"])
+    assert "--count must be at least 6" in capsys.readouterr().err
+
+
+def test_the_mean_colour_is_painted_where_the_cloth_is_seen_and_nowhere_else(lines):
+    for line in lines:
+        painted, truth = np.asarray(measure.mean_color(line)), np.asarray(line.truth)
+        assert np.array_equal(painted[~line.worn], truth[~line.worn])
+        assert line.worn.any() and len(np.unique(painted[line.worn], axis=0)) == 1
+
+
+def test_the_truth_is_perfect_and_another_cloth_is_not(lines, classifier):
+    true = measure.figures(measure.measure([line.truth for line in lines], lines, classifier))
+    wrong = measure.figures(measure.measure([line.person for line in lines], lines, classifier))
+    assert true["psnr"].value == np.inf and true["ssim"].value == 1
+    assert measure.recognition(true) > measure.recognition(wrong) + 0.3
+    assert wrong["psnr"].value < 20 and wrong["ssim"].value < 0.9
+
+
+def test_an_attribute_counts_where_the_cloth_has_it(lines, classifier):
+    rows = measure.measure([line.truth for line in lines], lines, classifier)
+    for row, line in zip(rows, lines):
+        assert ("sleeve_length" in row) == (line.category != "lower")
+        assert (measure.SHOWN_LOGO in row) == (line.attributes["logo"] != "none")
+
+
+def test_the_figures_pool_the_squared_errors():
+    rows = [
+        {"psnr": (1.0, 100.0), "color": (1.0, 1.0)},
+        {"psnr": (1.0, 900.0)},
+        {"psnr": (8.0, 0.0), "color": (0.0, 1.0)},
+    ]
+    found = measure.figures(rows)
+    assert found["psnr"].value == pytest.approx(20) and found["color"].value == 0.5
+
+
+def test_the_lines_are_grouped_by_their_levels(lines):
+    assert measure.groups(lines, "category") == {"upper": [0, 1], "lower": [2, 3], "dress": [4, 5]}
+    for factor in measure.FACTORS:
+        for level, numbers in measure.groups(lines, factor).items():
+            assert numbers == [i for i, line in enumerate(lines) if line.factors.get(factor) == level]
+
+
+def test_the_report_has_every_table_and_plot(tmp_path):
+    arguments = [
+        "--output_dir",
+        str(tmp_path),
+        "--lines",
+        "6",
+        "--num_inference_steps",
+        "1",
+        "--guidance_scale",
+        "1.5",
+        "2",
+    ]
+    measure.main(measure.parse_args([*arguments, "--by", "category", "sleeve", "--steps", "1", "2"]))
+    starts = [row.split("|")[1].strip() for row in (tmp_path / "report.md").read_text().splitlines() if row[:1] == "|"]
+    assert {
+        "(a) the adapter, guidance 1.5",
+        "(a) the adapter, guidance 2",
+        "the truth",
+        "1",
+        "2",
+        "upper",
+        "longer",
+    } <= set(starts)
+    assert starts.count("dress") == 7  # methods
+    for name in ("by.png", "steps.png"):
+        assert Image.open(tmp_path / name).width > 500
+    assert measure.parse_args(["--by"]).by == list(measure.GROUPS) and measure.parse_args([]).by == []
+
+
+def test_the_committed_classifier_is_small_and_recognises_cloths_of_other_people(classifier):
+    assert sum(file.stat().st_size for file in CLASSIFIER.iterdir()) < 1e6
+    world, right = World(12, category="all"), {name: [] for name in ATTRIBUTES}
+    for i in range(60):
+        person, cloth = world.sample("test", i)
+        picture, mask, _ = draw_person(person, cloth, *world.size)
+        (seen,), true = recognize(classifier, [picture], [mask]), cloth.attributes()
+        for name in ATTRIBUTES:
+            right[name] += [seen[name] == true[name]] if true[name] else []
+    assert all(np.mean(found) > 0.9 for found in right.values()), {
+        name: np.mean(found) for name, found in right.items()
+    }
+
+
+def test_the_crop_is_the_masks_surroundings_whatever_the_pictures_size(lines):
+    line = lines[0]
+    small = crop(line.person, line.mask)
+    assert small.shape == (4, *CROP) and small.dtype == np.uint8
+    sizes = [side * 2 for side in line.person.size]
+    large = crop(line.person.resize(sizes), line.mask.resize(sizes, Image.Resampling.NEAREST))
+    assert np.abs(small / 255 - large / 255).mean() < 0.03
+    for mask in (Image.new("L", line.person.size), Image.new("L", (5, 5), 255)):
+        with pytest.raises(ValueError, match="`mask` must"):
+            crop(line.person, mask)
+
+
+def test_a_classifier_is_trained_and_says_what_it_mistakes(tmp_path, lines, capsys):
+    line = [
+        "--output_dir",
+        str(tmp_path),
+        "--train",
+        "8",
+        "--test",
+        "4",
+        "--epochs",
+        "1",
+        "--batch_size",
+        "4",
+        "--height",
+        "64",
+    ]
+    train_classifier.main(train_classifier.parse_args(line))
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[-len(ATTRIBUTES) :]] == list(ATTRIBUTES)
+    trained = load_classifier(tmp_path)
+    said = recognize(trained, [line.truth for line in lines], [line.mask for line in lines])
+    assert all(one[name] in ATTRIBUTES[name] for one in said for name in ATTRIBUTES)
+    with pytest.raises(SystemExit):
+        train_classifier.parse_args([*line, "--train", "2"])
+    assert "--train must be at least --batch_size 4, got 2" in capsys.readouterr().err
+
+
+def test_disturbed_crops_keep_their_cloth_and_mask():
+    torch.manual_seed(0)
+    crops = torch.rand(8, 4, *CROP) * 2 - 1
+    crops[:, 3] = crops[:, 3].sign()
+    disturbed = train_classifier.disturb(crops)
+    assert disturbed.shape == crops.shape and set(disturbed[:, 3].unique().tolist()) == {-1.0, 1.0}
+    assert disturbed.abs().max() <= 1 and not torch.equal(disturbed, crops)
