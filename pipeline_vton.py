@@ -110,6 +110,12 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def shown(value: Any) -> str:
+    """A value as an error shows it: on one line, and not all of a long one."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def is_whole(value: Any) -> bool:
     """Whether it is a whole number; a page's 2.0 is one, True is none."""
     return is_number(value) and value == int(value)
@@ -312,7 +318,7 @@ def fit_size(
     """
     for name, side in (("height", height), ("width", width)):
         if side is not None and (not is_whole(side) or side <= 0 or side % multiple):
-            raise ValueError(f"`{name}` must be a positive multiple of {multiple}, got {side!r}")
+            raise ValueError(f"`{name}` must be a positive multiple of {multiple}, got {shown(side)}")
     if height is None and width is None:
         scale = math.sqrt(area / (person_height * person_width))
         height, width = person_height * scale, person_width * scale
@@ -700,8 +706,7 @@ class AdapterSettings:
         if "choices" in about:
             valid = isinstance(value, type(setting.default)) and value in about["choices"]
         elif "kind" in about:
-            number = numbers.Integral if about["kind"] is int else numbers.Real
-            valid = isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+            valid = is_whole(value) if about["kind"] is int else is_number(value)
             valid = valid and about["low"] <= value <= about["high"]
         else:
             valid = isinstance(value, str) and about["valid"](value)
@@ -1542,6 +1547,7 @@ class VTONHubMixin:
 
 
 def check_sampling(
+    train_timesteps: int,
     *,
     guidance_scale: float,
     num_inference_steps: int = 1,
@@ -1551,51 +1557,52 @@ def check_sampling(
     eta: float = 0.0,
     cross_attention_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """ValueError where a call's arguments of how to denoise are wrong; the sentence names one and its value."""
+    """ValueError where an argument of how to denoise is wrong; the sentence names it and its value.
+
+    Args:
+        train_timesteps: how many the scheduler was trained with.
+        guidance_scale, ...: the call's.
+    """
     if not is_whole(num_inference_steps) or num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` must be a positive whole number, got {num_inference_steps!r}")
+        raise ValueError(f"`num_inference_steps` must be a positive whole number, got {shown(num_inference_steps)}")
     if not is_number(guidance_scale):
-        raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}")
+        raise ValueError(f"`guidance_scale` must be a finite number, got {shown(guidance_scale)}")
     for name, number in (("guidance_rescale", guidance_rescale), ("eta", eta)):
         if not is_number(number) or not 0 <= number <= 1:
-            raise ValueError(f"`{name}` must be a number from 0 to 1, got {number!r}")
-    try:
-        start, end = guidance_interval
-        ordered = 0 <= start <= end <= 1
-    except (TypeError, ValueError):
-        ordered = False
-    if not ordered:
+            raise ValueError(f"`{name}` must be a number from 0 to 1, got {shown(number)}")
+    ends = guidance_interval if isinstance(guidance_interval, (list, tuple)) else ()
+    if len(ends) != 2 or not all(map(is_number, ends)) or not 0 <= ends[0] <= ends[1] <= 1:
         raise ValueError(
-            f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval!r}"
+            f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {shown(guidance_interval)}"
         )
-    if timesteps is not None and len(timesteps) == 0:
-        raise ValueError(f"`timesteps` must be None or hold at least one, got {timesteps!r}")
+    if timesteps is not None:
+        valid = isinstance(timesteps, (list, tuple)) and len(timesteps) > 0
+        valid = valid and all(is_whole(t) and 0 <= t < train_timesteps for t in timesteps)
+        if not valid or any(later >= t for t, later in zip(timesteps, timesteps[1:])):
+            raise ValueError(
+                f"`timesteps` must be None or fall from at most {train_timesteps - 1} to 0, got {shown(timesteps)}"
+            )
     if cross_attention_kwargs is not None and (
-        not isinstance(cross_attention_kwargs, dict) or cross_attention_kwargs.keys() - {"scale"}
+        not isinstance(cross_attention_kwargs, dict)
+        or cross_attention_kwargs.keys() - {"scale"}
+        or not all(map(is_number, cross_attention_kwargs.values()))
     ):
         raise ValueError(
-            f"`cross_attention_kwargs` must be None or {{'scale': a LoRA's scale}}, got {cross_attention_kwargs!r}"
+            f"`cross_attention_kwargs` must be None or {{'scale': a LoRA's scale}}, got {shown(cross_attention_kwargs)}"
         )
 
 
-def check_callback(callback: Callable | None, names: list[str], known: list[str]) -> list[str]:
-    """The tensors that a callback gets: those named, or those that one of diffusers' own asks for itself.
-
-    Raises:
-        TypeError, ValueError: it is no callback, or asks for what is not known here.
-    """
+def check_callback(callback: Callable | None, names: list[str], known: list[str]) -> None:
+    """TypeError or ValueError where `callback_on_step_end` is no callback, or asks for what is not known here."""
     if callback is not None and not callable(callback):
         raise TypeError(f"`callback_on_step_end` must be callable, got {type(callback).__name__}")
     callbacks = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
     if any(isinstance(one, IPAdapterScaleCutoffCallback) for one in callbacks):
         raise ValueError("`callback_on_step_end` sets the scale of an IP-Adapter, which try-on has none of")
-    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-        names = callback.tensor_inputs
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"`callback_on_step_end_tensor_inputs` must be a list of names, got {names!r}")
+        raise TypeError(f"`callback_on_step_end_tensor_inputs` must be a list of names, got {shown(names)}")
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"`callback_on_step_end_tensor_inputs` may name {', '.join(known)}, got {', '.join(unknown)}")
-    return list(names)
 
 
 def call_back(
@@ -1724,6 +1731,18 @@ def check_scheduler(scheduler: KarrasDiffusionSchedulers) -> None:
     if lacking or asked:
         trouble = f"it has no {lacking[0]}" if lacking else f"its steps ask for {asked[0]}"
         raise ValueError(f"the `scheduler` {name} is not for Stable Diffusion: {trouble}; DDPMScheduler is the card's")
+
+
+def check_tensor(value: Any, name: str) -> None:
+    """TypeError or ValueError unless an argument is a dense tensor of finite floating-point numbers."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.device.type == "meta" or not value.is_floating_point():
+        raise TypeError(
+            f"`{name}` must be a dense tensor of floating-point numbers, got {value.dtype}, {value.layout}, on {value.device}"
+        )
+    if not torch.isfinite(value).all():
+        raise ValueError(f"`{name}` must have finite values, got NaN or infinity")
 
 
 def check_finite(values: torch.Tensor, what: str, dtype: torch.dtype) -> None:
@@ -1874,6 +1893,8 @@ class StableDiffusionVTONPipeline(
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         guidance_scale: float = 1.0,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = [],
         **sampling: Any,
     ) -> TryOnInputs:
         """Check everything that a call was asked for, before any model runs; returns what the rest of the call uses.
@@ -1895,24 +1916,31 @@ class StableDiffusionVTONPipeline(
             )
         if self.safety_checker is not None and self.feature_extractor is None:
             raise ValueError("`feature_extractor` must be given with a `safety_checker`, got None")
-        if cloth_type not in REPAINTED_LABELS:
-            raise ValueError(f"`cloth_type` must be one of {', '.join(REPAINTED_LABELS)}, got {cloth_type!r}")
+        if not isinstance(cloth_type, str) or cloth_type not in REPAINTED_LABELS:
+            raise ValueError(f"`cloth_type` must be one of {', '.join(REPAINTED_LABELS)}, got {shown(cloth_type)}")
         if padding_mask_crop is not None and (not is_whole(padding_mask_crop) or padding_mask_crop < 0):
             raise ValueError(
-                f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {padding_mask_crop!r}"
+                f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {shown(padding_mask_crop)}"
             )
-        if output_type not in {"pil", "np", "pt", "latent"}:
-            raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}")
+        if not isinstance(output_type, str) or output_type not in {"pil", "np", "pt", "latent"}:
+            raise ValueError(f"`output_type` must be pil, np, pt or latent, got {shown(output_type)}")
+        if not isinstance(composite, (bool, np.bool_)):
+            raise TypeError(f"`composite` must be True or False, got {shown(composite)}")
         if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be a positive whole number, got {num_images_per_prompt!r}")
-        check_sampling(guidance_scale=guidance_scale, **sampling)
+            raise ValueError(
+                f"`num_images_per_prompt` must be a positive whole number, got {shown(num_images_per_prompt)}"
+            )
+        check_sampling(self.scheduler.config.num_train_timesteps, guidance_scale=guidance_scale, **sampling)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         if mask_image is None and self.human_parser is None:
             if not self.config.mask_free:
                 raise ValueError(
                     "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
                 )
             if padding_mask_crop is not None:
-                raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding_mask_crop!r} without one")
+                raise ValueError(
+                    f"`padding_mask_crop` needs a `mask_image`, got {shown(padding_mask_crop)} without one"
+                )
         persons, person_profiles = as_tensors(person_image, "person_image"), colour_profiles(person_image)
         cloths, cloth_profiles = as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image)
         masks = [None] if mask_image is None else as_masks(mask_image, "mask_image")
@@ -1951,13 +1979,13 @@ class StableDiffusionVTONPipeline(
         ]  # fmt: skip
         if self.config.cloth_conditioning == "joint":
             noise_shape[2 if self.config.canvas_axis == "height" else 3] *= 2
-        if latents is not None and not isinstance(latents, torch.Tensor):
-            raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}")
+        if latents is not None:
+            check_tensor(latents, "latents")
         if latents is not None and list(latents.shape) != noise_shape:
             raise ValueError(f"`latents` must have shape {tuple(noise_shape)}, got {tuple(latents.shape)}")
-        generators = generator if isinstance(generator, list) else [generator]
-        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
-            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}")
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        if not all(isinstance(one, torch.Generator) for one in generators):
+            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {shown(generator)}")
         if isinstance(generator, list) and len(generator) != noise_shape[0]:
             raise ValueError(
                 f"`generator` must be one or {noise_shape[0]}, one for every result, got {len(generator)}"
@@ -1991,13 +2019,15 @@ class StableDiffusionVTONPipeline(
             ("prompt", prompt, prompt_embeds),
             ("negative_prompt", negative_prompt, negative_prompt_embeds),
         ):
-            listed = words if isinstance(words, list) else [words or ""]
+            listed = words if isinstance(words, list) else [] if words is None else [words]
             if not all(isinstance(one, str) for one in listed):
-                raise TypeError(f"`{name}` must be a string or a list of them, got {words!r}")
-            if embeds is not None and not isinstance(embeds, torch.Tensor):
-                raise TypeError(f"`{name}_embeds` must be a tensor, got {type(embeds).__name__}")
+                raise TypeError(f"`{name}` must be a string or a list of them, got {shown(words)}")
+            if embeds is not None:
+                check_tensor(embeds, f"{name}_embeds")
             if words is not None and embeds is not None:
-                raise ValueError(f"`{name}` and `{name}_embeds` say the same: give one, got {words!r} and a tensor")
+                raise ValueError(
+                    f"`{name}` and `{name}_embeds` say the same: give one, got {shown(words)} and a tensor"
+                )
             if text and isinstance(words, list) and len(words) != count:
                 raise ValueError(f"`{name}` must be one string or {count}, as the pictures are, got {len(words)}")
             if text and embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (count, features)):
@@ -2264,28 +2294,33 @@ class StableDiffusionVTONPipeline(
             ValueError, TypeError: an argument is wrong; the sentence names it and its value.
         """
         # 1. Check, and learn what there is to do; what was not said is as the adapter says
-        callback_on_step_end_tensor_inputs = check_callback(
-            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
-        )
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         prompt = self.config.prompt if prompt is None and prompt_embeds is None else prompt
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         eta = (self.config.eta or 0.0) if eta is None else eta
+        if not isinstance(return_dict, (bool, np.bool_)):
+            raise TypeError(f"`return_dict` must be True or False, got {shown(return_dict)}")
         inputs = self.check_inputs(
             person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop,
             num_images_per_prompt=num_images_per_prompt, generator=generator, latents=latents, composite=composite,
             output_type=output_type, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps, timesteps=timesteps,
             guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, eta=eta,
-            cross_attention_kwargs=cross_attention_kwargs,
+            cross_attention_kwargs=cross_attention_kwargs, callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         num_images_per_prompt = int(num_images_per_prompt)
+        timesteps = None if timesteps is None else [int(t) for t in timesteps]
         timesteps, num_inference_steps = retrieve_timesteps(
             self.scheduler, int(num_inference_steps) if timesteps is None else None, self._execution_device, timesteps
         )
         accepted = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
+        step_kwargs = {
+            name: value for name, value in (("eta", float(eta)), ("generator", generator)) if name in accepted
+        }
+        self._guidance_scale = float(guidance_scale)
+        self._guidance_rescale = float(guidance_rescale)
         self._cross_attention_kwargs = cross_attention_kwargs
         self._num_timesteps = len(timesteps)
         self._interrupt = False
