@@ -1935,8 +1935,8 @@ class VTONHubMixin:
 
 
 def check_sampling(
+    train_timesteps: int,
     *,
-    num_train_timesteps: int,
     guidance_scale: float,
     num_inference_steps: int = 1,
     timesteps: list[int] | None = None,
@@ -1945,7 +1945,12 @@ def check_sampling(
     eta: float = 0.0,
     cross_attention_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """ValueError where a call's arguments of how to denoise are wrong; the sentence names one and its value."""
+    """ValueError where an argument of how to denoise is wrong; the sentence names it and its value.
+
+    Args:
+        train_timesteps: how many the scheduler was trained with.
+        guidance_scale, ...: the call's.
+    """
     if not is_whole(num_inference_steps) or num_inference_steps < 1:
         raise ValueError(f"`num_inference_steps` must be a positive whole number, got {shown(num_inference_steps)}")
     if not is_number(guidance_scale):
@@ -1960,10 +1965,10 @@ def check_sampling(
         )
     if timesteps is not None:
         valid = isinstance(timesteps, (list, tuple)) and len(timesteps) > 0
-        valid = valid and all(is_whole(t) and 0 <= t < num_train_timesteps for t in timesteps)
+        valid = valid and all(is_whole(t) and 0 <= t < train_timesteps for t in timesteps)
         if not valid or any(later >= t for t, later in zip(timesteps, timesteps[1:])):
             raise ValueError(
-                f"`timesteps` must be None or fall from at most {num_train_timesteps - 1} to 0, got {shown(timesteps)}"
+                f"`timesteps` must be None or fall from at most {train_timesteps - 1} to 0, got {shown(timesteps)}"
             )
     if cross_attention_kwargs is not None and (
         not isinstance(cross_attention_kwargs, dict)
@@ -2289,6 +2294,8 @@ class StableDiffusionVTONPipeline(
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         guidance_scale: float = 1.0,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = [],
         **sampling: Any,
     ) -> TryOnInputs:
         """Check everything that a call was asked for, before any model runs; returns what the rest of the call uses.
@@ -2323,9 +2330,8 @@ class StableDiffusionVTONPipeline(
             raise ValueError(
                 f"`num_images_per_prompt` must be a positive whole number, got {shown(num_images_per_prompt)}"
             )
-        check_sampling(
-            num_train_timesteps=self.scheduler.config.num_train_timesteps, guidance_scale=guidance_scale, **sampling
-        )
+        check_sampling(self.scheduler.config.num_train_timesteps, guidance_scale=guidance_scale, **sampling)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         if mask_image is None and self.human_parser is None and not people:
             if not self.config.mask_free:
                 raise ValueError(
@@ -2833,7 +2839,6 @@ class StableDiffusionVTONPipeline(
         # 1. Check, and learn what there is to do; what was not said is as the adapter says
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         prompt = self.config.prompt if prompt is None and prompt_embeds is None else prompt
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         eta = (self.config.eta or 0.0) if eta is None else eta
@@ -2845,7 +2850,8 @@ class StableDiffusionVTONPipeline(
             output_type=output_type, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps, timesteps=timesteps,
             guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, eta=eta,
-            cross_attention_kwargs=cross_attention_kwargs,
+            cross_attention_kwargs=cross_attention_kwargs, callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         num_images_per_prompt = int(num_images_per_prompt)
         timesteps = None if timesteps is None else [int(t) for t in timesteps]
