@@ -36,7 +36,7 @@ except ImportError:
 import gradio as gr
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline_vton import StableDiffusionVTONPipeline, encode_latents
 
@@ -47,10 +47,10 @@ DEMO_EXAMPLES = ROOT / "demo" / "examples"
 
 MAX_PIXELS = 50_000_000  # of a photograph
 MAX_FILE_SIZE = "30mb"
-MAX_STEPS = 100
+STEPS, MAX_STEPS = 50, 100
 MAX_SIDE = 1536  # of the size that the model works at
 MAX_QUEUE = 64  # visitors who wait
-DELETE_AFTER = 3600  # seconds that uploads and results stay on the server
+DELETE_EVERY, DELETE_AFTER = 600, 3600  # seconds: how often the server looks for uploads and results that are how old
 PREVIEW_EVERY, PREVIEW_SIDE = 0.3, 512  # seconds, pixels
 SHOWN_SIDE = 1600  # pixels of a result on the page; the download has all
 CATEGORIES = [("Top", "upper"), ("Trousers or skirt", "lower"), ("Dress", "dress")]
@@ -132,7 +132,7 @@ def paint_mask(person: Image.Image, mask: Image.Image) -> dict:
     """An ImageEditor's value with the mask as a painted layer over the person."""
     layer = Image.new("RGBA", mask.size, MASK_COLOR)
     layer.putalpha(mask.convert("L").point(lambda value: round(255 * MASK_ALPHA) if value >= 128 else 0))
-    return {"background": person, "layers": [layer], "composite": None}
+    return {"background": person, "layers": [layer], "composite": None}  # a composite would be shown as background
 
 
 def shown(picture: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
@@ -312,16 +312,21 @@ class Studio:
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
 #title h1 { margin-bottom: 0; }
-#notes, #notes * { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
-#status { min-height: 3.2rem; }
+#notes *, .hint * { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
+#cloth img, #used_mask img { width: 100%; height: 100%; object-fit: contain; }
+#examples .gallery-item, #examples .gallery-item * { height: 8rem; max-width: none; max-height: none; }
+#status { min-height: 4rem; }
 #status p { margin: 0 0 .4rem; }
-#status progress { width: 100%; height: .6rem; accent-color: var(--color-accent); }
+#status progress { appearance: none; width: 100%; height: .6rem; border-radius: .3rem; overflow: hidden; }
+#status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+#status progress::-webkit-progress-value { background: var(--color-accent); }
+#status progress::-moz-progress-bar { background: var(--color-accent); }
 #status .failed { padding: .6rem .8rem; border-left: 4px solid var(--error-border-color); background: var(--error-background-fill); }
 """
 TITLE = "# Virtual try-on\nA photograph of a person, one of a cloth: see the person wear it."
 NOTES = (
     "The pictures are made by a model: they show neither size nor fit, and the body under the cloth is invented. Dress only people "
-    "who agreed to it, and say of a result that it is generated. Uploads and results are deleted within {hours:g} hour(s); "
+    "who agreed to it, and say of a result that it is generated. Uploads and results are deleted within {minutes} minutes; "
     "nothing else is kept of them."
 )
 DEMO_NOTE = "This page runs the demo model, which knows drawn people only; `VTON_MODEL` names another."
@@ -333,13 +338,12 @@ def status(text: str, done: int | None = None, steps: int | None = None, failed:
     return f'<div role="status" class="{"failed" if failed else ""}"><p>{html.escape(text)}</p>{bar}</div>'
 
 
-def save_result(picture: Image.Image, seed: int, cache: str) -> str:
-    """The whole picture as a lossless file under a name that nobody guesses."""
+def save_picture(picture: Image.Image, name: str, cache: str) -> str:
+    """Write a lossless file in a folder that nobody guesses."""
     folder = Path(cache) / secrets.token_hex(16)
     folder.mkdir(parents=True)
-    file = folder / f"tryon-{seed}.png"
-    picture.save(file, compress_level=1)
-    return str(file)
+    picture.save(folder / f"{name}.png", compress_level=1)
+    return str(folder / f"{name}.png")
 
 
 def heights(pipe: StableDiffusionVTONPipeline) -> list[tuple[str, int]]:
@@ -350,22 +354,29 @@ def heights(pipe: StableDiffusionVTONPipeline) -> list[tuple[str, int]]:
     return [("The model's own", 0), *((f"{side} px high", side) for side in sorted(sides) if side <= MAX_SIDE)]
 
 
-def read_examples(folder: Path, layers: Path) -> list[list]:
-    """Rows of (editor, cloth, category) of the folder's examples; the painted layers are written to `layers`."""
-    rows = []
-    for example in sorted(path for path in folder.iterdir() if path.is_dir()):
-        person, mask = Image.open(example / "person.png"), Image.open(example / "mask.png")
-        layer = paint_mask(person, mask)["layers"][0]
-        files = {name: str(layers / f"{example.name}-{name}.png") for name in ("layer", "composite")}
-        layer.save(files["layer"])
-        Image.alpha_composite(person.convert("RGBA"), layer).save(files["composite"])
-        editor = {
-            "background": str(example / "person.png"),
-            "layers": [files["layer"]],
-            "composite": files["composite"],
-        }
-        rows.append([editor, str(example / "cloth.png"), example.name.partition("-")[0]])
-    return rows
+@dataclass
+class Example:
+    """What a click on an example fills in, and the picture to click on."""
+
+    person: Image.Image
+    mask: Image.Image
+    cloth: str
+    cloth_type: str
+
+    @classmethod
+    def read(cls, folder: Path) -> "Example":
+        """From a folder CATEGORY-NAME with person.png, mask.png and cloth.png."""
+        person, mask = (Image.open(folder / f"{name}.png") for name in ("person", "mask"))
+        return cls(person, mask, str(folder / "cloth.png"), folder.name.partition("-")[0])
+
+    def thumbnail(self) -> Image.Image:
+        """Person and cloth side by side."""
+        size = self.person.width * 256 // self.person.height, 256
+        pair = Image.new("RGB", (2 * size[0], size[1]), "white")
+        pair.paste(self.person.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+        with Image.open(self.cloth) as cloth:
+            pair.paste(ImageOps.pad(cloth.convert("RGB"), size, Image.Resampling.BICUBIC, "white"), (size[0], 0))
+        return pair
 
 
 def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, note: str = "") -> gr.Blocks:
@@ -373,28 +384,35 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
 
     Args:
         pipe: with a `human_parser` the page proposes masks; without one they are painted.
-        examples: a folder that `read_examples` reads; None shows none.
+        examples: a folder of folders that `Example.read` reads; None shows none.
         note: a line for below the title.
     """
     studio = Studio(pipe)
-    layers = tempfile.TemporaryDirectory()  # as long as the page
-    page = gr.Blocks(title="Virtual try-on", analytics_enabled=False, delete_cache=(600, DELETE_AFTER))
-    page.layers = layers
+    brush_size = max(1, pipe.resolve_size(4, 3, None, None)[0] // 20)
+    examples = [Example.read(folder) for folder in sorted(examples.glob("*-*"))] if examples else []
+    page = gr.Blocks(title="Virtual try-on", analytics_enabled=False, delete_cache=(DELETE_EVERY, DELETE_AFTER))
     with page:
         gr.Markdown(f"{TITLE}\n\n{note}", elem_id="title")
         with gr.Row():
             with gr.Column():
                 editor = gr.ImageEditor(
-                    label="Person: paint over what may change",
+                    label="Person",
                     type="pil",
                     format="png",
                     sources=["upload", "webcam", "clipboard"],
                     layers=False,
                     transforms=(),
-                    brush=gr.Brush(colors=[(MASK_COLOR, MASK_ALPHA)], color_mode="fixed"),
+                    placeholder="# A person\nDrop a photograph, or\nupload or take one",
+                    brush=gr.Brush(brush_size, colors=[(MASK_COLOR, MASK_ALPHA)], color_mode="fixed"),
+                    eraser=gr.Eraser(brush_size),
+                    canvas_size=(16, 16),  # gradio misplaces layers of pictures that are smaller than the canvas was
                     height=480,
                     elem_id="person",
                 )
+                hint = "Paint over what the new cloth may change" + (
+                    ", or see and mend what the page would take." if studio.proposes_masks else "."
+                )
+                gr.Markdown(hint, elem_classes="hint")
                 with gr.Row(visible=studio.proposes_masks):
                     looseness = gr.Dropdown(
                         LOOSENESS, value="loose", label="Room around the cloth", elem_id="looseness"
@@ -402,12 +420,12 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
                     propose = gr.Button("Show the mask", elem_id="propose")
                 with gr.Row():
                     cloth = Photograph(
-                        label="Cloth", sources=["upload", "clipboard", "webcam"], height=260, elem_id="cloth"
+                        label="Cloth", sources=["upload", "clipboard", "webcam"], height=240, elem_id="cloth"
                     )
                     with gr.Column(min_width=200):
                         cloth_type = gr.Radio(CATEGORIES, value="upper", label="Kind of cloth", elem_id="cloth_type")
                         with gr.Accordion("More settings", open=False):
-                            steps = gr.Slider(1, MAX_STEPS, value=50, step=1, label="Steps", elem_id="steps")
+                            steps = gr.Slider(1, MAX_STEPS, value=STEPS, step=1, label="Steps", elem_id="steps")
                             guidance_scale = gr.Slider(
                                 1, 10, value=pipe.config.guidance_scale, step=0.1, label="Guidance: pull of the cloth"
                             )
@@ -415,27 +433,35 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
                                 None, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, placeholder="random"
                             )
                             height = gr.Dropdown(heights(pipe), value=0, label="Size that the model works at")
+                start = gr.Button("Try it on", variant="primary", elem_id="start")
+                stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
+                progress = gr.HTML(status("Choose a person and a cloth."), elem_id="status")
             with gr.Column():
                 result = gr.ImageSlider(
-                    label="Original | result", format="png", buttons=["fullscreen"], height=480, elem_id="result"
+                    label="Before | after", format="png", buttons=["fullscreen"], height=560, elem_id="result"
                 )
-                progress = gr.HTML(status("Choose a person and a cloth."), elem_id="status")
-                with gr.Row():
-                    start = gr.Button("Try it on", variant="primary", elem_id="start")
-                    stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
                 with gr.Row():
                     used_mask = gr.Image(
-                        label="Mask used", format="png", height=160, interactive=False, elem_id="used_mask"
+                        label="Mask used",
+                        format="png",
+                        height=200,
+                        interactive=False,
+                        buttons=["download"],
+                        elem_id="used_mask",
                     )
-                    download = gr.DownloadButton("Download", interactive=False, elem_id="download")
-        if examples is not None:
-            gr.Examples(
-                read_examples(examples, Path(layers.name)),
-                [editor, cloth, cloth_type],
-                label="Examples",
-                elem_id="examples",
-            )
-        gr.Markdown(NOTES.format(hours=DELETE_AFTER / 3600), elem_id="notes")
+                    with gr.Column(min_width=160):
+                        download = gr.DownloadButton("Download", interactive=False, elem_id="download")
+                        summary = gr.Markdown(elem_id="summary")
+        gallery = gr.Dataset(
+            components=[gr.Image(render=False, format="png")],
+            samples=[[example.thumbnail()] for example in examples],
+            type="index",
+            layout="gallery",
+            label="Examples",
+            visible=bool(examples),
+            elem_id="examples",
+        )
+        gr.Markdown(NOTES.format(minutes=(DELETE_AFTER + DELETE_EVERY) // 60), elem_id="notes")
         with gr.Row(visible=False):  # what /tryon and /mask take in the editor's place
             person_file, mask_file = Photograph(), Photograph()
             mask_out, result_out = gr.Image(format="png"), gr.File()
@@ -448,19 +474,28 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
                     raise gr.Error("There is no picture of the person yet.")
                 check_pixels(person, "person")
                 settings = Settings(cloth_type, looseness, steps, guidance_scale, seed, height or None)
-                yield gr.skip(), gr.skip(), gr.skip(), status("Reading the pictures", 0, steps)
-                small = shown(person)
+                yield {progress: status("Reading the pictures", 0, steps)}
+                before = shown(person)
+                before_file = save_picture(before, "before", result.GRADIO_CACHE)
                 for at in studio.try_on(person, open_picture(cloth, "cloth"), mask, settings):
-                    if not at.finished:
-                        line = status(f"Step {at.done} of {steps}", at.done, steps)
-                        yield (small, at.picture.resize(small.size)), at.mask, gr.skip(), line
-                file = save_result(at.picture, at.seed, download.GRADIO_CACHE)
-                line = status(
-                    f"Done in {at.seconds:.1f} s. Seed {at.seed}, {at.picture.width} x {at.picture.height} pixels."
-                )
-                yield (small, shown(at.picture)), at.mask, gr.update(value=file, interactive=True), line
+                    if at.finished:
+                        break
+                    after = save_picture(at.picture.resize(before.size), f"step-{at.done}", result.GRADIO_CACHE)
+                    yield {
+                        result: (before_file, after),
+                        progress: status(f"Step {at.done} of {steps}", at.done, steps),
+                    }
+                file = save_picture(at.picture, f"tryon-{at.seed}", result.GRADIO_CACHE)
+                size = f"{at.picture.width} x {at.picture.height} pixels"
+                yield {
+                    result: (before_file, save_picture(shown(at.picture), "after", result.GRADIO_CACHE)),
+                    used_mask: at.mask,
+                    download: gr.DownloadButton(value=file, interactive=True),
+                    summary: f"Seed {at.seed}, {steps} steps, {at.seconds:.1f} s, {size}",
+                    progress: status("Done."),
+                }
             except gr.Error as error:
-                yield gr.skip(), gr.skip(), gr.skip(), status(error.message, failed=True)
+                yield {progress: status(error.message, failed=True)}
 
         def page_mask(editor, cloth_type, looseness):
             try:
@@ -479,11 +514,15 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
             pictures = open_picture(person, "person"), open_picture(cloth, "cloth")
             mask = None if mask is None else open_picture(mask, "mask")
             *_, at = studio.try_on(*pictures, mask, settings)
-            return save_result(at.picture, at.seed, download.GRADIO_CACHE), at.mask, at.seed
+            return save_picture(at.picture, f"tryon-{at.seed}", result.GRADIO_CACHE), at.mask, at.seed
 
         def mask(person, cloth_type, looseness):
             """Where a cloth of this kind may change the person: a mask in the person's size."""
             return studio.predict_mask(open_picture(person, "person"), cloth_type, looseness)
+
+        def fill_in(index):
+            example = examples[index]
+            return paint_mask(example.person, example.mask), example.cloth, example.cloth_type, STEPS, None, 0
 
         options = [cloth_type, looseness, steps, guidance_scale, seed, height]
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
@@ -495,7 +534,7 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
         run = start.click(
             page_try_on,
             [editor, cloth, *options],
-            [result, used_mask, download, progress],
+            [result, used_mask, download, summary, progress],
             show_progress_on=progress,
             api_visibility="private",
             **one_at_a_time,
@@ -508,6 +547,10 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
             cancels=run,
             queue=False,
             api_visibility="private",
+        )
+        cleared = gallery.click(lambda: None, None, editor, queue=False, api_visibility="private")
+        cleared.then(  # an empty canvas takes the new picture's size, and its layer's
+            fill_in, gallery, [editor, cloth, cloth_type, steps, seed, height], queue=False, api_visibility="private"
         )
         propose.click(page_mask, [editor, cloth_type, looseness], [editor, progress], api_visibility="private")
         api_tryon.click(
@@ -527,7 +570,7 @@ def launch(page: gr.Blocks, **options) -> tuple:
     return page.launch(
         theme=gr.themes.Soft(primary_hue="pink", font=sans),
         css=CSS,
-        footer_links=["api"],
+        footer_links=["api", "gradio"],
         run_history=False,
         enable_monitoring=False,
         max_file_size=MAX_FILE_SIZE,
