@@ -9,6 +9,7 @@ The file reads in the order of the data: pictures, latents in the UNet's slots, 
 file, and the pipeline. `train_vton.py` imports the same pieces.
 """
 
+import copy
 import inspect
 import json
 import math
@@ -34,10 +35,12 @@ from diffusers import (
     UNet2DConditionModel,
     __version__,
 )
+from diffusers.configuration_utils import FrozenDict
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
-from diffusers.models.attention_processor import Attention
+from diffusers.loaders.lora_base import _best_guess_weight_name
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, StableDiffusionSafetyChecker
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
@@ -47,10 +50,12 @@ from diffusers.utils.hub_utils import _get_model_file, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
     BaseImageProcessor,
     CLIPImageProcessor,
     CLIPTextModel,
@@ -77,13 +82,36 @@ LORA_NAME, LORA_SETTINGS = (
     "vton_adapter",
 )  # diffusers' own; our entry in its metadata
 
-# What a try-on repaints, by the label names of fashn-ai/fashn-human-parser and mattmdjaga/segformer_b2_clothes.
-REPAINTED_LABELS = {
-    "upper": {"top", "upper-clothes", "dress", "scarf", "torso", "arms", "left-arm", "right-arm"},
-    "lower": {"skirt", "pants", "dress", "belt", "legs", "left-leg", "right-leg"},
+# What human parsers call what they see: ATR's labels (mattmdjaga/segformer_b2_clothes), those of fashn-ai/fashn-human-parser and
+# of yolo12138/segformer-b2-human-parse-24, LIP's and CIHP's. Case aside, and with "-" for "_" and " ".
+PARSER_LABELS = {
+    "background": {"background"},
+    "top": {
+        "top", "upper-clothes", "coat", "upper-only-torso-region", "coat-only-torso-region", "left-sleeve-for-upper",
+        "right-sleeve-for-upper",
+    },
+    "dress": {"dress", "dresses-only-torso-region", "jumpsuits"},
+    "skirt": {"skirt", "skirts"},
+    "trousers": {"pants", "left-pants", "right-pants", "right-patns"},
+    "belt": {"belt"},
+    "scarf": {"scarf"},
+    "torso": {"torso", "torso-skin", "skin-around-neck-region"},
+    "arms": {"arms", "left-arm", "right-arm"},
+    "legs": {"legs", "left-leg", "right-leg"},
+    "hands": {"hands", "glove"},
+    "feet": {"feet", "left-shoe", "right-shoe", "socks"},
+    "head": {"face", "hair", "hat", "glasses", "sunglasses"},
+    "bag": {"bag"},
+    "jewelry": {"jewelry"},
+}  # fmt: skip
+# What a try-on repaints of them, and what it never does.
+REPAINTED = {
+    "upper": {"top", "dress", "scarf", "torso", "arms"},
+    "lower": {"skirt", "trousers", "dress", "belt", "legs"},
 }
-REPAINTED_LABELS["dress"] = REPAINTED_LABELS["upper"] | REPAINTED_LABELS["lower"]
-KEPT_LABELS = {"face", "hair", "hat", "glasses", "sunglasses", "hands", "feet", "left-shoe", "right-shoe", "bag"}
+REPAINTED["dress"] = REPAINTED["upper"] | REPAINTED["lower"]
+KEPT = {"head", "hands", "feet", "bag"}
+LOOSENESS = ("tight", "loose", "box")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -160,6 +188,239 @@ def resize(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def fit_cloth(cloth: Image.Image, height: int, width: int) -> Image.Image:
     """The whole cloth, centred on white, at height x width."""
     return ImageOps.pad(cloth, (width, height), method=Image.Resampling.LANCZOS, color="white")
+
+
+# ---------------------------------------------------------------------------------------------------------- the mask
+
+
+def as_cloth_types(cloth_type: str | list[str]) -> list[str]:
+    """One kind of cloth or several as a list; ValueError where one is none of them."""
+    cloth_types = list(cloth_type) if isinstance(cloth_type, (list, tuple)) else [cloth_type]
+    if not cloth_types or not all(isinstance(each, str) and each in REPAINTED for each in cloth_types):
+        raise ValueError(f"`cloth_type` must be one of {', '.join(REPAINTED)}, or a list of them, got {cloth_type!r}")
+    return cloth_types
+
+
+def parser_roles(id2label: dict[int, str]) -> dict[int, str]:
+    """What a human parser's label numbers show, in the words of `PARSER_LABELS`, read by their names.
+
+    Raises:
+        ValueError: a name is unknown; the sentence lists all that were found.
+    """
+    roles = {name: role for role, names in PARSER_LABELS.items() for name in names}
+    found = {i: re.sub("[ _]", "-", label.lower()) for i, label in id2label.items()}
+    if unknown := sorted(set(found.values()) - roles.keys()):
+        raise ValueError(
+            f"`human_parser` must have labels that are known here (rename them in its config's `id2label`), got "
+            f"{', '.join(unknown)} among {', '.join(id2label.values())}"
+        )
+    return {i: roles[name] for i, name in found.items()}
+
+
+def agnostic_mask(parsed: torch.Tensor, roles: dict[int, str], cloth_types: list[str], looseness: str) -> torch.Tensor:
+    """Where a try-on repaints a person: the cloth and the skin that it may cover, without what is never touched.
+
+    Args:
+        parsed: (H, W), a label number for every pixel.
+        roles: what the numbers show, of `parser_roles`.
+        cloth_types: kinds of `REPAINTED`; their regions are united.
+        looseness: `"tight"`, the region grown by 3 % of its larger side; `"loose"`, its convex hull, blurred and grown by 4 %:
+            down to the hips for an upper cloth, else flared by 15 % of its height towards the feet, so that neither sleeves nor
+            hem of the worn cloth show; `"box"`, the box around that, 6 % wider and 2 % higher on each side.
+
+    Returns:
+        (H, W), true where the person is repainted; false everywhere if nothing of the kind is there.
+    """
+
+    def shows(*wanted: str) -> torch.Tensor:
+        return torch.isin(parsed, torch.tensor([i for i, role in roles.items() if role in wanted], dtype=parsed.dtype))
+
+    repainted = set().union(*(REPAINTED[cloth_type] for cloth_type in cloth_types))
+    region = shows(*repainted)
+    if not region.any():
+        return region
+    cleaned = _grow(~_grow(~region, 1), 1)  # without specks, one of which would stretch a hull over half the picture
+    cleaned = cleaned if cleaned.any() else region
+    top, bottom, left, right = _extent(cleaned)
+    side = max(bottom - top, right - left)
+    mask = _grow(region, 0.03 * side)
+    if looseness != "tight":
+        reached = cleaned.clone()
+        if "legs" in repainted:
+            _, _, left, right = _extent(cleaned[bottom - (bottom - top + 9) // 10 : bottom])
+            flare = round(0.15 * (bottom - top))
+            reached[bottom - 1, max(0, left - flare) : right + flare] = True
+        else:
+            reached |= shows("skirt", "trousers", "belt", "legs") & _above_hips(shows("head"), top, bottom)
+        mask |= _hull(reached, side) if looseness == "loose" else _box(reached, side)
+    if "arms" not in repainted:
+        return mask & ~shows("arms", *KEPT)
+    hands = ~_grow(~shows("hands"), 0.01 * side)  # their rim is the cuff's
+    return mask & ~hands & ~shows(*(KEPT - {"hands"}))
+
+
+def _extent(region: torch.Tensor) -> tuple[int, int, int, int]:
+    """First and last row, first and last column, the last ones exclusive."""
+    (rows,), (columns,) = region.any(dim=1).nonzero(as_tuple=True), region.any(dim=0).nonzero(as_tuple=True)
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def _grow(region: torch.Tensor, pixels: float) -> torch.Tensor:
+    """The region and all within so many pixels, at least one, of it along both axes."""
+    reach = max(1, round(pixels))
+    grown = region.float()[None]
+    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):  # a square, one side after the other
+        grown = F.max_pool2d(grown, kernel, stride=1, padding=tuple(size // 2 for size in kernel))
+    return grown[0] > 0
+
+
+def _above_hips(head: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
+    """(H, 1), true down to the crotch: four heads below the crown, as figures are drawn; without a whole head, a third of the
+    cloth's height (`top` to `bottom`) below it.
+    """
+    hips = bottom + (bottom - top) / 3
+    if head.any() and not head[0].any():
+        crown, chin, _, _ = _extent(head)
+        hips = crown + 4 * (chin - crown)
+    return torch.arange(len(head))[:, None] < hips
+
+
+def _hull(region: torch.Tensor, side: int) -> torch.Tensor:
+    """The convex hull (Andrew's monotone chain), blurred by 3 % of the side and so grown by 4 %."""
+    rows = region.any(dim=1).nonzero()[:, 0].tolist()
+    left = region.int().argmax(dim=1).tolist()
+    right = (region.shape[1] - 1 - region.flip(1).int().argmax(dim=1)).tolist()
+
+    def chain(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        turning: list[tuple[int, int]] = []
+        for x, y in points:
+            while len(turning) > 1:
+                (x0, y0), (x1, y1) = turning[-2:]
+                if (x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) > 0:
+                    break
+                turning.pop()
+            turning.append((x, y))
+        return turning
+
+    outline = chain([(right[y], y) for y in rows]) + chain([(left[y], y) for y in reversed(rows)])
+    hull = Image.new("L", (region.shape[1], region.shape[0]))
+    ImageDraw.Draw(hull).polygon(outline, fill=255, outline=255)
+    return torch.from_numpy(np.array(hull.filter(ImageFilter.GaussianBlur(0.03 * side)))) > 0.1 * 255
+
+
+def _box(region: torch.Tensor, side: int) -> torch.Tensor:
+    top, bottom, left, right = _extent(region)
+    x, y = round(0.06 * side), round(0.02 * side)
+    box = torch.zeros_like(region)
+    box[max(0, top - y) : bottom + y, max(0, left - x) : right + x] = True
+    return box
+
+
+class VTONMaskMixin:
+    """Draws masks with the components `human_parser` and `human_parser_processor`."""
+
+    def load_human_parser(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str = "",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        dtype: torch.dtype | str = "auto",
+    ) -> None:
+        """Load a Segformer human parser and its processor, for `predict_mask` and for calls without a mask.
+
+        Load it before offloading is enabled, to have it offloaded too. Mind its licence: parsers that were trained from
+        NVIDIA's SegFormer weights are for non-commercial use.
+
+        Args:
+            pretrained_model_name_or_path: a Hub repository or a folder, such as `fashn-ai/fashn-human-parser`.
+            subfolder, revision, token, cache_dir, force_download, local_files_only: as in `from_pretrained`.
+            dtype: of the parser's weights; "auto" is the file's.
+
+        Raises:
+            ValueError: it is no Segformer with a trained head, or its labels are unknown. Nothing has changed then.
+            OSError: there is no such file.
+        """
+        source, options = (
+            str(pretrained_model_name_or_path),
+            {
+                "revision": revision,
+                "token": token,
+                "cache_dir": cache_dir,
+                "force_download": force_download,
+                "local_files_only": local_files_only,
+            },
+        )
+        config = AutoConfig.from_pretrained(source, subfolder=subfolder, **options)
+        if config.model_type != "segformer":
+            raise ValueError(f"load_human_parser: {source} must be a Segformer, got a {config.model_type}")
+        parser_roles(config.id2label)
+        parser, report = SegformerForSemanticSegmentation.from_pretrained(
+            source, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        if report["missing_keys"]:
+            raise ValueError(
+                f"load_human_parser: {source} is no trained parser, {len(report['missing_keys'])} of its weights are missing "
+                f"({sorted(report['missing_keys'])[0]})"
+            )
+        processor = AutoImageProcessor.from_pretrained(source, subfolder=subfolder, **options)
+        device = self._execution_device
+        self.register_modules(human_parser=parser.to(device), human_parser_processor=processor)
+
+    @torch.no_grad()
+    def predict_mask(
+        self, person_image: PictureInput, cloth_type: str | list[str] = "upper", looseness: str = "loose"
+    ) -> Image.Image | list[Image.Image]:
+        """Draw the agnostic mask with the human parser: white where a try-on repaints the person, to look at and edit.
+
+        It covers the worn cloth and the skin that another may cover, and spares head, hands, feet and bags. Parsers without a
+        label for hands count them to the arms.
+
+        Args:
+            person_image: one or N photographs, as a call takes them.
+            cloth_type: `"upper"`, `"lower"` or `"dress"`; the regions of a list are united. A dress over other cloths frees
+                them and the legs, an upper cloth over a dress the whole dress.
+            looseness: how much of the worn cloth's cut the mask tells. `"tight"` is the region, grown; `"loose"` its convex
+                hull, blurred and grown, so that neither sleeve length nor hem show; `"box"` a box around it.
+
+        Returns:
+            A PIL image (mode L) of the person's size, or a list of them for a list or a batch.
+
+        Raises:
+            ValueError: there is no parser, its labels are unknown, or it sees nothing of the kind.
+        """
+        cloth_types = as_cloth_types(cloth_type)
+        if looseness not in LOOSENESS:
+            raise ValueError(f"`looseness` must be one of {', '.join(LOOSENESS)}, got {looseness!r}")
+        if self.human_parser is None or self.human_parser_processor is None:
+            raise ValueError("predict_mask needs a human parser: call load_human_parser first")
+        roles, masks = parser_roles(self.human_parser.config.id2label), []
+        for person in as_tensors(person_image, "person_image", 3):
+            mask = agnostic_mask(self.parse_person(person), roles, cloth_types, looseness)
+            if not mask.any():
+                raise ValueError(
+                    f"`person_image` shows the human parser nothing of the kind `cloth_type`={cloth_type!r}: give a `mask_image`"
+                )
+            mask = Image.fromarray(mask.numpy().astype(np.uint8) * 255)
+            mask = mask.resize((person.shape[2], person.shape[1]), Image.Resampling.BILINEAR)
+            masks.append(mask.point(lambda value: 255 * (value >= 128)))
+        many = isinstance(person_image, (list, tuple)) or getattr(person_image, "ndim", 3) == 4
+        return masks if many else masks[0]
+
+    def parse_person(self, person: torch.Tensor) -> torch.Tensor:
+        """A person (3, H, W) in [0, 1] to label numbers (h, w), no larger than the picture or the parser's input."""
+        parser = self.human_parser
+        device = self._execution_device if hasattr(parser, "_hf_hook") else parser.device
+        pixels = self.human_parser_processor(images=as_pil(person), return_tensors="pt")["pixel_values"]
+        logits = parser(
+            pixel_values=pixels.to(device, parser.dtype)
+        ).logits.float()  # (1, labels, a quarter of the input)
+        scale = min(1, max(pixels.shape[-2:]) / max(person.shape[1:]))
+        size = [max(1, round(length * scale)) for length in person.shape[1:]]
+        return F.interpolate(logits, size=size, mode="bilinear")[0].argmax(dim=0).cpu()
 
 
 # ----------------------------------------------------------------------------------------- latents in the UNet's slots
@@ -549,7 +810,7 @@ def adapter_parameters(unet: UNet2DConditionModel, trainable: str, widened: bool
     parts, chosen = TRAINABLE_PARTS[trainable], {}
     for name, parameter in unet.named_parameters():
         name = name.removeprefix("_orig_mod.").replace(".base_layer.", ".")
-        if ".lora_" in name:
+        if ".lora_" in name or {"to_qkv", "to_kv"} & set(name.split(".")):  # what unfuse_qkv_projections leaves behind
             continue
         if parts is None or parts & set(name.split(".")) or (widened and name == "conv_in.weight"):
             chosen[name] = parameter
@@ -648,8 +909,98 @@ def catvton_settings(source: str, mask_free: bool | None, base_in_channels: int)
     )
 
 
+def _lora_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules that peft has put around others."""
+    return (module for module in model.modules() if hasattr(module, "merged_adapters"))
+
+
 class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
-    """Loads, unloads and saves try-on adapters, and LoRAs that bring settings, in a pipeline's `unet` and config."""
+    """Adapters, LoRAs and settings of a pipeline: what its `unet` carries, and what its config says of it.
+
+    Settings are a stack of layers: the base's, what was fused into it for good, the adapter's, and those of every LoRA that
+    brings its own and is active, in loading order; None in a layer leaves what lies below. `config` shows the top. The layers
+    stay with the UNet, so that every pipeline around it knows them, and another UNet has its own.
+    """
+
+    @property
+    def config(self) -> FrozenDict:
+        """As diffusers'; the settings in it are the stack's top, whatever happened to the UNet since one looked last."""
+        if "_said" in self.__dict__:
+            settings = asdict(self._settings())
+            if not settings.items() <= self._internal_dict.items():  # set past __setattr__, which asks for `config`
+                self.__dict__["_internal_dict"] = FrozenDict({**self._internal_dict, **settings})
+        return self._internal_dict
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As diffusers'; a setting is said of the layer that is the top one now, and goes with it."""
+        names = [setting.name for setting in fields(AdapterSettings) if setting.name in kwargs]
+        said = {name: kwargs.pop(name) for name in names}
+        super().register_to_config(**kwargs)
+        if said:
+            checked = asdict(AdapterSettings(**asdict(self._settings()) | said))
+            said = {name: checked[name] for name in names}
+            if "base_in_channels" in said:
+                self._stack["base_in_channels"] = said.pop("base_in_channels")
+            number = self._layers()[-1]["number"]
+            for known in (self._said, self._stack["said"]):
+                known[number] = known.get(number, {}) | said
+
+    def _begin_settings(self, **given: Any) -> None:
+        """The settings of a new pipeline: as given, else what was last said of this UNet, else the defaults."""
+        given = {name: value for name, value in given.items() if value is not None}
+        stack = self._stack
+        if not stack["said"]:  # nobody has seen this UNet
+            settings = asdict(AdapterSettings(**{"base_in_channels": stack["base_in_channels"]} | given))
+            stack["base_in_channels"] = settings.pop("base_in_channels")
+            stack["said"][0] = settings
+            given = {}
+        self._said = copy.deepcopy(stack["said"])  # by the numbers of the layers; by this pipeline alone from now on
+        number, checked = self._layers()[-1]["number"], asdict(AdapterSettings(**asdict(self._settings()) | given))
+        self._said[number] = self._said.get(number, {}) | {name: checked[name] for name in given}
+
+    @property
+    def _stack(self) -> dict[str, Any]:
+        """What the UNet carries."""
+        unet = getattr(self.unet, "_orig_mod", self.unet)
+        if unet is None:
+            return {"base_in_channels": None, "said": {}, "fixed": [], "adapter": None, "loras": {}, "layers": 0}
+        if "vton_stack" not in vars(unet):
+            unet.vton_stack = {
+                "base_in_channels": unet.config.in_channels,
+                "said": {0: self._said[0]} if "_said" in self.__dict__ else {},  # by the numbers of the layers
+                "fixed": [],  # layers that were fused into the base
+                "adapter": None,  # its layer, with the base's weights
+                "loras": {},  # layers by the names of LoRAs
+                "layers": 0,  # so far
+            }
+        return unet.vton_stack
+
+    def _new_layer(self, settings: AdapterSettings) -> dict[str, Any]:
+        stack = self._stack
+        stack["layers"] += 1
+        return {"number": stack["layers"], "settings": asdict(settings)}
+
+    def _layers(self, loras: bool = True) -> list[dict[str, Any]]:
+        """The layers in force, from the base up; without `loras` only what the UNet's own weights are."""
+        stack = self._stack
+        layers = [{"number": 0, "settings": {}}, *stack["fixed"]]
+        if stack["adapter"] is not None:
+            layers.append(stack["adapter"])
+        if loras and stack["loras"]:
+            computing = set()
+            for module in _lora_modules(self.unet):  # where some are merged, the others do nothing
+                if not module.disable_adapters:
+                    computing.update(module.merged_adapters or module.active_adapters)
+            layers += [layer for name, layer in stack["loras"].items() if name in computing]
+        return layers
+
+    def _settings(self, loras: bool = True) -> AdapterSettings:
+        """What the layers in force say together."""
+        settings = {}
+        for layer in self._layers(loras):
+            settings |= {name: value for name, value in layer["settings"].items() if value is not None}
+            settings |= self._said.get(layer["number"], {})
+        return AdapterSettings(**settings | {"base_in_channels": self._stack["base_in_channels"]})
 
     def load_vton_adapter(
         self,
@@ -687,7 +1038,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             "force_download": force_download,
             "local_files_only": local_files_only,
         }
-        self._refuse_scattered_unet()
+        self._refuse_changed_unet()
         file = self._find_adapter(pretrained_model_name_or_path, weight_name, options)
         weights, metadata = read_safetensors(file)
         if weights and all(map(CATVTON_KEY.fullmatch, weights)):
@@ -699,76 +1050,104 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 raise ValueError(f"`mask_free`={mask_free} is not what the adapter {file} says: {settings.mask_free}")
         self._check_adapter(file, weights, settings)
         self._refuse_lora_on_conv_in(widened=settings.base_in_channels == 4)
-        if self._adapter_backup is not None:
+        stack = self._stack
+        if stack["adapter"] is not None:
             self.unload_vton_adapter()
-        backup = {"settings": self._settings(), "conv_in": None}
-        if self.unet.config.in_channels == 4:
-            backup["conv_in"] = widen_conv_in(self.unet)
+        conv_in = widen_conv_in(self.unet) if self.unet.config.in_channels == 4 else None
         parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
-        backup["weights"] = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        self.register_to_config(**asdict(settings))
-        self._adapter_backup = backup
+        stack["adapter"] = self._new_layer(settings) | {"weights": base, "conv_in": conv_in}
 
     def unload_vton_adapter(self) -> None:
-        """Put the base's weights back, bit for bit, and the settings from before the adapter."""
-        if self._adapter_backup is None:
+        """Put the base's weights back, bit for bit, and the settings that lie below the adapter's."""
+        adapter = self._stack["adapter"]
+        if adapter is None:
             raise ValueError(
-                "unload_vton_adapter: no adapter was loaded with load_vton_adapter; weights saved by save_pretrained are merged"
+                "unload_vton_adapter: no adapter was loaded into this UNet with load_vton_adapter, or its weights are merged "
+                "with the base's: saved by save_pretrained, or under a LoRA that was fused and then unloaded"
             )
-        self._refuse_scattered_unet()
-        backup = self._adapter_backup
-        self._refuse_lora_on_conv_in(widened=backup["conv_in"] is not None)
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.base_in_channels == 4)
+        self._refuse_changed_unet()
+        widened = adapter["conv_in"] is not None
+        self._refuse_lora_on_conv_in(widened)
+        parameters = adapter_parameters(self.unet, "all", widened)
         with torch.no_grad():
-            for name, weight in backup["weights"].items():
+            for name, weight in adapter["weights"].items():
                 parameters[name].copy_(weight)
-        if backup["conv_in"] is not None:
-            device_and_dtype = self.unet.conv_in.weight
-            self.unet.conv_in = backup["conv_in"].to(device_and_dtype)
+        if widened:
+            self.unet.conv_in = adapter["conv_in"].to(self.unet.conv_in.weight)  # its device and dtype
             self.unet.register_to_config(in_channels=4)
-        self.register_to_config(**asdict(backup["settings"]))
-        self._adapter_backup = None
+        self._stack["adapter"] = None
 
     def save_vton_adapter(self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-        """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings."""
+        """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings.
+
+        LoRAs that are loaded and not fused are no part of it, neither their weights nor their settings.
+        """
         if self.unet.config.in_channels == 4:
             raise ValueError(
                 "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
             )
-        self._refuse_scattered_unet()
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.base_in_channels == 4)
+        self._refuse_changed_unet()
+        settings = self._settings(loras=False)
+        parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
         weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
-        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, self._settings())
+        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, settings)
 
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
         adapter_name: str | None = None,
-        **kwargs,
+        settings: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """As diffusers loads a LoRA; one that `train_vton.py` trained brings its settings too, until `unload_lora_weights`.
+        """As diffusers loads a LoRA; one that `train_vton.py` trained brings its settings too, as long as it is active.
+
+        Args:
+            pretrained_model_name_or_path_or_dict, adapter_name, kwargs: as in diffusers.
+            settings: the `AdapterSettings` of a LoRA whose file is silent, or that comes as a dict of weights; None takes the
+                file's.
 
         Raises:
             ValueError: the LoRA was trained on a UNet with other input channels, or its settings are damaged.
         """
-        settings = self._find_lora_settings(pretrained_model_name_or_path_or_dict, **kwargs)
+        brought = self._find_lora_settings(pretrained_model_name_or_path_or_dict, **kwargs)
+        brought = brought if settings is None else AdapterSettings(**settings)
+        before = set(getattr(self.unet, "peft_config", {}))
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
-        if settings is not None:
-            self._lora_backup = self._lora_backup or self._settings()
-            self.register_to_config(**asdict(settings))
+        for name in set(getattr(self.unet, "peft_config", {})) - before or {adapter_name}:
+            self._stack["loras"].pop(name, None)
+            if brought is not None:
+                self._stack["loras"][name] = self._new_layer(brought)
 
-    def unload_lora_weights(self, **kwargs) -> None:
-        """As diffusers unloads LoRAs, and the settings from before the first one that brought its own."""
-        super().unload_lora_weights(**kwargs)
-        if self._lora_backup is not None:
-            self.register_to_config(**asdict(self._lora_backup))
-            self._lora_backup = None
+    def unload_lora_weights(self) -> None:
+        """As diffusers unloads LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
+        self._keep_fused(set(self._stack["loras"]))
+        super().unload_lora_weights()
+        self._stack["loras"].clear()
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """As diffusers deletes LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        self._keep_fused(names)
+        super().delete_adapters(adapter_names)
+        for name in names:
+            self._stack["loras"].pop(name, None)
+
+    def _keep_fused(self, names: set[str]) -> None:
+        """Of LoRAs that are about to go: those that are merged become the base's for good, and an adapter under them too."""
+        stack = self._stack
+        merged = {name for module in _lora_modules(self.unet) for name in module.merged_adapters}
+        if merged & names:
+            if stack["adapter"] is not None:
+                stack["fixed"].append({name: stack["adapter"][name] for name in ("number", "settings")})
+                stack["adapter"] = None
+            stack["fixed"] += [layer for name, layer in stack["loras"].items() if name in merged & names]
 
     def _find_lora_settings(
-        self, path: str | os.PathLike | dict, weight_name: str | None = None, **kwargs
+        self, path: str | os.PathLike | dict, weight_name: str | None = None, **kwargs: Any
     ) -> AdapterSettings | None:
         """The settings in a LoRA's metadata; None for a LoRA of another kind."""
         if isinstance(path, dict):
@@ -776,8 +1155,10 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         known = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
         options = {name: kwargs[name] for name in known if name in kwargs}
         try:
+            if weight_name is None:
+                weight_name = _best_guess_weight_name(path, local_files_only=options.get("local_files_only"))
             file = _get_model_file(path, weights_name=weight_name or LORA_NAME, **options)
-        except OSError:  # under another name: diffusers looks further, or says what is missing
+        except (OSError, ValueError):  # diffusers says what is missing
             return None
         metadata = read_safetensors(file)[1] if file.endswith(".safetensors") else {}
         if LORA_SETTINGS not in metadata:
@@ -789,14 +1170,19 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             )
         return settings
 
-    def _settings(self) -> AdapterSettings:
-        """What the config says."""
-        return AdapterSettings(**{setting.name: self.config[setting.name] for setting in fields(AdapterSettings)})
-
-    def _refuse_scattered_unet(self) -> None:
+    def _refuse_changed_unet(self) -> None:
+        """ValueError where the adapter's weights are not there, or are mixed with others'."""
         if _is_group_offload_enabled(self.unet) or any(p.device.type == "meta" for p in self.unet.parameters()):
             raise ValueError(
                 "the UNet's weights are spread by sequential or group offloading: load, save or unload the adapter before it is enabled"
+            )
+        if merged := {name for module in _lora_modules(self.unet) for name in module.merged_adapters}:
+            raise ValueError(
+                f"the UNet's weights are fused with the LoRA {', '.join(sorted(merged))}: call unfuse_lora before the adapter is loaded, saved or unloaded"
+            )
+        if any(isinstance(processor, FusedAttnProcessor2_0) for processor in self.unet.attn_processors.values()):
+            raise ValueError(
+                "the UNet's QKV projections are fused: call unfuse_qkv_projections before the adapter is loaded, saved or unloaded"
             )
 
     def _refuse_lora_on_conv_in(self, widened: bool) -> None:
@@ -892,13 +1278,18 @@ Virtual try-on with Stable Diffusion 1.5: it puts the cloth of one photograph on
 
 The code is Apache 2.0. The weights are not: they follow their base and the data that they learnt from (here: `{license}`).
 VITON-HD and DressCode are for research only, and so are weights trained on them.
-
+{human_parser}
 ## Photographs of people
 
 Dress people who agreed to it, say of a result that it is generated, and do not make it of children, to deceive, to undress or
 to ridicule. A result shows neither how a cloth fits nor what the body under it looks like. What the base has learnt about
 people, its biases included, is still there.
 """
+
+
+def _hub_name(name: str | None) -> str | None:
+    """The name, if it is a repository's on the Hub and not a folder's."""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists() else None
 
 
 class VTONHubMixin:
@@ -910,6 +1301,7 @@ class VTONHubMixin:
         *args: Any,
         push_to_hub: bool = False,
         license: str | None = None,
+        human_parser_license: str | None = None,
         eval_results: list[EvalResult] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -918,6 +1310,8 @@ class VTONHubMixin:
         Args:
             save_directory: the folder; a README.md of your own in it is kept.
             license: of the weights, for the card; None takes what is known of the base.
+            human_parser_license: of the human parser, which is saved too where it is given; its weights have a licence of
+                their own, so None leaves it out.
             eval_results: what was measured, for the card.
             args, kwargs: as in diffusers.
         """
@@ -927,7 +1321,22 @@ class VTONHubMixin:
             raise ValueError(
                 "`push_to_hub=True` would upload before the code is written: call pipe.push_to_hub(repo_id) instead"
             )
-        super().save_pretrained(save_directory, *args, **kwargs)
+        for name in ("unet", "text_encoder"):
+            component = getattr(self, name)
+            if component is not None and any(_lora_modules(component)):
+                raise ValueError(
+                    f"`{name}` has LoRA layers, and with them would be saved what does not load: call unload_lora_weights first, "
+                    "after fuse_lora to keep what they do"
+                )
+        if self.unet.config.in_channels != 4:
+            self._refuse_changed_unet()
+        parser = {name: getattr(self, name) for name in ("human_parser", "human_parser_processor")}
+        if human_parser_license is None:
+            self.register_modules(**dict.fromkeys(parser))
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.register_modules(**parser)
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text())
         index["_class_name"] = ["pipeline_vton", type(self).__name__]
@@ -940,7 +1349,7 @@ class VTONHubMixin:
         self._write_code(folder)
         if self.unet.config.in_channels != 4:
             self.save_vton_adapter(folder, dtype=self._lossless_dtype())
-        self._write_card(folder, folder.resolve().name, False, license, eval_results)
+        self._write_card(folder, folder.resolve().name, False, license, human_parser_license, eval_results)
 
     def push_to_hub(
         self,
@@ -952,6 +1361,7 @@ class VTONHubMixin:
         variant: str | None = None,
         adapter_only: bool = False,
         license: str | None = None,
+        human_parser_license: str | None = None,
         eval_results: list[EvalResult] | None = None,
     ) -> str:
         """Upload a complete repository, as `save_pretrained` writes it, or the adapter with its code and card alone.
@@ -960,7 +1370,7 @@ class VTONHubMixin:
             repo_id, commit_message, private, token, create_pr, variant: as in diffusers.
             adapter_only: upload no components: about 100 MB for SD1.5, loaded onto the base by
                 `from_pretrained(BASE, custom_pipeline=repo_id)` and `load_vton_adapter(repo_id)`.
-            license, eval_results: for the card, as in `save_pretrained`. A card of your own on the Hub is kept.
+            license, human_parser_license, eval_results: as in `save_pretrained`. A card of your own on the Hub is kept.
 
         Returns:
             The commit's address.
@@ -975,8 +1385,8 @@ class VTONHubMixin:
             if adapter_only:
                 self._save_adapter_repository(folder, repo_id)
             else:
-                self.save_pretrained(folder, variant=variant)
-            self._write_card(folder, repo_id, adapter_only, license, eval_results)
+                self.save_pretrained(folder, variant=variant, human_parser_license=human_parser_license)
+            self._write_card(folder, repo_id, adapter_only, license, human_parser_license, eval_results)
             return self._upload_folder(
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
             )
@@ -1007,26 +1417,35 @@ class VTONHubMixin:
 
     def _published_base(self) -> str | None:
         """The base's repository on the Hub, as the adapter or the loading says, unless it is a folder."""
-        for base in (self.config.base_model, self.name_or_path):
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not Path(base).exists():
-                return base
-        return None
+        return _hub_name(self.config.base_model) or _hub_name(self.name_or_path)
 
     def _write_card(
-        self, folder: Path, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult] | None
+        self,
+        folder: Path,
+        name: str,
+        adapter_only: bool,
+        license: str | None,
+        human_parser_license: str | None,
+        eval_results: list[EvalResult] | None,
     ) -> None:
         """README.md: a new one, or with the measurements added where somebody wrote one."""
         file = folder / "README.md"
         if file.exists() and CARD_NOTE not in file.read_text():
             card = ModelCard.load(file)
         else:
-            card = self._new_card(name, adapter_only, license, eval_results or [])
+            parser_license = None if adapter_only else human_parser_license
+            card = self._new_card(name, adapter_only, license, parser_license, eval_results or [])
         if eval_results:
             card.data.model_name, card.data.eval_results = name, eval_results
         populate_model_card(card).save(file)
 
     def _new_card(
-        self, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult]
+        self,
+        name: str,
+        adapter_only: bool,
+        license: str | None,
+        human_parser_license: str | None,
+        eval_results: list[EvalResult],
     ) -> ModelCard:
         base = self._published_base()
         if license is None:
@@ -1043,7 +1462,7 @@ class VTONHubMixin:
         code = CARD_CODE.format(
             load=onto if adapter_only else whole,
             adapter=f'pipe.load_vton_adapter("{name}")\n' if adapter_only else "",
-            mask="None" if self.config.mask_free else 'load_image("mask.png")',
+            mask="None" if self.config.mask_free or human_parser_license else 'load_image("mask.png")',
         )
         settings = {name: value for name, value in asdict(self._settings()).items() if value is not None}
         measured = [
@@ -1063,8 +1482,24 @@ class VTONHubMixin:
             if measured
             else "Nothing yet.",
             license=license,
+            human_parser=self._describe_human_parser(human_parser_license),
         )
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+    def _describe_human_parser(self, license: str | None) -> str:
+        """Whose the human parser is, and what one may do with it."""
+        if self.human_parser is None:
+            return ""
+        source = _hub_name(self.human_parser.name_or_path)
+        if license is not None:
+            named = f", `{source}`," if source else ""
+            return f"\nThe human parser in `human_parser/`{named} has a licence of its own: `{license}`.\n"
+        if source is None:
+            return ""
+        return (
+            f"\nMasks are drawn by `{source}`, which has a licence of its own and is not in here: "
+            f'`pipe.load_human_parser("{source}")`.\n'
+        )
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -1098,6 +1533,7 @@ class TryOnInputs:
 
 
 class StableDiffusionVTONPipeline(
+    VTONMaskMixin,
     VTONAdapterMixin,
     VTONHubMixin,
     DiffusionPipeline,
@@ -1158,11 +1594,7 @@ class StableDiffusionVTONPipeline(
         trained_steps: int | None = None,
     ) -> None:
         super().__init__()
-        if base_in_channels is None and unet is not None:
-            base_in_channels = unet.config.in_channels
-        given = locals()
-        given = {s.name: given[s.name] for s in fields(AdapterSettings) if given[s.name] is not None}
-        settings = AdapterSettings(**given)
+        values = locals()
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -1174,14 +1606,12 @@ class StableDiffusionVTONPipeline(
             human_parser=human_parser,
             human_parser_processor=human_parser_processor,
         )
-        self.register_to_config(**asdict(settings))
+        self._begin_settings(**{setting.name: values[setting.name] for setting in fields(AdapterSettings)})
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.mask_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
-        self._adapter_backup: dict[str, Any] | None = None  # what unload_vton_adapter puts back
-        self._lora_backup: dict[str, Any] | None = None  # and unload_lora_weights
 
     # ---- what a call is asked for
 
@@ -1215,7 +1645,7 @@ class StableDiffusionVTONPipeline(
         person_image: PictureInput,
         cloth_image: PictureInput,
         mask_image: PictureInput | None,
-        cloth_type: str,
+        cloth_type: str | list[str],
         height: int | None,
         width: int | None,
         padding_mask_crop: int | None,
@@ -1227,11 +1657,10 @@ class StableDiffusionVTONPipeline(
             )
         if self.safety_checker is not None and self.feature_extractor is None:
             raise ValueError("`feature_extractor` must be given with a `safety_checker`, got None")
-        if cloth_type not in REPAINTED_LABELS:
-            raise ValueError(f"`cloth_type` must be one of {', '.join(REPAINTED_LABELS)}, got {cloth_type!r}")
+        cloth_types = as_cloth_types(cloth_type)
         persons = as_tensors(person_image, "person_image", 3)
         cloths = as_tensors(cloth_image, "cloth_image", 3)
-        masks = self._check_masks(persons, mask_image, cloth_type)
+        masks = self._check_masks(persons, mask_image, cloth_types)
         masks = [None] if masks is None else masks
         count = max(len(persons), len(cloths), len(masks))
         for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks)):
@@ -1257,16 +1686,17 @@ class StableDiffusionVTONPipeline(
         return TryOnInputs(persons, cloths, masks, regions, height, width)
 
     def _check_masks(
-        self, persons: list[torch.Tensor], mask_image: PictureInput | None, cloth_type: str
+        self, persons: list[torch.Tensor], mask_image: PictureInput | None, cloth_types: list[str]
     ) -> list[torch.Tensor] | None:
         if mask_image is None:
             if self.human_parser is not None:
-                return [self.prepare_mask(person, cloth_type) for person in persons]
-            if self.config.mask_free:
+                mask_image = self.predict_mask(persons, cloth_types)
+            elif self.config.mask_free:
                 return None
-            raise ValueError(
-                "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
-            )
+            else:
+                raise ValueError(
+                    "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
+                )
         masks = [(mask >= 0.5).float() for mask in as_tensors(mask_image, "mask_image", 1)]
         if any(not mask.any() for mask in masks):
             raise ValueError("`mask_image` must be white where the cloth goes, got a mask that is black everywhere")
@@ -1348,37 +1778,6 @@ class StableDiffusionVTONPipeline(
                 raise TypeError(f"`{name}_embeds` must be a tensor, got {type(embeds).__name__}")
             if prompt is not None and embeds is not None:
                 raise ValueError(f"`{name}` and `{name}_embeds` say the same: give one, got {prompt!r} and a tensor")
-
-    @torch.no_grad()
-    def prepare_mask(self, person: torch.Tensor, cloth_type: str) -> torch.Tensor:
-        """Draw the agnostic mask (1, H, W) of a person (3, H, W) with the human parser.
-
-        The cloth's region and the skin that a cloth may cover, grown by 2 % of the height; face, hair, hands, feet and bags
-        stay.
-        """
-        if self.human_parser is None or self.human_parser_processor is None:
-            raise ValueError("prepare_mask needs the components `human_parser` and `human_parser_processor`, got None")
-        inputs = self.human_parser_processor(images=as_pil(person), return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self._execution_device, self.human_parser.dtype)
-        logits = self.human_parser(pixel_values=pixels).logits.float()
-        parsed = F.interpolate(logits, size=person.shape[1:], mode="bilinear").argmax(dim=1).cpu()  # (1, H, W)
-        labels = {
-            i: label.lower().replace("_", "-").replace(" ", "-")
-            for i, label in self.human_parser.config.id2label.items()
-        }
-        repainted, kept = (
-            torch.isin(parsed, torch.tensor([i for i, label in labels.items() if label in names], dtype=parsed.dtype))
-            for names in (REPAINTED_LABELS[cloth_type], KEPT_LABELS)
-        )
-        if not repainted.any():
-            raise ValueError(
-                f"`person_image` shows the human parser nothing of the kind `cloth_type`={cloth_type!r}: give a `mask_image`"
-            )
-        grow = round(0.02 * person.shape[1])
-        grown = repainted.float()
-        for kernel in ((2 * grow + 1, 1), (1, 2 * grow + 1)):  # a square, one side after the other
-            grown = F.max_pool2d(grown, kernel, stride=1, padding=tuple(side // 2 for side in kernel))
-        return (grown * ~kept).float()
 
     # ---- the way through the model
 
@@ -1587,7 +1986,7 @@ class StableDiffusionVTONPipeline(
         person_image: PictureInput,
         cloth_image: PictureInput,
         mask_image: PictureInput | None = None,
-        cloth_type: str = "upper",
+        cloth_type: str | list[str] = "upper",
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -1619,7 +2018,7 @@ class StableDiffusionVTONPipeline(
             cloth_image: one cloth, or N, in any size; it is fitted whole on white.
             mask_image: one mask or N, of their person's size: white (at least one half) where the picture may change. None
                 draws it with the human parser, or needs a mask-free adapter.
-            cloth_type: `"upper"`, `"lower"` or `"dress"`, for the human parser.
+            cloth_type: `"upper"`, `"lower"`, `"dress"` or a list of them, for the human parser.
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as in `StableDiffusionPipeline`; used by adapters
                 with `cross_attention="prompt"`.
             height, width: the size to work at, multiples of 64 for SD1.5. None keeps the person's aspect at about the native

@@ -446,7 +446,7 @@ def test_loss_is_the_pipelines_noise_error(bases, data, tmp_path, channels):
         pipe.read_cloth(conditioning, None, processors)
         noise_pred = pipe.predict_noise(noisy, timesteps, conditioning, None, None, guided=False)
     assert loss.item() == pytest.approx((noise_pred - drawn["noise"]).square().mean().item(), rel=1e-5)
-    assert trainer.settings["condition_latents"] == pipe.config.condition_latents
+    assert trainer.settings.condition_latents == pipe.config.condition_latents
 
 
 def test_cloth_dropout_hides_the_cloth_alone(bases, data, tmp_path):
