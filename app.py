@@ -84,13 +84,11 @@ def load_from_environment() -> StableDiffusionVTONPipeline:
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-class Photograph(gr.Image):
+def photograph(**options) -> gr.Image:
     """An image component that hands over the uploaded file as it is, so that a bad one is told of in our words."""
-
-    is_template = True
-
-    def preprocess(self, payload: gr.data_classes.ImageData | None) -> str | None:
-        return None if payload is None else payload.path
+    component = gr.Image(**options)
+    component.preprocess = lambda payload: None if payload is None else payload.path
+    return component
 
 
 def open_picture(file: str | None, what: str) -> Image.Image:
@@ -419,7 +417,7 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
                     )
                     propose = gr.Button("Show the mask", elem_id="propose")
                 with gr.Row():
-                    cloth = Photograph(
+                    cloth = photograph(
                         label="Cloth", sources=["upload", "clipboard", "webcam"], height=240, elem_id="cloth"
                     )
                     with gr.Column(min_width=200):
@@ -463,7 +461,7 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
         )
         gr.Markdown(NOTES.format(minutes=(DELETE_AFTER + DELETE_EVERY) // 60), elem_id="notes")
         with gr.Row(visible=False):  # what /tryon and /mask take in the editor's place
-            person_file, mask_file = Photograph(), Photograph()
+            person_file, mask_file = photograph(), photograph()
             mask_out, result_out = gr.Image(format="png"), gr.File()
             api_tryon, api_mask = gr.Button(), gr.Button()
 
