@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo measure test style demo-model clean
+.PHONY: help demo measure test style demo-model test-app page load clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,21 @@ measure: $(READY)  ## the README's figures of the demo model, on 64 held-out lin
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+APP_READY := .venv/.ready-app
+
+$(APP_READY): $(READY) requirements-app.txt
+	$(BIN)/python -m pip install -q -r requirements-app.txt -c constraints.txt
+	touch $@
+
+page: $(APP_READY)  ## serve the try-on page on http://127.0.0.1:7860
+	$(BIN)/python app.py
+
+test-app: $(APP_READY)  ## test the page in a real Chromium (apt-get install chromium)
+	$(BIN)/python -m pytest --override-ini addopts="-q --durations=10" tests/test_app.py
+
+load: $(APP_READY)  ## forty visitors at the page at once, on the demo model
+	$(BIN)/python benchmarks/load.py
 
 style: $(READY)  ## check format and lint
 	$(BIN)/ruff format --check .

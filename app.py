@@ -122,7 +122,9 @@ def read_editor(editor: dict | None) -> tuple[Image.Image | None, Image.Image | 
         return None, None
     painted = np.zeros((person.height, person.width), bool)
     for layer in editor["layers"]:
-        painted |= np.asarray(layer.getchannel("A").resize(person.size)) > 255 * MASK_ALPHA / 2
+        painted |= (
+            np.asarray(layer.getchannel("A").resize(person.size, Image.Resampling.NEAREST)) > 255 * MASK_ALPHA / 2
+        )
     return person, Image.fromarray(np.uint8(painted * 255)) if painted.any() else None
 
 
