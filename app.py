@@ -314,7 +314,7 @@ CSS = """
 #title h1 { margin-bottom: 0; }
 #notes *, .hint * { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 #cloth img, #used_mask img { width: 100%; height: 100%; object-fit: contain; }
-#examples .gallery-item, #examples .gallery-item * { height: 8rem; max-width: none; max-height: none; }
+#examples .gallery-item, #examples .gallery-item * { width: 10.5rem; height: 7rem; max-width: none; max-height: none; }
 #status { min-height: 4rem; }
 #status p { margin: 0 0 .4rem; }
 #status progress { appearance: none; width: 100%; height: .6rem; border-radius: .3rem; overflow: hidden; }
@@ -508,7 +508,17 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
             except gr.Error as error:
                 return gr.skip(), status(error.message, failed=True)
 
-        def tryon(person, cloth, mask, cloth_type, looseness, steps, guidance_scale, seed, height):
+        def tryon(
+            person,
+            cloth,
+            mask=None,
+            cloth_type=None,
+            looseness=None,
+            steps=None,
+            guidance_scale=None,
+            seed=None,
+            height=None,
+        ):
             """Put a cloth on a person; returns the result's file, the mask used and the seed."""
             settings = Settings(cloth_type, looseness, steps, guidance_scale, seed, height or None)
             pictures = open_picture(person, "person"), open_picture(cloth, "cloth")
@@ -548,9 +558,21 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
             queue=False,
             api_visibility="private",
         )
-        cleared = gallery.click(lambda: None, None, editor, queue=False, api_visibility="private")
-        cleared.then(  # an empty canvas takes the new picture's size, and its layer's
-            fill_in, gallery, [editor, cloth, cloth_type, steps, seed, height], queue=False, api_visibility="private"
+        # An empty canvas takes the new picture's size, and so does its layer; it wants a moment to be empty.
+        cleared = gallery.click(
+            lambda editor: None if editor and editor["background"] else gr.skip(),
+            editor,
+            editor,
+            queue=False,
+            api_visibility="private",
+        )
+        cleared.then(
+            fill_in,
+            gallery,
+            [editor, cloth, cloth_type, steps, seed, height],
+            js="async (index) => { await new Promise(done => setTimeout(done, 300)); return index; }",
+            queue=False,
+            api_visibility="private",
         )
         propose.click(page_mask, [editor, cloth_type, looseness], [editor, progress], api_visibility="private")
         api_tryon.click(
