@@ -25,8 +25,8 @@ test: $(READY)  ## run the tests
 
 APP_READY := .venv/.ready-app
 
-$(APP_READY): $(READY) requirements-app.txt
-	$(BIN)/python -m pip install -q -r requirements-app.txt -c constraints.txt
+$(APP_READY): $(READY) requirements-app.txt requirements-app-dev.txt constraints.txt
+	$(BIN)/python -m pip install -q -r requirements-app-dev.txt -c constraints.txt
 	touch $@
 
 page: $(APP_READY)  ## serve the try-on page on http://127.0.0.1:7860
