@@ -25,6 +25,7 @@ from PIL import Image, ImageEnhance
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "demo" / "examples").iterdir())
+PATIENCE = 600  # seconds
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def visit(url: str, number: int, steps: int, folder: Path) -> float:
     person = ImageEnhance.Brightness(Image.open(example / "person.png")).enhance(0.6 + 0.01 * number)
     file = folder / f"person-{number}.png"
     person.save(file)
-    client = Client(url, verbose=False, download_files=str(folder))
+    client = Client(url, verbose=False, download_files=str(folder), httpx_kwargs={"timeout": PATIENCE})
     result, _, _ = client.predict(
         person=handle_file(str(file)),
         cloth=handle_file(str(example / "cloth.png")),
