@@ -198,6 +198,16 @@ def test_a_mask_is_proposed_mended_and_used_and_a_run_can_be_stopped(page_url, p
     assert changed.any() and not changed[~used].any()
 
 
+def test_the_api_proposes_masks_and_takes_what_it_proposed(page_url, pipe, tmp_path):
+    client = Client(page_url, verbose=False, download_files=str(tmp_path))
+    person = handle_file(save(picture(1, 64, 48), tmp_path / "person.png"))
+    cloth = handle_file(save(picture(3), tmp_path / "cloth.png"))
+    mask = client.predict(person, "upper", "tight", api_name="/mask")
+    assert np.array_equal(Image.open(mask), pipe.predict_mask(picture(1, 64, 48), "upper", "tight"))
+    _, used, _ = client.predict(person, cloth, handle_file(mask), steps=1, api_name="/tryon")
+    assert np.array_equal(Image.open(used).convert("L"), Image.open(mask))
+
+
 def test_what_is_wrong_is_said_in_words(page_url, visit, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "photo.png").write_text("no picture either")
