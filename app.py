@@ -46,7 +46,7 @@ DEMO_MODEL = ROOT / "demo" / "model"
 DEMO_EXAMPLES = ROOT / "demo" / "examples"
 
 MAX_PIXELS = 50_000_000  # of a photograph
-MAX_FILE_SIZE = "30mb"
+MAX_FILE_SIZE = "100mb"  # an editor sends a photograph as PNG
 STEPS, MAX_STEPS = 50, 100
 MAX_SIDE = 1536  # of the size that the model works at
 MAX_QUEUE = 64  # visitors who wait
@@ -359,23 +359,22 @@ class Example:
     """What a click on an example fills in, and the picture to click on."""
 
     person: Image.Image
+    cloth: Image.Image
     mask: Image.Image
-    cloth: str
     cloth_type: str
 
     @classmethod
     def read(cls, folder: Path) -> "Example":
-        """From a folder CATEGORY-NAME with person.png, mask.png and cloth.png."""
-        person, mask = (Image.open(folder / f"{name}.png") for name in ("person", "mask"))
-        return cls(person, mask, str(folder / "cloth.png"), folder.name.partition("-")[0])
+        """From a folder CATEGORY-NAME with person.png, cloth.png and mask.png."""
+        pictures = [Image.open(folder / f"{name}.png") for name in ("person", "cloth", "mask")]
+        return cls(*pictures, folder.name.partition("-")[0])
 
     def thumbnail(self) -> Image.Image:
         """Person and cloth side by side."""
         size = self.person.width * 256 // self.person.height, 256
-        pair = Image.new("RGB", (2 * size[0], size[1]), "white")
-        pair.paste(self.person.convert("RGB").resize(size, Image.Resampling.BICUBIC))
-        with Image.open(self.cloth) as cloth:
-            pair.paste(ImageOps.pad(cloth.convert("RGB"), size, Image.Resampling.BICUBIC, "white"), (size[0], 0))
+        pair = Image.new("RGB", (2 * size[0], size[1]))
+        for left, picture in ((0, self.person), (size[0], self.cloth)):
+            pair.paste(ImageOps.pad(picture.convert("RGB"), size, Image.Resampling.BICUBIC, "white"), (left, 0))
         return pair
 
 
@@ -420,7 +419,11 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
                     propose = gr.Button("Show the mask", elem_id="propose")
                 with gr.Row():
                     cloth = photograph(
-                        label="Cloth", sources=["upload", "clipboard", "webcam"], height=240, elem_id="cloth"
+                        label="Cloth",
+                        format="png",
+                        sources=["upload", "clipboard", "webcam"],
+                        height=240,
+                        elem_id="cloth",
                     )
                     with gr.Column(min_width=200):
                         cloth_type = gr.Radio(CATEGORIES, value="upper", label="Kind of cloth", elem_id="cloth_type")
