@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo measure test test-eval style demo-model clean
+.PHONY: help demo measure test test-eval test-app page load style demo-model clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,21 @@ test-eval:  ## test the metrics with torchvision's and torch-fidelity's classes,
 	$(PYTHON) -m venv .venv-eval
 	.venv-eval/bin/python -m pip install -q -r requirements-eval.txt -r requirements-dev.txt
 	.venv-eval/bin/python -m pytest -p no:xdist tests/test_evaluate.py
+
+APP_READY := .venv/.ready-app
+
+$(APP_READY): $(READY) requirements-app.txt requirements-app-dev.txt constraints.txt
+	$(BIN)/python -m pip install -q -r requirements-app-dev.txt -c constraints.txt
+	touch $@
+
+page: $(APP_READY)  ## serve the try-on page on http://127.0.0.1:7860
+	$(BIN)/python app.py
+
+test-app: $(APP_READY)  ## test the page in a real Chromium (apt-get install chromium)
+	$(BIN)/python -m pytest --override-ini addopts="-q --durations=10" tests/test_app.py
+
+load: $(APP_READY)  ## forty visitors at the page at once, on the demo model
+	$(BIN)/python -m benchmarks.load
 
 style: $(READY)  ## check format and lint
 	$(BIN)/ruff format --check .

@@ -685,7 +685,7 @@ class Model:
 
     def draw_mask(self, line: Line, person: Image.Image) -> Image.Image:
         kind = CLOTH_TYPES.get(line.category, self.args.cloth_type)
-        return as_pil(self.pipe.prepare_mask(as_tensors(person, "person_image")[0], kind))
+        return self.pipe.predict_mask(person, kind)
 
     def bare(self, line: Line, pictures: dict[str, Image.Image], seed: int, size: tuple[int, int]) -> Tensor:
         """The bare decode (3, H, W) in [0, 1] at the working size."""

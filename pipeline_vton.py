@@ -60,10 +60,12 @@ from diffusers.utils.hub_utils import _get_model_file, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
-from PIL import Image, ImageCms, ImageFilter, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
     BaseImageProcessor,
     CLIPImageProcessor,
     CLIPTextModel,
@@ -90,13 +92,36 @@ LORA_NAME, LORA_SETTINGS = (
     "vton_adapter",
 )  # diffusers' own; our entry in its metadata
 
-# What a try-on repaints, by the label names of fashn-ai/fashn-human-parser and mattmdjaga/segformer_b2_clothes.
-REPAINTED_LABELS = {
-    "upper": {"top", "upper-clothes", "dress", "scarf", "torso", "arms", "left-arm", "right-arm"},
-    "lower": {"skirt", "pants", "dress", "belt", "legs", "left-leg", "right-leg"},
+# What human parsers call what they see: ATR's labels (mattmdjaga/segformer_b2_clothes), those of fashn-ai/fashn-human-parser and
+# of yolo12138/segformer-b2-human-parse-24, LIP's and CIHP's. Case aside, and with "-" for "_" and " ".
+PARSER_LABELS = {
+    "background": {"background"},
+    "top": {
+        "top", "upper-clothes", "coat", "upper-only-torso-region", "coat-only-torso-region", "left-sleeve-for-upper",
+        "right-sleeve-for-upper",
+    },
+    "dress": {"dress", "dresses-only-torso-region", "jumpsuits"},
+    "skirt": {"skirt", "skirts"},
+    "trousers": {"pants", "left-pants", "right-pants", "right-patns"},
+    "belt": {"belt"},
+    "scarf": {"scarf"},
+    "torso": {"torso", "torso-skin", "skin-around-neck-region"},
+    "arms": {"arms", "left-arm", "right-arm"},
+    "legs": {"legs", "left-leg", "right-leg"},
+    "hands": {"hands", "glove"},
+    "feet": {"feet", "left-shoe", "right-shoe", "socks"},
+    "head": {"face", "hair", "hat", "glasses", "sunglasses"},
+    "bag": {"bag"},
+    "jewelry": {"jewelry"},
+}  # fmt: skip
+# What a try-on repaints of them, and what it never does.
+REPAINTED = {
+    "upper": {"top", "dress", "scarf", "torso", "arms"},
+    "lower": {"skirt", "trousers", "dress", "belt", "legs"},
 }
-REPAINTED_LABELS["dress"] = REPAINTED_LABELS["upper"] | REPAINTED_LABELS["lower"]
-KEPT_LABELS = {"face", "hair", "hat", "glasses", "sunglasses", "hands", "feet", "left-shoe", "right-shoe", "bag"}
+REPAINTED["dress"] = REPAINTED["upper"] | REPAINTED["lower"]
+KEPT = {"head", "hands", "feet", "bag"}
+LOOSENESS = ("tight", "loose", "box")
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -108,6 +133,12 @@ def is_number(value: Any) -> bool:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number that no float holds
         return False
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: on one line, and not all of a long one."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def is_whole(value: Any) -> bool:
@@ -170,6 +201,11 @@ def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
             raise ValueError(f"`{name}` must be white where the cloth goes, got a mask that is black everywhere")
         masks.append(mask)
     return masks
+
+
+def _is_many(pictures: PictureInput) -> bool:
+    """Whether it is a list or a batch, for which a list comes back."""
+    return isinstance(pictures, (list, tuple)) or getattr(pictures, "ndim", 3) == 4
 
 
 def _listed(pictures: PictureInput, name: str) -> list[Image.Image | np.ndarray | torch.Tensor]:
@@ -312,7 +348,7 @@ def fit_size(
     """
     for name, side in (("height", height), ("width", width)):
         if side is not None and (not is_whole(side) or side <= 0 or side % multiple):
-            raise ValueError(f"`{name}` must be a positive multiple of {multiple}, got {side!r}")
+            raise ValueError(f"`{name}` must be a positive multiple of {multiple}, got {shown(side)}")
     if height is None and width is None:
         scale = math.sqrt(area / (person_height * person_width))
         height, width = person_height * scale, person_width * scale
@@ -373,6 +409,240 @@ def composite_result(
     return result
 
 
+# ---------------------------------------------------------------------------------------------------------- the mask
+
+
+def as_cloth_types(cloth_type: str | list[str]) -> list[str]:
+    """One kind of cloth or several as a list; ValueError where one is none of them."""
+    cloth_types = list(cloth_type) if isinstance(cloth_type, (list, tuple)) else [cloth_type]
+    if not cloth_types or not all(isinstance(each, str) and each in REPAINTED for each in cloth_types):
+        raise ValueError(
+            f"`cloth_type` must be one of {', '.join(REPAINTED)}, or a list of them, got {shown(cloth_type)}"
+        )
+    return cloth_types
+
+
+def parser_roles(id2label: dict[int, str]) -> dict[int, str]:
+    """What a human parser's label numbers show, in the words of `PARSER_LABELS`, read by their names.
+
+    Raises:
+        ValueError: a name is unknown; the sentence lists all that were found.
+    """
+    roles = {name: role for role, names in PARSER_LABELS.items() for name in names}
+    found = {i: re.sub("[ _]", "-", label.lower()) for i, label in id2label.items()}
+    if unknown := sorted(set(found.values()) - roles.keys()):
+        raise ValueError(
+            f"`human_parser` must have labels that are known here (rename them in its config's `id2label`), got "
+            f"{', '.join(unknown)} among {', '.join(id2label.values())}"
+        )
+    return {i: roles[name] for i, name in found.items()}
+
+
+def agnostic_mask(parsed: torch.Tensor, roles: dict[int, str], cloth_types: list[str], looseness: str) -> torch.Tensor:
+    """Where a try-on repaints a person: the cloth and the skin that it may cover, without what is never touched.
+
+    Args:
+        parsed: (H, W), a label number for every pixel.
+        roles: what the numbers show, of `parser_roles`.
+        cloth_types: kinds of `REPAINTED`; their regions are united.
+        looseness: `"tight"`, the region grown by 3 % of its larger side; `"loose"`, its convex hull, blurred and grown by 4 %:
+            down to the hips for an upper cloth, else flared by 15 % of its height towards the feet, so that neither sleeves nor
+            hem of the worn cloth show; `"box"`, the box around that, 6 % wider and 2 % higher on each side.
+
+    Returns:
+        (H, W), true where the person is repainted; false everywhere if nothing of the kind is there.
+    """
+
+    def shows(*wanted: str) -> torch.Tensor:
+        return torch.isin(parsed, torch.tensor([i for i, role in roles.items() if role in wanted], dtype=parsed.dtype))
+
+    repainted = set().union(*(REPAINTED[cloth_type] for cloth_type in cloth_types))
+    region = shows(*repainted)
+    if not region.any():
+        return region
+    cleaned = _grow(~_grow(~region, 1), 1)  # without specks, one of which would stretch a hull over half the picture
+    cleaned = cleaned if cleaned.any() else region
+    top, bottom, left, right = _extent(cleaned)
+    side = max(bottom - top, right - left)
+    mask = _grow(region, 0.03 * side)
+    if looseness != "tight":
+        reached = cleaned.clone()
+        if "legs" in repainted:
+            _, _, left, right = _extent(cleaned[bottom - (bottom - top + 9) // 10 : bottom])
+            flare = round(0.15 * (bottom - top))
+            reached[bottom - 1, max(0, left - flare) : right + flare] = True
+        else:
+            reached |= shows("skirt", "trousers", "belt", "legs") & _above_hips(shows("head"), top, bottom)
+        mask |= _hull(reached, side) if looseness == "loose" else _box(reached, side)
+    if "arms" not in repainted:
+        return mask & ~shows("arms", *KEPT)
+    hands = ~_grow(~shows("hands"), 0.01 * side)  # their rim is the cuff's
+    return mask & ~hands & ~shows(*(KEPT - {"hands"}))
+
+
+def _extent(region: torch.Tensor) -> tuple[int, int, int, int]:
+    """First and last row, first and last column, the last ones exclusive."""
+    (rows,), (columns,) = region.any(dim=1).nonzero(as_tuple=True), region.any(dim=0).nonzero(as_tuple=True)
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def _grow(region: torch.Tensor, pixels: float) -> torch.Tensor:
+    """The region and all within so many pixels, at least one, of it along both axes."""
+    reach = max(1, round(pixels))
+    grown = region.float()[None]
+    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):  # a square, one side after the other
+        grown = F.max_pool2d(grown, kernel, stride=1, padding=tuple(size // 2 for size in kernel))
+    return grown[0] > 0
+
+
+def _above_hips(head: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
+    """(H, 1), true down to the crotch: four heads below the crown, as figures are drawn; without a whole head, a third of the
+    cloth's height (`top` to `bottom`) below it.
+    """
+    hips = bottom + (bottom - top) / 3
+    if head.any() and not head[0].any():
+        crown, chin, _, _ = _extent(head)
+        hips = crown + 4 * (chin - crown)
+    return torch.arange(len(head))[:, None] < hips
+
+
+def _hull(region: torch.Tensor, side: int) -> torch.Tensor:
+    """The convex hull (Andrew's monotone chain), blurred by 3 % of the side and so grown by 4 %."""
+    rows = region.any(dim=1).nonzero()[:, 0].tolist()
+    left = region.int().argmax(dim=1).tolist()
+    right = (region.shape[1] - 1 - region.flip(1).int().argmax(dim=1)).tolist()
+
+    def chain(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        turning: list[tuple[int, int]] = []
+        for x, y in points:
+            while len(turning) > 1:
+                (x0, y0), (x1, y1) = turning[-2:]
+                if (x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) > 0:
+                    break
+                turning.pop()
+            turning.append((x, y))
+        return turning
+
+    outline = chain([(right[y], y) for y in rows]) + chain([(left[y], y) for y in reversed(rows)])
+    hull = Image.new("L", (region.shape[1], region.shape[0]))
+    ImageDraw.Draw(hull).polygon(outline, fill=255, outline=255)
+    return torch.from_numpy(np.array(hull.filter(ImageFilter.GaussianBlur(0.03 * side)))) > 0.1 * 255
+
+
+def _box(region: torch.Tensor, side: int) -> torch.Tensor:
+    top, bottom, left, right = _extent(region)
+    x, y = round(0.06 * side), round(0.02 * side)
+    box = torch.zeros_like(region)
+    box[max(0, top - y) : bottom + y, max(0, left - x) : right + x] = True
+    return box
+
+
+class VTONMaskMixin:
+    """Draws masks with the components `human_parser` and `human_parser_processor`."""
+
+    def load_human_parser(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str = "",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        dtype: torch.dtype | str = "auto",
+    ) -> None:
+        """Load a Segformer human parser and its processor, for `predict_mask` and for calls without a mask.
+
+        Load it before offloading is enabled, to have it offloaded too. Mind its licence: parsers that were trained from
+        NVIDIA's SegFormer weights are for non-commercial use.
+
+        Args:
+            pretrained_model_name_or_path: a Hub repository or a folder, such as `fashn-ai/fashn-human-parser`.
+            subfolder, revision, token, cache_dir, force_download, local_files_only: as in `from_pretrained`.
+            dtype: of the parser's weights; "auto" is the file's.
+
+        Raises:
+            ValueError: it is no Segformer with a trained head, or its labels are unknown. Nothing has changed then.
+            OSError: there is no such file.
+        """
+        source, options = (
+            str(pretrained_model_name_or_path),
+            {
+                "revision": revision,
+                "token": token,
+                "cache_dir": cache_dir,
+                "force_download": force_download,
+                "local_files_only": local_files_only,
+            },
+        )
+        config = AutoConfig.from_pretrained(source, subfolder=subfolder, **options)
+        if config.model_type != "segformer":
+            raise ValueError(f"load_human_parser: {source} must be a Segformer, got a {config.model_type}")
+        parser_roles(config.id2label)
+        parser, report = SegformerForSemanticSegmentation.from_pretrained(
+            source, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        if report["missing_keys"]:
+            raise ValueError(
+                f"load_human_parser: {source} is no trained parser, {len(report['missing_keys'])} of its weights are missing "
+                f"({sorted(report['missing_keys'])[0]})"
+            )
+        processor = AutoImageProcessor.from_pretrained(source, subfolder=subfolder, **options)
+        device = self._execution_device
+        self.register_modules(human_parser=parser.to(device), human_parser_processor=processor)
+
+    @torch.no_grad()
+    def predict_mask(
+        self, person_image: PictureInput, cloth_type: str | list[str] = "upper", looseness: str = "loose"
+    ) -> Image.Image | list[Image.Image]:
+        """Draw the agnostic mask with the human parser: white where a try-on repaints the person, to look at and edit.
+
+        It covers the worn cloth and the skin that another may cover, and spares head, hands, feet and bags. Parsers without a
+        label for hands count them to the arms.
+
+        Args:
+            person_image: one or N photographs, as a call takes them.
+            cloth_type: `"upper"`, `"lower"` or `"dress"`; the regions of a list are united. A dress over other cloths frees
+                them and the legs, an upper cloth over a dress the whole dress.
+            looseness: how much of the worn cloth's cut the mask tells. `"tight"` is the region, grown; `"loose"` its convex
+                hull, blurred and grown, so that neither sleeve length nor hem show; `"box"` a box around it.
+
+        Returns:
+            A PIL image (mode L) of the person's size, or a list of them for a list or a batch.
+
+        Raises:
+            ValueError: there is no parser, its labels are unknown, or it sees nothing of the kind.
+        """
+        cloth_types = as_cloth_types(cloth_type)
+        if not isinstance(looseness, str) or looseness not in LOOSENESS:
+            raise ValueError(f"`looseness` must be one of {', '.join(LOOSENESS)}, got {shown(looseness)}")
+        if self.human_parser is None or self.human_parser_processor is None:
+            raise ValueError("predict_mask needs a human parser: call load_human_parser first")
+        roles, masks = parser_roles(self.human_parser.config.id2label), []
+        for person in as_tensors(person_image, "person_image"):
+            mask = agnostic_mask(self.parse_person(person), roles, cloth_types, looseness)
+            if not mask.any():
+                raise ValueError(
+                    f"`person_image` shows the human parser nothing of the kind `cloth_type`={cloth_type!r}: give a `mask_image`"
+                )
+            mask = Image.fromarray(mask.numpy().astype(np.uint8) * 255)
+            mask = mask.resize((person.shape[2], person.shape[1]), Image.Resampling.BILINEAR)
+            masks.append(mask.point(lambda value: 255 * (value >= 128)))
+        return masks if _is_many(person_image) else masks[0]
+
+    def parse_person(self, person: torch.Tensor) -> torch.Tensor:
+        """A person (3, H, W) in [0, 1] to label numbers (h, w), no larger than the picture or the parser's input."""
+        parser = self.human_parser
+        device = self._execution_device if hasattr(parser, "_hf_hook") else parser.device
+        pixels = self.human_parser_processor(images=as_pil(person), return_tensors="pt")["pixel_values"]
+        logits = parser(
+            pixel_values=pixels.to(device, parser.dtype)
+        ).logits.float()  # (1, labels, a quarter of the input)
+        scale = min(1, max(pixels.shape[-2:]) / max(person.shape[1:]))
+        size = [max(1, round(length * scale)) for length in person.shape[1:]]
+        return F.interpolate(logits, size=size, mode="bilinear")[0].argmax(dim=0).cpu()
+
+
 # ----------------------------------------------------------------------------------------- latents in the UNet's slots
 
 
@@ -411,18 +681,39 @@ class TryOnLatents:
         dtype: torch.dtype | None = None,
     ) -> "TryOnLatents":
         """Encode person (B, 3, H, W) and cloth (C, 3, H, W) in [-1, 1] and the binary mask (B, 1, H, W)."""
-        scale = vae.config.scaling_factor
-        condition_scale = scale if condition_latents == "scaled" else 1.0
-        kept = person if mask_free else person * (mask < 0.5)
-        person_latents, cloth_latents = encode_latents(vae, kept).to(dtype), encode_latents(vae, cloth).to(dtype)
         return cls(
-            person=person_latents * condition_scale,
-            mask=F.interpolate(mask.to(person_latents), size=person_latents.shape[-2:]),  # nearest
-            cloth=cloth_latents * scale,
-            cloth_condition=cloth_latents * condition_scale,
+            **cls.encode_person(
+                vae, person, mask, mask_free=mask_free, condition_latents=condition_latents, dtype=dtype
+            ),
+            **cls.encode_cloth(vae, cloth, condition_latents=condition_latents, dtype=dtype),
             channels=channels,
             canvas_dim=2 if canvas_axis == "height" else 3,
         )
+
+    @staticmethod
+    def encode_person(
+        vae: AutoencoderKL,
+        person: torch.Tensor,
+        mask: torch.Tensor,
+        *,
+        mask_free: bool,
+        condition_latents: str,
+        dtype: torch.dtype | None,
+    ) -> dict[str, torch.Tensor]:
+        """`person` and `mask` of the latents."""
+        kept = person if mask_free else person * (mask < 0.5)
+        scale = vae.config.scaling_factor if condition_latents == "scaled" else 1.0
+        latents = encode_latents(vae, kept).to(dtype) * scale
+        return {"person": latents, "mask": F.interpolate(mask.to(latents), size=latents.shape[-2:])}  # nearest
+
+    @staticmethod
+    def encode_cloth(
+        vae: AutoencoderKL, cloth: torch.Tensor, *, condition_latents: str, dtype: torch.dtype | None
+    ) -> dict[str, torch.Tensor]:
+        """`cloth` and `cloth_condition` of the latents."""
+        latents, scale = encode_latents(vae, cloth).to(dtype), vae.config.scaling_factor
+        scaled = latents * scale
+        return {"cloth": scaled, "cloth_condition": scaled if condition_latents == "scaled" else latents}
 
     def _slots(self, noisy: torch.Tensor, mask: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         return torch.cat([noisy, mask, condition] if self.channels == 9 else [noisy, condition], dim=1)
@@ -475,7 +766,11 @@ def _output(attn: Attention, attended: torch.Tensor) -> torch.Tensor:
 
 
 class ClothAttnProcessor:
-    """`attn1` that computes attention where `set_attention_backend` says, as diffusers' own processors do."""
+    """`attn1` that computes attention where `set_attention_backend` says, as diffusers' own processors do.
+
+    diffusers hands every processor the same arguments: a self-attention of these UNets has no use for `encoder_hidden_states`
+    and `temb`, and at inference nobody gives an `attention_mask`.
+    """
 
     _attention_backend = None  # class attributes: diffusers looks for them, and sets them on an instance
     _parallel_config = None
@@ -550,7 +845,7 @@ class ClothBesideAttnProcessor(ClothAttnProcessor):
 
 
 class SkipAttnProcessor:
-    """`attn2` that adds nothing."""
+    """`attn2` that adds nothing, whatever it is given."""
 
     def __call__(
         self,
@@ -607,6 +902,59 @@ def vton_attention(
         yield installed
     finally:
         unet.set_attn_processor(before)
+
+
+# --------------------------------------------------------------------------------------------------- one call at a time
+
+
+class Turn:
+    """Whose turn it is with a UNet or a scheduler: a lock, and the pipelines whose calls hold it, with their schedulers."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.held: list[Any] = []
+
+
+# By UNet and by scheduler, which stay free to be copied and pickled. Kept in diffusers, for all copies of this file: whoever
+# loads a `custom_pipeline` twice has executed it twice.
+TURNS = vars(diffusers).setdefault("_vton_turns", weakref.WeakKeyDictionary())
+
+
+def in_turn(call: Callable) -> Callable:
+    """Let the calls of pipelines that share a UNet or a scheduler run one after the other, from whatever threads they come.
+
+    A callback may call another pipeline, on the same UNet too, that has a scheduler of its own.
+    """
+
+    @functools.wraps(call)
+    def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as turns:
+            for part in (unwrap_module(self.unet), self.scheduler):
+                if part is None:
+                    continue
+                turn = TURNS.setdefault(part, Turn())
+                turns.enter_context(turn.lock)
+                if any(held is self or held is self.scheduler for held in turn.held):
+                    raise RuntimeError(
+                        "a callback of a running call must not call the same pipeline, or one with its scheduler, whose state would "
+                        "be overwritten: give the inner pipeline a scheduler of its own"
+                    )
+                turns.callback(setattr, turn, "held", turn.held)
+                turn.held = [*turn.held, self, self.scheduler]
+            return call(self, *args, **kwargs)
+
+    return waiting
+
+
+def between_calls(change: Callable) -> Callable:
+    """Let what changes a UNet's weights wait for the calls of other threads on it."""
+
+    @functools.wraps(change)
+    def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
+        with TURNS.setdefault(unwrap_module(self.unet), Turn()).lock:
+            return change(self, *args, **kwargs)
+
+    return waiting
 
 
 # -------------------------------------------------------------------------------------------------------- the settings
@@ -696,8 +1044,7 @@ class AdapterSettings:
         if "choices" in about:
             valid = isinstance(value, type(setting.default)) and value in about["choices"]
         elif "kind" in about:
-            number = numbers.Integral if about["kind"] is int else numbers.Real
-            valid = isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+            valid = is_whole(value) if about["kind"] is int else is_number(value)
             valid = valid and about["low"] <= value <= about["high"]
         else:
             valid = isinstance(value, str) and about["valid"](value)
@@ -1000,6 +1347,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         if scheduler is not self.scheduler:
             self.scheduler = scheduler
 
+    @between_calls
     def load_vton_adapter(
         self,
         pretrained_model_name_or_path: str | os.PathLike,
@@ -1066,6 +1414,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 f"the adapter {file} was trained on {meant}, and its weights replace those of {base}", stacklevel=2
             )
 
+    @between_calls
     def unload_vton_adapter(self) -> None:
         """Put the base's weights back, bit for bit, and the settings that lie below the adapter's."""
         adapter = self._stack["adapter"]
@@ -1097,11 +1446,15 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
             )
         self._refuse_changed_unet()
-        settings = self._settings(loras=False)
-        parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
-        weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
-        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, settings)
+        weights = {name: parameter.detach().to(dtype) for name, parameter in self._adapter_parameters().items()}
+        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, self._settings(loras=False))
 
+    def _adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What an adapter of this UNet holds, LoRAs aside."""
+        settings = self._settings(loras=False)
+        return adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
+
+    @between_calls
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
@@ -1129,6 +1482,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 self._stack["loras"][name] = self._new_layer(brought)
         self._follow_scheduler()
 
+    @between_calls
     def unload_lora_weights(self) -> None:
         """As diffusers unloads LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
         self._keep_fused(set(self._stack["loras"]))
@@ -1302,13 +1656,18 @@ Virtual try-on with Stable Diffusion 1.5: it puts the cloth of one photograph on
 
 The code is Apache 2.0. The weights are not: they follow their base and the data that they learnt from (here: `{license}`).
 VITON-HD and DressCode are for research only, and so are weights trained on them.
-
+{human_parser}
 ## Photographs of people
 
 Dress people who agreed to it, say of a result that it is generated, and do not make it of children, to deceive, to undress or
 to ridicule. A result shows neither how a cloth fits nor what the body under it looks like. What the base has learnt about
 people, its biases included, is still there.
 """
+
+
+def table_cell(value: Any) -> str:
+    """A value as a cell of a Markdown table: on one line, no bar in it."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 @contextmanager
@@ -1341,6 +1700,7 @@ class VTONHubMixin:
         *args: Any,
         push_to_hub: bool = False,
         license: str | None = None,
+        human_parser_license: str | None = None,
         eval_results: list[EvalResult] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -1349,6 +1709,8 @@ class VTONHubMixin:
         Args:
             save_directory: the folder; a README.md of your own in it is kept.
             license: of the weights, for the card; None takes what is known of the base.
+            human_parser_license: of the human parser, which is saved too where it is given; its weights have a licence of
+                their own, so None leaves it out.
             eval_results: what was measured, for the card.
             args, kwargs: as in diffusers.
         """
@@ -1358,17 +1720,17 @@ class VTONHubMixin:
             raise ValueError(
                 "`push_to_hub=True` would upload before the code is written: call pipe.push_to_hub(repo_id) instead"
             )
-        for name in ("unet", "text_encoder"):
-            component = getattr(self, name)
-            if component is not None and any(_lora_modules(component)):
-                raise ValueError(
-                    f"`{name}` has LoRA layers, and with them would be saved what does not load: call unload_lora_weights first, "
-                    "after fuse_lora to keep what they do"
-                )
+        self._refuse_lora_layers()
         if self.unet.config.in_channels != 4:
             self._refuse_changed_unet()
+        parser = {name: getattr(self, name) for name in ("human_parser", "human_parser_processor")}
         with written_whole(save_directory) as folder:
-            super().save_pretrained(folder, *args, **kwargs)
+            if human_parser_license is None:
+                self.register_modules(**dict.fromkeys(parser))
+            try:
+                super().save_pretrained(folder, *args, **kwargs)
+            finally:
+                self.register_modules(**parser)
             index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
             index["_class_name"] = ["pipeline_vton", StableDiffusionVTONPipeline.__name__]
             for component in index.values():
@@ -1382,7 +1744,9 @@ class VTONHubMixin:
                 self.save_vton_adapter(folder, dtype=self._lossless_dtype())
             if (own := Path(save_directory, "README.md")).is_file():
                 shutil.copy(own, folder)
-            self._write_card(folder, Path(save_directory).resolve().name, False, license, eval_results)
+            self._write_card(
+                folder, Path(save_directory).resolve().name, False, license, human_parser_license, eval_results
+            )
 
     def push_to_hub(
         self,
@@ -1394,6 +1758,7 @@ class VTONHubMixin:
         variant: str | None = None,
         adapter_only: bool = False,
         license: str | None = None,
+        human_parser_license: str | None = None,
         eval_results: list[EvalResult] | None = None,
     ) -> str:
         """Upload a complete repository, as `save_pretrained` writes it, or the adapter with its code and card alone.
@@ -1402,11 +1767,12 @@ class VTONHubMixin:
             repo_id, commit_message, private, token, create_pr, variant: as in diffusers.
             adapter_only: upload no components: about 100 MB for SD1.5, loaded onto the base by
                 `from_pretrained(BASE, custom_pipeline=repo_id)` and `load_vton_adapter(repo_id)`.
-            license, eval_results: for the card, as in `save_pretrained`. A card of your own on the Hub is kept.
+            license, human_parser_license, eval_results: as in `save_pretrained`. A card of your own on the Hub is kept.
 
         Returns:
             The commit's address.
         """
+        self._refuse_changed_unet() if adapter_only else self._refuse_lora_layers()
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as directory:
             folder = Path(directory)
@@ -1417,11 +1783,20 @@ class VTONHubMixin:
             if adapter_only:
                 self._save_adapter_repository(folder, repo_id)
             else:
-                self.save_pretrained(folder, variant=variant)
-            self._write_card(folder, repo_id, adapter_only, license, eval_results)
+                self.save_pretrained(folder, variant=variant, human_parser_license=human_parser_license)
+            self._write_card(folder, repo_id, adapter_only, license, human_parser_license, eval_results)
             return self._upload_folder(
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
             )
+
+    def _refuse_lora_layers(self) -> None:
+        for name in ("unet", "text_encoder"):
+            component = getattr(self, name)
+            if component is not None and any(_lora_modules(component)):
+                raise ValueError(
+                    f"`{name}` has LoRA layers, and with them would be saved what does not load: call unload_lora_weights first, "
+                    "after fuse_lora to keep what they do"
+                )
 
     def _save_adapter_repository(self, folder: Path, repo_id: str) -> None:
         """The adapter, its code, and a `vton.py` that tells who loads it as a whole pipeline how to load it."""
@@ -1450,33 +1825,45 @@ class VTONHubMixin:
 
     def _lossless_dtype(self) -> torch.dtype | None:
         """float16 where that changes no weight (trainers write so), else None: the UNet's own."""
-        parameters = adapter_parameters(self.unet, self.config.trainable, self.config.base_in_channels == 4).values()
+        parameters = self._adapter_parameters().values()
         return torch.float16 if all(torch.equal(p, p.half().to(p.dtype)) for p in parameters) else None
 
     def _published_base(self) -> str | None:
         """The base's repository on the Hub, as the adapter or the loading says, unless it is a folder."""
-        return hub_repository(self.config.base_model) or hub_repository(self.name_or_path)
+        return hub_repository(self._settings(loras=False).base_model) or hub_repository(self.name_or_path)
 
     def _write_card(
-        self, folder: Path, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult] | None
+        self,
+        folder: Path,
+        name: str,
+        adapter_only: bool,
+        license: str | None,
+        human_parser_license: str | None,
+        eval_results: list[EvalResult] | None,
     ) -> None:
         """README.md: a new one, or with the measurements added where somebody wrote one."""
         file = folder / "README.md"
         if file.exists() and CARD_NOTE not in file.read_text(encoding="utf-8"):
             card = ModelCard.load(file)
         else:
-            card = self._new_card(name, adapter_only, license, eval_results or [])
+            parser_license = None if adapter_only else human_parser_license
+            card = self._new_card(name, adapter_only, license, parser_license, eval_results or [])
         if eval_results:
             card.data.model_name, card.data.eval_results = name, eval_results
         populate_model_card(card).save(file)
 
     def _new_card(
-        self, name: str, adapter_only: bool, license: str | None, eval_results: list[EvalResult]
+        self,
+        name: str,
+        adapter_only: bool,
+        license: str | None,
+        human_parser_license: str | None,
+        eval_results: list[EvalResult],
     ) -> ModelCard:
-        base = self._published_base()
+        base, settings = self._published_base(), self._settings(loras=False)
         if license is None:
             license = "creativeml-openrail-m" if base in OPENRAIL_BASES else "unknown"
-            if self.config.cross_attention == "identity":  # CatVTON's weights, whatever became of them
+            if settings.cross_attention == "identity":  # CatVTON's weights, whatever became of them
                 license = "cc-by-nc-sa-4.0"
         data = ModelCardData(
             license=license,
@@ -1488,9 +1875,10 @@ class VTONHubMixin:
         code = CARD_CODE.format(
             load=onto if adapter_only else whole,
             adapter=f'pipe.load_vton_adapter("{name}")\n' if adapter_only else "",
-            mask="None" if self.config.mask_free else 'load_image("mask.png")',
+            mask="None" if settings.mask_free or human_parser_license else 'load_image("mask.png")',
         )
-        settings = {name: value for name, value in asdict(self._settings()).items() if value is not None}
+        known = asdict(settings) | {"base_model": base}  # a folder of somebody's is nobody else's business
+        known = {name: value for name, value in known.items() if value is not None}
         measured = [
             f"| {r.dataset_name} | {r.metric_name or r.metric_type} | {r.metric_value} |" for r in eval_results
         ]
@@ -1503,13 +1891,29 @@ class VTONHubMixin:
             if adapter_only
             else f"`custom_pipeline` may be left out. The adapter alone goes onto a base that is already there with "
             f'`DiffusionPipeline.from_pretrained({onto}, trust_remote_code=True)` and `pipe.load_vton_adapter("{name}")`.\n',
-            settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
+            settings="\n".join(f"| {name} | {table_cell(value)} |" for name, value in known.items()),
             measured="\n".join(["| data | metric | value |", "|---|---|---|", *measured])
             if measured
             else "Nothing yet.",
             license=license,
+            human_parser=self._describe_human_parser(human_parser_license),
         )
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+    def _describe_human_parser(self, license: str | None) -> str:
+        """Whose the human parser is, and what one may do with it."""
+        if self.human_parser is None:
+            return ""
+        source = hub_repository(self.human_parser.name_or_path)
+        if license is not None:
+            named = f", `{source}`," if source else ""
+            return f"\nThe human parser in `human_parser/`{named} has a licence of its own: `{license}`.\n"
+        if source is None:
+            return ""
+        return (
+            f"\nMasks are drawn by `{source}`, which has a licence of its own and is not in here: "
+            f'`pipe.load_human_parser("{source}")`.\n'
+        )
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -1530,24 +1934,63 @@ class VTONHubMixin:
 # -------------------------------------------------------------------------------------------------------- the pipeline
 
 
-def check_callback(callback: Callable | None, names: list[str], known: list[str]) -> list[str]:
-    """The tensors that a callback gets: those named, or those that one of diffusers' own asks for itself.
+def check_sampling(
+    train_timesteps: int,
+    *,
+    guidance_scale: float,
+    num_inference_steps: int = 1,
+    timesteps: list[int] | None = None,
+    guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    eta: float = 0.0,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """ValueError where an argument of how to denoise is wrong; the sentence names it and its value.
 
-    Raises:
-        TypeError, ValueError: it is no callback, or asks for what is not known here.
+    Args:
+        train_timesteps: how many the scheduler was trained with.
+        guidance_scale, ...: the call's.
     """
+    if not is_whole(num_inference_steps) or num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be a positive whole number, got {shown(num_inference_steps)}")
+    if not is_number(guidance_scale):
+        raise ValueError(f"`guidance_scale` must be a finite number, got {shown(guidance_scale)}")
+    for name, number in (("guidance_rescale", guidance_rescale), ("eta", eta)):
+        if not is_number(number) or not 0 <= number <= 1:
+            raise ValueError(f"`{name}` must be a number from 0 to 1, got {shown(number)}")
+    ends = guidance_interval if isinstance(guidance_interval, (list, tuple)) else ()
+    if len(ends) != 2 or not all(map(is_number, ends)) or not 0 <= ends[0] <= ends[1] <= 1:
+        raise ValueError(
+            f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {shown(guidance_interval)}"
+        )
+    if timesteps is not None:
+        valid = isinstance(timesteps, (list, tuple)) and len(timesteps) > 0
+        valid = valid and all(is_whole(t) and 0 <= t < train_timesteps for t in timesteps)
+        if not valid or any(later >= t for t, later in zip(timesteps, timesteps[1:])):
+            raise ValueError(
+                f"`timesteps` must be None or fall from at most {train_timesteps - 1} to 0, got {shown(timesteps)}"
+            )
+    if cross_attention_kwargs is not None and (
+        not isinstance(cross_attention_kwargs, dict)
+        or cross_attention_kwargs.keys() - {"scale"}
+        or not all(map(is_number, cross_attention_kwargs.values()))
+    ):
+        raise ValueError(
+            f"`cross_attention_kwargs` must be None or {{'scale': a LoRA's scale}}, got {shown(cross_attention_kwargs)}"
+        )
+
+
+def check_callback(callback: Callable | None, names: list[str], known: list[str]) -> None:
+    """TypeError or ValueError where `callback_on_step_end` is no callback, or asks for what is not known here."""
     if callback is not None and not callable(callback):
         raise TypeError(f"`callback_on_step_end` must be callable, got {type(callback).__name__}")
     callbacks = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
     if any(isinstance(one, IPAdapterScaleCutoffCallback) for one in callbacks):
         raise ValueError("`callback_on_step_end` sets the scale of an IP-Adapter, which try-on has none of")
-    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-        names = callback.tensor_inputs
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"`callback_on_step_end_tensor_inputs` must be a list of names, got {names!r}")
+        raise TypeError(f"`callback_on_step_end_tensor_inputs` must be a list of names, got {shown(names)}")
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"`callback_on_step_end_tensor_inputs` may name {', '.join(known)}, got {', '.join(unknown)}")
-    return list(names)
 
 
 def call_back(
@@ -1587,45 +2030,6 @@ def call_back(
             raise ValueError(f"`callback_on_step_end` must return `{name}` of shape {tuple(before.shape)}, got {got}")
         changed[name] = value.to(before)
     return changed
-
-
-class Turn:
-    """Whose turn it is with a UNet or a scheduler: a lock, and the pipelines whose calls hold it, with their schedulers."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.held: list[Any] = []
-
-
-# By UNet and by scheduler, which stay free to be copied and pickled. Kept in diffusers, for all copies of this file: whoever
-# loads a `custom_pipeline` twice has executed it twice.
-TURNS = vars(diffusers).setdefault("_vton_turns", weakref.WeakKeyDictionary())
-
-
-def in_turn(call: Callable) -> Callable:
-    """Let the calls of pipelines that share a UNet or a scheduler run one after the other, from whatever threads they come.
-
-    A callback may call another pipeline, on the same UNet too, that has a scheduler of its own.
-    """
-
-    @functools.wraps(call)
-    def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as turns:
-            for part in (unwrap_module(self.unet), self.scheduler):
-                if part is None:
-                    continue
-                turn = TURNS.setdefault(part, Turn())
-                turns.enter_context(turn.lock)
-                if any(held is self or held is self.scheduler for held in turn.held):
-                    raise RuntimeError(
-                        "a callback of a running call must not call the same pipeline, or one with its scheduler, whose state would "
-                        "be overwritten: give the inner pipeline a scheduler of its own"
-                    )
-                turns.callback(setattr, turn, "held", turn.held)
-                turn.held = [*turn.held, self, self.scheduler]
-            return call(self, *args, **kwargs)
-
-    return waiting
 
 
 # What a UNet's config may ask for beside latents, a timestep and text.
@@ -1678,6 +2082,18 @@ def check_scheduler(scheduler: KarrasDiffusionSchedulers) -> None:
         raise ValueError(f"the `scheduler` {name} is not for Stable Diffusion: {trouble}; DDPMScheduler is the card's")
 
 
+def check_tensor(value: Any, name: str) -> None:
+    """TypeError or ValueError unless an argument is a dense tensor of finite floating-point numbers."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.device.type == "meta" or not value.is_floating_point():
+        raise TypeError(
+            f"`{name}` must be a dense tensor of floating-point numbers, got {value.dtype}, {value.layout}, on {value.device}"
+        )
+    if not torch.isfinite(value).all():
+        raise ValueError(f"`{name}` must have finite values, got NaN or infinity")
+
+
 def check_finite(values: torch.Tensor, what: str, dtype: torch.dtype) -> None:
     """ValueError where a model's result holds NaN or infinity, with the usual remedy."""
     if not torch.isfinite(values).all():
@@ -1703,15 +2119,67 @@ class TryOnInputs:
     noise_shape: tuple[int, ...]  # (B, 4, h, w) of all results, or whole canvases
     prompts: dict[str, Any] | None  # `encode_prompt`'s arguments, for N; None where text is not used
 
+    person_latents: list["PreparedPerson"] | None = None  # N, where the call was given them
+    cloth_latents: list["PreparedCloth"] | None = None  # 1 or N
+
     @functools.cached_property
     def regions(self) -> list[tuple[int, int, int, int]]:
         """Where in every photograph to work, as (left, top, right, bottom): all of it, or the mask's surroundings."""
+        if self.person_latents:
+            return [person.region for person in self.person_latents]
         if self.padding is None:
             return [(0, 0, person.shape[2], person.shape[1]) for person in self.persons]
         return [crop_region(mask, self.height, self.width, self.padding) for mask in self.masks]
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedPerson:
+    """A person of `prepare_person`, for a call to take in the place of photograph and mask."""
+
+    picture: torch.Tensor  # (3, H, W) in [0, 1]
+    mask: torch.Tensor | None  # (1, H, W), 0 or 1
+    region: tuple[int, int, int, int]
+    profile: bytes | None
+    height: int
+    width: int
+    latents: dict[str, torch.Tensor]  # person (1, 4, h, w) and mask (1, 1, h, w)
+    made_with: tuple  # the weights and settings that the latents depend on
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCloth:
+    """A cloth of `prepare_cloth`, for a call to take in the place of its picture."""
+
+    picture: torch.Tensor  # (3, H, W) in [0, 1]
+    profile: bytes | None
+    height: int
+    width: int
+    latents: dict[str, torch.Tensor]  # cloth and cloth_condition, (1, 4, h, w)
+    keys_values: (
+        list[tuple[torch.Tensor, torch.Tensor]] | None
+    )  # of every attn1, (1, heads, N, head_dim); None: read anew
+    made_with: tuple
+
+
+def _joined(prepared: list[PreparedPerson] | list[PreparedCloth]) -> dict[str, torch.Tensor]:
+    """Their latents as batches."""
+    return {name: torch.cat([one.latents[name] for one in prepared]) for name in prepared[0].latents}
+
+
+def weights_sum(model: torch.nn.Module) -> tuple:
+    """What tells a model's weights, and the LoRAs on them, from others: a sum of every parameter, dtypes and scales."""
+    parameters = [parameter.detach() for parameter in model.parameters() if parameter.device.type != "meta"]
+    sums = torch.stack([parameter.sum(dtype=torch.float32).cpu() for parameter in parameters]).tolist()
+    loras = [
+        (layer.active_adapters, dict(layer.scaling), layer.disable_adapters, layer.merged_adapters)
+        for layer in _lora_modules(model)
+        if hasattr(layer, "scaling")
+    ]
+    return model.dtype, sums, repr(loras)
+
+
 class StableDiffusionVTONPipeline(
+    VTONMaskMixin,
     VTONAdapterMixin,
     VTONHubMixin,
     DiffusionPipeline,
@@ -1808,10 +2276,10 @@ class StableDiffusionVTONPipeline(
 
     def check_inputs(
         self,
-        person_image: PictureInput,
-        cloth_image: PictureInput,
+        person_image: PictureInput | PreparedPerson | list[PreparedPerson],
+        cloth_image: PictureInput | PreparedCloth | list[PreparedCloth],
         mask_image: PictureInput | None = None,
-        cloth_type: str = "upper",
+        cloth_type: str | list[str] = "upper",
         height: int | None = None,
         width: int | None = None,
         padding_mask_crop: int | None = None,
@@ -1826,6 +2294,8 @@ class StableDiffusionVTONPipeline(
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         guidance_scale: float = 1.0,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = [],
         **sampling: Any,
     ) -> TryOnInputs:
         """Check everything that a call was asked for, before any model runs; returns what the rest of the call uses.
@@ -1836,46 +2306,64 @@ class StableDiffusionVTONPipeline(
         Raises:
             ValueError, TypeError: one is wrong; the sentence names it and its value.
         """
-        for name in ("vae", "unet", "scheduler"):
-            if getattr(self, name) is None:
-                raise ValueError(f"a call needs the component `{name}`, got None")
-        check_unet(self.unet, self.config.cloth_conditioning == "reference")
-        check_scheduler(self.scheduler)
-        if self.unet.config.in_channels not in {8, 9}:
-            raise ValueError(
-                f"the UNet has {self.unet.config.in_channels} input channels, try-on needs 8 or 9: load an adapter with load_vton_adapter first"
-            )
+        self._check_components()
         if self.safety_checker is not None and self.feature_extractor is None:
             raise ValueError("`feature_extractor` must be given with a `safety_checker`, got None")
-        if cloth_type not in REPAINTED_LABELS:
-            raise ValueError(f"`cloth_type` must be one of {', '.join(REPAINTED_LABELS)}, got {cloth_type!r}")
+        as_cloth_types(cloth_type)
         if padding_mask_crop is not None and (not is_whole(padding_mask_crop) or padding_mask_crop < 0):
             raise ValueError(
-                f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {padding_mask_crop!r}"
+                f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {shown(padding_mask_crop)}"
             )
-        if output_type not in {"pil", "np", "pt", "latent"}:
-            raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}")
+        people = self._prepared(person_image, PreparedPerson, "person_image")
+        pieces = self._prepared(cloth_image, PreparedCloth, "cloth_image")
+        if people:
+            for name, value in (("mask_image", mask_image), ("padding_mask_crop", padding_mask_crop)):
+                if value is not None:
+                    raise ValueError(
+                        f"`{name}` must be None with a prepared person, which brings its own, got {shown(value)}"
+                    )
+        if not isinstance(output_type, str) or output_type not in {"pil", "np", "pt", "latent"}:
+            raise ValueError(f"`output_type` must be pil, np, pt or latent, got {shown(output_type)}")
+        if not isinstance(composite, (bool, np.bool_)):
+            raise TypeError(f"`composite` must be True or False, got {shown(composite)}")
         if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be a positive whole number, got {num_images_per_prompt!r}")
-        self._check_sampling(guidance_scale=guidance_scale, **sampling)
-        if mask_image is None and self.human_parser is None:
+            raise ValueError(
+                f"`num_images_per_prompt` must be a positive whole number, got {shown(num_images_per_prompt)}"
+            )
+        check_sampling(self.scheduler.config.num_train_timesteps, guidance_scale=guidance_scale, **sampling)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        if mask_image is None and self.human_parser is None and not people:
             if not self.config.mask_free:
                 raise ValueError(
                     "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
                 )
             if padding_mask_crop is not None:
-                raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {padding_mask_crop!r} without one")
-        persons, person_profiles = as_tensors(person_image, "person_image"), colour_profiles(person_image)
-        cloths, cloth_profiles = as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image)
-        masks = [None] if mask_image is None else as_masks(mask_image, "mask_image")
+                raise ValueError(
+                    f"`padding_mask_crop` needs a `mask_image`, got {shown(padding_mask_crop)} without one"
+                )
+        if people:
+            persons, person_profiles = [p.picture for p in people], [p.profile for p in people]
+            masks = [p.mask for p in people]
+        else:
+            persons, person_profiles = as_tensors(person_image, "person_image"), colour_profiles(person_image)
+            masks = [None] if mask_image is None else as_masks(mask_image, "mask_image")
+        if pieces:
+            cloths, cloth_profiles = [p.picture for p in pieces], [p.profile for p in pieces]
+        else:
+            cloths, cloth_profiles = as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image)
         count = max(len(persons), len(cloths), len(masks))
         for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks)):
             if len(pictures) not in {1, count}:
                 raise ValueError(f"`{name}` must number 1 or {count}, as the other pictures do, got {len(pictures)}")
         if len(persons) == 1:
             persons, person_profiles = persons * count, person_profiles * count
+            people = people and people * count
         if len(cloths) == 1 and len(set(person_profiles)) > 1:  # one cloth, in the colours of each
             cloths, cloth_profiles = cloths * count, cloth_profiles * count
+        if pieces and any(before != after for before, after in zip(cloth_profiles, person_profiles)):
+            raise ValueError(
+                "`cloth_image` was prepared for other colours than the person's: call prepare_cloth with the person's `profile`"
+            )
         cloths = [
             convert_profile(cloth, before, after)
             for cloth, before, after in zip(cloths, cloth_profiles, person_profiles)
@@ -1891,25 +2379,36 @@ class StableDiffusionVTONPipeline(
             raise ValueError(
                 f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(own_sizes)}: use 'pil'"
             )
-        sizes = {self.resolve_size(*size, height, width) for size in own_sizes}
+        if people:
+            sizes = {(p.height, p.width) for p in people}
+        else:
+            sizes = {self.resolve_size(*size, height, width) for size in own_sizes}
         if len(sizes) > 1:
             raise ValueError(
                 f"`person_image` has pictures for {sorted(sizes)} (height, width): give `height` and `width`, or call once a size"
             )
-        height, width = sizes.pop()
+        asked, (height, width) = (height, width), sizes.pop()
+        for name, prepared in (("person_image", people or []), ("cloth_image", pieces or [])):
+            for one in prepared:
+                wanted = (asked[0] or height, asked[1] or width)
+                if (one.height, one.width) != wanted:
+                    raise ValueError(
+                        f"`{name}` was prepared for {one.height}x{one.width} (height x width), this call works at "
+                        f"{wanted[0]}x{wanted[1]}"
+                    )
         noise_shape = [
             count * int(num_images_per_prompt), self.vae.config.latent_channels,
             height // self.vae_scale_factor, width // self.vae_scale_factor,
         ]  # fmt: skip
         if self.config.cloth_conditioning == "joint":
             noise_shape[2 if self.config.canvas_axis == "height" else 3] *= 2
-        if latents is not None and not isinstance(latents, torch.Tensor):
-            raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}")
+        if latents is not None:
+            check_tensor(latents, "latents")
         if latents is not None and list(latents.shape) != noise_shape:
             raise ValueError(f"`latents` must have shape {tuple(noise_shape)}, got {tuple(latents.shape)}")
-        generators = generator if isinstance(generator, list) else [generator]
-        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
-            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}")
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        if not all(isinstance(one, torch.Generator) for one in generators):
+            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {shown(generator)}")
         if isinstance(generator, list) and len(generator) != noise_shape[0]:
             raise ValueError(
                 f"`generator` must be one or {noise_shape[0]}, one for every result, got {len(generator)}"
@@ -1926,51 +2425,125 @@ class StableDiffusionVTONPipeline(
             prompts=self._check_prompts(
                 count, guidance_scale > 1, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
             ),
+            person_latents=people,
+            cloth_latents=pieces,
         )
 
-    def _check_sampling(
+    def _check_components(self) -> None:
+        for name in ("vae", "unet", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"a call needs the component `{name}`, got None")
+        check_unet(self.unet, self.config.cloth_conditioning == "reference")
+        check_scheduler(self.scheduler)
+        if self.unet.config.in_channels not in {8, 9}:
+            raise ValueError(
+                f"the UNet has {self.unet.config.in_channels} input channels, try-on needs 8 or 9: load an adapter with load_vton_adapter first"
+            )
+
+    def _prepared(self, given: Any, kind: type, name: str) -> list | None:
+        """What prepare_person or prepare_cloth made, as a list; None for pictures."""
+        listed = list(given) if isinstance(given, (list, tuple)) else [given]
+        if not any(isinstance(one, (PreparedPerson, PreparedCloth)) for one in listed):
+            return None
+        if not all(isinstance(one, kind) for one in listed):
+            others = sorted({type(one).__name__ for one in listed} - {kind.__name__})
+            raise TypeError(f"`{name}` must be pictures, or {kind.__name__}s alone, got {', '.join(others)} too")
+        made_with = self._made_with(kind)
+        if any(one.made_with != made_with for one in listed):
+            prepare = "prepare_person" if kind is PreparedPerson else "prepare_cloth"
+            raise ValueError(
+                f"`{name}` was prepared with other weights, settings or on another device than the pipeline has now: call {prepare} again"
+            )
+        return listed
+
+    def _made_with(self, kind: type) -> tuple:
+        """The weights and settings that a prepared person or cloth depends on."""
+        settings = (self.config.mask_free, self.config.condition_latents, self.unet.dtype, self._execution_device)
+        if kind is PreparedPerson:
+            return (weights_sum(self.vae), *settings)
+        attention = (self.config.cloth_conditioning, self.config.cross_attention, self.unet.config.in_channels)
+        return (weights_sum(self.vae), weights_sum(self.unet), *settings, *attention)
+
+    @in_turn
+    @torch.no_grad()
+    def prepare_person(
         self,
-        *,
-        guidance_scale: float,
-        num_inference_steps: int = 1,
-        timesteps: list[int] | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        eta: float = 0.0,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = [],
-    ) -> None:
-        if not is_whole(num_inference_steps) or num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be a positive whole number, got {num_inference_steps!r}")
-        if not is_number(guidance_scale):
-            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}")
-        for name, number in (("guidance_rescale", guidance_rescale), ("eta", eta)):
-            if not is_number(number) or not 0 <= number <= 1:
-                raise ValueError(f"`{name}` must be a number from 0 to 1, got {number!r}")
-        try:
-            start, end = guidance_interval
-            ordered = 0 <= start <= end <= 1
-        except (TypeError, ValueError):
-            ordered = False
-        if not ordered:
-            raise ValueError(
-                f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval!r}"
+        person_image: PictureInput,
+        mask_image: PictureInput | None = None,
+        cloth_type: str | list[str] = "upper",
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+    ) -> PreparedPerson | list[PreparedPerson]:
+        """Encode persons once, for many calls: what comes back is given to a call as `person_image`.
+
+        Args:
+            person_image, mask_image, cloth_type, height, width, padding_mask_crop: as in a call, which then takes none of the
+                last five (a height and a width must be these).
+
+        Returns:
+            One, or a list of them for a list or a batch. It holds for this VAE and these settings; a call says where not.
+        """
+        nothing = Image.new("RGB", (1, 1))
+        inputs = self.check_inputs(person_image, nothing, mask_image, cloth_type, height, width, padding_mask_crop)
+        inputs = self.draw_masks(inputs, cloth_type)
+        latents, made_with = self._encode_persons(inputs), self._made_with(PreparedPerson)
+        prepared = [
+            PreparedPerson(
+                *of_one, inputs.height, inputs.width, {k: v[i : i + 1] for k, v in latents.items()}, made_with
             )
-        if timesteps is not None and len(timesteps) == 0:
-            raise ValueError(f"`timesteps` must be None or hold at least one, got {timesteps!r}")
-        if cross_attention_kwargs is not None and (
-            not isinstance(cross_attention_kwargs, dict) or cross_attention_kwargs.keys() - {"scale"}
-        ):
-            raise ValueError(
-                f"`cross_attention_kwargs` must be None or {{'scale': a LoRA's scale}}, got {cross_attention_kwargs!r}"
+            for i, of_one in enumerate(zip(inputs.persons, inputs.masks, inputs.regions, inputs.profiles))
+        ]
+        self.maybe_free_model_hooks()
+        return prepared if _is_many(person_image) else prepared[0]
+
+    @in_turn
+    @torch.no_grad()
+    def prepare_cloth(
+        self, cloth_image: PictureInput, height: int, width: int, profile: bytes | None = None
+    ) -> PreparedCloth | list[PreparedCloth]:
+        """Encode and read cloths once, for many calls: what comes back is given to a call as `cloth_image`.
+
+        In reference mode the keys and values of every self-attention are kept, unless the adapter reads cloths with a prompt;
+        a call with `cross_attention_kwargs` reads the cloth again.
+
+        Args:
+            cloth_image: one or N cloths, as a call takes them.
+            height, width: the size that the calls work at, such as a prepared person's.
+            profile: the ICC profile of the persons (`PreparedPerson.profile`); None is sRGB.
+
+        Returns:
+            One, or a list of them for a list or a batch. It holds for these weights and settings; a call says where not.
+        """
+        self._check_components()
+        height, width = self.resolve_size(height or 1, width or 1, height, width)
+        cloths = [
+            convert_profile(cloth, before, profile)
+            for cloth, before in zip(as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image))
+        ]
+        latents, keys_values = self._encode_cloths(cloths, height, width), None
+        if self.config.cloth_conditioning == "reference" and self.config.cross_attention != "prompt":
+            self._cross_attention_kwargs = None
+            with vton_attention(self.unet, ClothCacheAttnProcessor, self.config.cross_attention) as processors:
+                blank = latents["cloth"][:, :1] * 0
+                rows = TryOnLatents(blank, blank, **latents, channels=self.unet.config.in_channels)
+                self.read_cloth(rows, None, processors)
+            keys_values = [processor.cloth for processor in processors]
+        made_with = self._made_with(PreparedCloth)
+        prepared = [
+            PreparedCloth(
+                cloth,
+                profile,
+                height,
+                width,
+                {name: value[i : i + 1] for name, value in latents.items()},
+                keys_values and [(key[i : i + 1], value[i : i + 1]) for key, value in keys_values],
+                made_with,
             )
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"`callback_on_step_end` must be callable, got {type(callback_on_step_end).__name__}")
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {sorted(unknown)}"
-            )
+            for i, cloth in enumerate(cloths)
+        ]
+        self.maybe_free_model_hooks()
+        return prepared if _is_many(cloth_image) else prepared[0]
 
     def _check_prompts(
         self,
@@ -1987,13 +2560,15 @@ class StableDiffusionVTONPipeline(
             ("prompt", prompt, prompt_embeds),
             ("negative_prompt", negative_prompt, negative_prompt_embeds),
         ):
-            listed = words if isinstance(words, list) else [words or ""]
+            listed = words if isinstance(words, list) else [] if words is None else [words]
             if not all(isinstance(one, str) for one in listed):
-                raise TypeError(f"`{name}` must be a string or a list of them, got {words!r}")
-            if embeds is not None and not isinstance(embeds, torch.Tensor):
-                raise TypeError(f"`{name}_embeds` must be a tensor, got {type(embeds).__name__}")
+                raise TypeError(f"`{name}` must be a string or a list of them, got {shown(words)}")
+            if embeds is not None:
+                check_tensor(embeds, f"{name}_embeds")
             if words is not None and embeds is not None:
-                raise ValueError(f"`{name}` and `{name}_embeds` say the same: give one, got {words!r} and a tensor")
+                raise ValueError(
+                    f"`{name}` and `{name}_embeds` say the same: give one, got {shown(words)} and a tensor"
+                )
             if text and isinstance(words, list) and len(words) != count:
                 raise ValueError(f"`{name}` must be one string or {count}, as the pictures are, got {len(words)}")
             if text and embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (count, features)):
@@ -2026,63 +2601,57 @@ class StableDiffusionVTONPipeline(
             "negative_prompt_embeds": negative_prompt_embeds,
         }
 
-    @torch.no_grad()
-    def prepare_mask(self, person: torch.Tensor, cloth_type: str) -> torch.Tensor:
-        """Draw the agnostic mask (1, H, W) of a person (3, H, W) with the human parser.
-
-        The cloth's region and the skin that a cloth may cover, grown by 2 % of the height; face, hair, hands, feet and bags
-        stay.
-        """
-        if self.human_parser is None or self.human_parser_processor is None:
-            raise ValueError("prepare_mask needs the components `human_parser` and `human_parser_processor`, got None")
-        inputs = self.human_parser_processor(images=as_pil(person), return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self._execution_device, self.human_parser.dtype)
-        logits = self.human_parser(pixel_values=pixels).logits.float()
-        parsed = F.interpolate(logits, size=person.shape[1:], mode="bilinear").argmax(dim=1).cpu()  # (1, H, W)
-        labels = {
-            i: label.lower().replace("_", "-").replace(" ", "-")
-            for i, label in self.human_parser.config.id2label.items()
-        }
-        repainted, kept = (
-            torch.isin(parsed, torch.tensor([i for i, label in labels.items() if label in names], dtype=parsed.dtype))
-            for names in (REPAINTED_LABELS[cloth_type], KEPT_LABELS)
-        )
-        if not repainted.any():
-            raise ValueError(
-                f"`person_image` shows the human parser nothing of the kind `cloth_type`={cloth_type!r}: give a `mask_image`"
-            )
-        grow = round(0.02 * person.shape[1])
-        grown = repainted.float()
-        for kernel in ((2 * grow + 1, 1), (1, 2 * grow + 1)):  # a square, one side after the other
-            grown = F.max_pool2d(grown, kernel, stride=1, padding=tuple(side // 2 for side in kernel))
-        return (grown * ~kept).float()
-
     # ---- the way through the model
 
+    def draw_masks(self, inputs: TryOnInputs, cloth_type: str | list[str]) -> TryOnInputs:
+        """The inputs with the human parser's masks, where there are none and there is a parser."""
+        if inputs.masks[0] is not None or inputs.person_latents or self.human_parser is None:
+            return inputs
+        persons = {id(person): person for person in inputs.persons}  # one with many cloths is read once
+        masks = as_masks(self.predict_mask(list(persons.values()), cloth_type), "mask_image")
+        drawn = dict(zip(persons, masks))
+        return replace(inputs, masks=[drawn[id(person)] for person in inputs.persons])
+
     def encode_pictures(self, inputs: TryOnInputs) -> TryOnLatents:
-        """Stretch persons and masks to height x width, fit the cloths on white, and encode all three."""
-        size = {"height": inputs.height, "width": inputs.width}
-        device, dtype = self._execution_device, self.unet.dtype
+        """Stretch persons and masks to height x width, fit the cloths on white, and encode all that is not encoded yet."""
+        persons, cloths = inputs.person_latents, inputs.cloth_latents
+        cloth = _joined(cloths) if cloths else self._encode_cloths(inputs.cloths, inputs.height, inputs.width)
+        return TryOnLatents(
+            **(_joined(persons) if persons else self._encode_persons(inputs)),
+            **cloth,
+            channels=self.unet.config.in_channels,
+            canvas_dim=2 if self.config.canvas_axis == "height" else 3,
+        )
+
+    def _encode_persons(self, inputs: TryOnInputs) -> dict[str, torch.Tensor]:
+        size, device = {"height": inputs.height, "width": inputs.width}, self._execution_device
         persons = [as_pil(person).crop(region) for person, region in zip(inputs.persons, inputs.regions)]
-        cloths = [fit_cloth(as_pil(cloth), **size) for cloth in inputs.cloths]
         if inputs.masks[0] is None:
             mask = torch.ones(len(persons), 1, inputs.height, inputs.width)
         else:
             masks = [as_pil(mask).crop(region) for mask, region in zip(inputs.masks, inputs.regions)]
             mask = self.mask_processor.preprocess(masks, **size)
-        encoded = TryOnLatents.encode(
+        encoded = TryOnLatents.encode_person(
             self.vae,
             self.image_processor.preprocess(persons, **size).to(device),
             mask.to(device),
-            self.image_processor.preprocess(cloths, **size).to(device),
-            channels=self.unet.config.in_channels,
             mask_free=self.config.mask_free,
             condition_latents=self.config.condition_latents,
-            canvas_axis=self.config.canvas_axis,
-            dtype=dtype,
+            dtype=self.unet.dtype,
         )
-        for latents in (encoded.person, encoded.cloth):
-            check_finite(latents, "the VAE's encoder", self.vae.dtype)
+        check_finite(encoded["person"], "the VAE's encoder", self.vae.dtype)
+        return encoded
+
+    def _encode_cloths(self, cloths: list[torch.Tensor], height: int, width: int) -> dict[str, torch.Tensor]:
+        size = {"height": height, "width": width}
+        pixels = self.image_processor.preprocess([fit_cloth(as_pil(cloth), **size) for cloth in cloths], **size)
+        encoded = TryOnLatents.encode_cloth(
+            self.vae,
+            pixels.to(self._execution_device),
+            condition_latents=self.config.condition_latents,
+            dtype=self.unet.dtype,
+        )
+        check_finite(encoded["cloth"], "the VAE's encoder", self.vae.dtype)
         return encoded
 
     def prepare_latents(
@@ -2097,16 +2666,24 @@ class StableDiffusionVTONPipeline(
         return latents.to(self._execution_device, self.unet.dtype) * self.scheduler.init_noise_sigma
 
     def read_cloth(
-        self, conditioning: TryOnLatents, prompt_embeds: torch.Tensor | None, processors: list[ClothCacheAttnProcessor]
+        self,
+        conditioning: TryOnLatents,
+        prompt_embeds: torch.Tensor | None,
+        processors: list[ClothCacheAttnProcessor],
+        prepared: list[PreparedCloth] | None = None,
     ) -> None:
-        """One pass of the cloths at timestep 0, whose keys and values the processors keep."""
+        """One pass of the cloths at timestep 0, whose keys and values the processors keep, unless `prepared` brings them."""
+        for processor in processors:
+            processor.rows = len(conditioning.person)
+        if prepared and prepared[0].keys_values and not self.cross_attention_kwargs:
+            for processor, of_layer in zip(processors, zip(*(cloth.keys_values for cloth in prepared))):
+                processor.cloth = tuple(torch.cat(parts) for parts in zip(*of_layer))
+            return
         rows = conditioning.cloth_rows()
         timesteps = torch.zeros(len(rows), device=rows.device, dtype=torch.long)
         self.unet(
             rows, timesteps, prompt_embeds, cross_attention_kwargs=self.cross_attention_kwargs, return_dict=False
         )
-        for processor in processors:
-            processor.rows = len(conditioning.person)
 
     def predict_noise(
         self,
@@ -2191,10 +2768,10 @@ class StableDiffusionVTONPipeline(
     @torch.no_grad()
     def __call__(
         self,
-        person_image: PictureInput,
-        cloth_image: PictureInput,
+        person_image: PictureInput | PreparedPerson | list[PreparedPerson],
+        cloth_image: PictureInput | PreparedCloth | list[PreparedCloth],
         mask_image: PictureInput | None = None,
-        cloth_type: str = "upper",
+        cloth_type: str | list[str] = "upper",
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -2222,11 +2799,11 @@ class StableDiffusionVTONPipeline(
 
         Args:
             person_image: one or N photographs: PIL images of any mode and size, arrays (H, W, 3), tensors (3, H, W), batches
-                or lists of them. uint8 is 0-255, floats are 0-1.
-            cloth_image: one cloth, or N, in any size; it is fitted whole on white.
+                or lists of them (uint8 is 0-255, floats are 0-1), or what `prepare_person` made of them, mask included.
+            cloth_image: one cloth, or N, in any size, fitted whole on white, or what `prepare_cloth` made of them.
             mask_image: one mask or N, of their person's size: white (at least one half) where the picture may change. None
                 draws it with the human parser, or needs a mask-free adapter.
-            cloth_type: `"upper"`, `"lower"` or `"dress"`, for the human parser.
+            cloth_type: `"upper"`, `"lower"`, `"dress"` or a list of them, for the human parser.
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as in `StableDiffusionPipeline`; used by adapters
                 with `cross_attention="prompt"`, which may bring a prompt for calls that give none.
             height, width: the size to work at, multiples of 64 for SD1.5. None keeps the person's aspect at about the native
@@ -2260,12 +2837,13 @@ class StableDiffusionVTONPipeline(
             ValueError, TypeError: an argument is wrong; the sentence names it and its value.
         """
         # 1. Check, and learn what there is to do; what was not said is as the adapter says
-        callback_on_step_end_tensor_inputs = check_callback(
-            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
-        )
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         prompt = self.config.prompt if prompt is None and prompt_embeds is None else prompt
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         eta = (self.config.eta or 0.0) if eta is None else eta
+        if not isinstance(return_dict, (bool, np.bool_)):
+            raise TypeError(f"`return_dict` must be True or False, got {shown(return_dict)}")
         inputs = self.check_inputs(
             person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop,
             num_images_per_prompt=num_images_per_prompt, generator=generator, latents=latents, composite=composite,
@@ -2276,23 +2854,23 @@ class StableDiffusionVTONPipeline(
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         num_images_per_prompt = int(num_images_per_prompt)
+        timesteps = None if timesteps is None else [int(t) for t in timesteps]
         timesteps, num_inference_steps = retrieve_timesteps(
             self.scheduler, int(num_inference_steps) if timesteps is None else None, self._execution_device, timesteps
         )
         accepted = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
+        step_kwargs = {
+            name: value for name, value in (("eta", float(eta)), ("generator", generator)) if name in accepted
+        }
+        self._guidance_scale = float(guidance_scale)
+        self._guidance_rescale = float(guidance_rescale)
         self._cross_attention_kwargs = cross_attention_kwargs
         self._num_timesteps = len(timesteps)
         self._interrupt = False
         reference, dtype = self.config.cloth_conditioning == "reference", self.unet.dtype
 
         # 2. Human parser: the masks, where none is given
-        if mask_image is None and self.human_parser is not None:
-            persons = {id(person): person for person in inputs.persons}  # one with many cloths is read once
-            drawn = {key: self.prepare_mask(person, cloth_type) for key, person in persons.items()}
-            inputs = replace(inputs, masks=[drawn[id(person)] for person in inputs.persons])
+        inputs = self.draw_masks(inputs, cloth_type)
 
         # 3. Text encoder: the prompt, for adapters that use one
         prompt_embeds = negative_prompt_embeds = cloth_embeds = None
@@ -2321,7 +2899,7 @@ class StableDiffusionVTONPipeline(
             self.progress_bar(total=len(timesteps)) as progress_bar,
         ):
             if reference:
-                self.read_cloth(conditioning, cloth_embeds, processors)
+                self.read_cloth(conditioning, cloth_embeds, processors, inputs.cloth_latents)
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue

@@ -12,8 +12,8 @@
 writes OUTPUT_DIR/vton_adapter.safetensors, for `pipe.load_vton_adapter(OUTPUT_DIR)`. How the cloth enters the UNet is the
 pipeline's own code, imported from pipeline_vton.py.
 
-The file reads in the order of a run: arguments, pairs of pictures, what is random, the trainer (setting up, one step,
-looking at it, keeping it, the loop).
+The file reads in the order of a run: arguments, pairs of pictures, what is random, the loss, the trainer (setting up, one step,
+the loop), what it shows of itself (`Validation`) and what is kept of it (`Checkpoints`).
 """
 
 import argparse
@@ -171,11 +171,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mask_column", default="mask", help="the agnostic mask (default mask)")
     add("--caption_column", help="a text for every pair, with --cross_attention prompt (default: --prompt for all)")
     add("--condition_column", default="condition", help="--mask_free: column, or folder beside the persons', of the person in another cloth (default condition)")  # fmt: skip
-    add(
-        "--height",
-        type=POSITIVE_COUNT,
-        help="training height in pixels (default: the base's native area at the data's aspect)",
-    )
+    add("--height", type=POSITIVE_COUNT, help="training height in pixels (default: the base's native area at the data's aspect)")  # fmt: skip
     add("--width", type=POSITIVE_COUNT, help="training width in pixels, at the data's aspect")
     add("--augment", nargs="*", default=[], choices=("flip", "crop", "color", "mask"), help="mirror, zoom in, recolour, loosen masks (default none)")  # fmt: skip
     add("--cache_latents", nargs="?", type=Path, const=True, help="encode once into this folder (default OUTPUT_DIR/latents)")  # fmt: skip
@@ -206,12 +202,7 @@ def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--learning_rate", type=POSITIVE, default=1e-4, help="AdamW's highest rate (default 1e-4)")
     add("--lr_scheduler", default="default", choices=("default", *SCHEDULES), help="default: warm-up from a tenth of the rate, then cosine to 1e-6; or one of diffusers'")  # fmt: skip
     add("--lr_warmup_steps", type=COUNT, help="updates of warm-up (default: 5 epochs, at most a tenth of the run)")
-    add(
-        "--adam_weight_decay",
-        type=NOT_NEGATIVE,
-        default=0.01,
-        help="AdamW's; its betas are 0.9 and 0.999 (default 0.01)",
-    )
+    add("--adam_weight_decay", type=NOT_NEGATIVE, default=0.01, help="AdamW's; its betas are 0.9 and 0.999 (default 0.01)")  # fmt: skip
     add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW: a quarter of the optimiser's memory")
     add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradient clipping (default 1.0)")
     add("--ema_decay", type=DECAY, default=0.9999, help="averages the published weights (default 0.9999, 0 is off)")
@@ -239,6 +230,8 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """One sentence for what argparse cannot see by itself."""
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir must be a folder, got the file {args.output_dir}")
     if (args.height is None) != (args.width is None):
         parser.error(f"--height and --width go together, got {args.height} and {args.width}")
     resumed = args.resume_from_checkpoint
@@ -468,7 +461,7 @@ class TreePairs:
         self.learnt: dict[
             tuple[str, str], list[int]
         ] = {}  # role and file: bytes, nanosecond of writing, width, height
-        if index is not None and index.is_file():
+        if checked or (index is not None and index.is_file()):
             self.read_index(index)
         if checked:
             return

@@ -15,9 +15,8 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionInpaintPipeline
 from matplotlib.figure import Figure
 from PIL import Image
-from transformers import ResNetForImageClassification
 
-from demo.recognition import ATTRIBUTES, CLASSIFIER, load_classifier, recognize
+from demo.recognition import ATTRIBUTES, CLASSIFIER, ClothClassifier, load_classifier, recognize
 from demo.try_on import BATCH_SIZE, DEMO, Line, check_count, draw_lines, load_pipeline, noises, picture_height, try_on
 from demo.world import CATEGORIES, FACTORS, LEVELS
 from evaluate_vton import Interval, bootstrap, decibels, squared_error, ssim, table
@@ -88,9 +87,7 @@ def round_trip(vae: AutoencoderKL, lines: Sequence[Line]) -> list[Image.Image]:
 # ---------------------------------------------------------------------------------------------------------------- figures
 
 
-def measure(
-    results: Sequence[Image.Image], lines: Sequence[Line], classifier: ResNetForImageClassification
-) -> list[Parts]:
+def measure(results: Sequence[Image.Image], lines: Sequence[Line], classifier: ClothClassifier) -> list[Parts]:
     """What each line adds to each figure; an attribute that its cloth has not is left out."""
     said, rows = recognize(classifier, results, [line.mask for line in lines]), []
     for result, line, seen in zip(results, lines, said):

@@ -4,13 +4,15 @@ Decibels reward what is merely average; this tells whether a stripe is still a s
 agnostic mask alone, and the mask, which says what kind of cloth is meant.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from PIL import Image
-from transformers import ResNetForImageClassification
+from torch import nn
 
 from demo.world import COLORS, LOGOS, PATTERNS, SLEEVES
 
@@ -27,7 +29,32 @@ ATTRIBUTES = {
     "sleeve_length": tuple(SLEEVES),
     "garment_length": ("crop", "normal", "short", "knee", "long"),
 }
-LABELS = [f"{attribute}: {value}" for attribute, values in ATTRIBUTES.items() for value in values]
+
+
+class ClothClassifier(ModelMixin, ConfigMixin):
+    """Crops (N, 4, H, W) in [-1, 1], of `crop`, to one block of logits (N, values) for each of `ATTRIBUTES`.
+
+    Args:
+        channels: of every level, whose sides are half those of the one before.
+    """
+
+    @register_to_config
+    def __init__(self, channels: tuple[int, ...] = (32, 64, 96, 128)) -> None:
+        super().__init__()
+        levels = []
+        for before, after in zip((4, *channels), channels):
+            for inputs, stride in ((before, 2), (after, 1)):
+                convolution = nn.Conv2d(inputs, after, 3, stride, padding=1, bias=False)
+                levels += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+        self.levels = nn.Sequential(*levels)
+        self.head = nn.Linear(2 * channels[-1], sum(map(len, ATTRIBUTES.values())))
+
+    def forward(self, crops: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = self.levels(crops)
+        pooled = torch.cat(
+            [features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1
+        )  # a logo is in one place alone
+        return dict(zip(ATTRIBUTES, self.head(pooled).split([len(values) for values in ATTRIBUTES.values()], dim=1)))
 
 
 def crop(picture: Image.Image, mask: Image.Image) -> np.ndarray:
@@ -56,21 +83,18 @@ def to_input(crops: torch.Tensor) -> torch.Tensor:
     return crops.float() / 127.5 - 1
 
 
-def by_attribute(logits: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Logits (N, labels) as one block (N, values) for each of `ATTRIBUTES`."""
-    return zip(ATTRIBUTES, logits.split([len(values) for values in ATTRIBUTES.values()], dim=1))
-
-
-def load_classifier(folder: Path = CLASSIFIER) -> ResNetForImageClassification:
-    return ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+def load_classifier(folder: Path = CLASSIFIER) -> ClothClassifier:
+    return ClothClassifier.from_pretrained(folder).float().eval()
 
 
 @torch.no_grad()
 def recognize(
-    classifier: ResNetForImageClassification, pictures: Sequence[Image.Image], masks: Sequence[Image.Image]
+    classifier: ClothClassifier, pictures: Sequence[Image.Image], masks: Sequence[Image.Image]
 ) -> list[dict[str, str]]:
     """The likeliest value of each of `ATTRIBUTES`, for every picture; where a cloth has no sleeves to speak of, theirs is idle."""
     crops = torch.from_numpy(np.stack([crop(*pair) for pair in zip(pictures, masks, strict=True)]))
-    logits = torch.cat([classifier(to_input(part)).logits for part in crops.split(64)])
-    chosen = {name: [ATTRIBUTES[name][i] for i in block.argmax(dim=1)] for name, block in by_attribute(logits)}
-    return [dict(zip(chosen, values)) for values in zip(*chosen.values())]
+    said = []
+    for part in crops.split(64):
+        numbers = {name: logits.argmax(dim=1).tolist() for name, logits in classifier(to_input(part)).items()}
+        said += [{name: ATTRIBUTES[name][i] for name, i in zip(numbers, row)} for row in zip(*numbers.values())]
+    return said

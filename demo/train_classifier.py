@@ -1,12 +1,13 @@
 """Train the network that recognises cloths on people (`demo.recognition`), on drawn truths of seeds that nothing else uses.
 
-The result is an ordinary transformers folder of less than a megabyte; printed is the share of held-out truths of another seed
+The result is an ordinary diffusers folder of less than a megabyte; printed is the share of held-out truths of another seed
 that it gets right, for every attribute, and what it mistakes for what.
 """
 
 import argparse
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,44 +16,32 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
-from transformers import ResNetConfig, ResNetForImageClassification
 
 from demo.make_dataset import World
-from demo.recognition import ATTRIBUTES, LABELS, by_attribute, crop, to_input
-from demo.world import UNIT_HEIGHT, draw_person
+from demo.recognition import ATTRIBUTES, ClothClassifier, crop, load_classifier, to_input
+from demo.world import LOGOS, UNIT_HEIGHT, draw_person
 
 
 NONE = -100  # what `cross_entropy` leaves out: trousers have no sleeves
 
 
-def draw_truth(index: int, world: World) -> tuple[np.ndarray, list[int]]:
+def draw_truth(index: int, world: World, logos: bool) -> tuple[np.ndarray, list[int]]:
     """A person in a cloth, cropped (4, H, W), and the number of each attribute's value."""
     person, cloth = world.sample("train", index)
+    if logos and index % 2:  # the smallest there is to see
+        cloth = replace(cloth, print="logo", pattern="plain", logo=(*LOGOS, "word")[index // 2 % (len(LOGOS) + 1)])
     picture, mask, _ = draw_person(person, cloth, *world.size)
     attributes = cloth.attributes()
     values = [NONE if attributes[name] is None else ATTRIBUTES[name].index(attributes[name]) for name in ATTRIBUTES]
     return crop(picture, mask), values
 
 
-def draw_truths(count: int, world: World) -> TensorDataset:
-    """Crops, bytes (N, 4, H, W), and labels (N, attributes)."""
+def draw_truths(count: int, world: World, logos: bool) -> TensorDataset:
+    """Crops, bytes (N, 4, H, W), and labels (N, attributes); with a logo or a word on every second cloth, if wanted."""
     with ProcessPoolExecutor() as pool:
-        drawn = pool.map(partial(draw_truth, world=world), range(count), chunksize=32)
+        drawn = pool.map(partial(draw_truth, world=world, logos=logos), range(count), chunksize=32)
         crops, values = zip(*tqdm(drawn, total=count, desc=f"truths of seed {world.seed}"))
     return TensorDataset(torch.from_numpy(np.stack(crops)), torch.tensor(values))
-
-
-def build_classifier() -> ResNetForImageClassification:
-    config = ResNetConfig(
-        num_channels=4,
-        embedding_size=32,
-        hidden_sizes=[32, 64, 96],
-        depths=[1, 2, 2],
-        layer_type="basic",
-        id2label=dict(enumerate(LABELS)),
-        label2id={label: i for i, label in enumerate(LABELS)},
-    )
-    return ResNetForImageClassification(config)
 
 
 def disturb(crops: torch.Tensor) -> torch.Tensor:
@@ -69,19 +58,19 @@ def disturb(crops: torch.Tensor) -> torch.Tensor:
     return torch.cat([picture.clamp(-1, 1), mask], dim=1)
 
 
-def loss(classifier: ResNetForImageClassification, crops: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    logits = classifier(disturb(to_input(crops))).logits
-    return sum(F.cross_entropy(block, values[:, i]) for i, (_, block) in enumerate(by_attribute(logits)))
+def loss(classifier: ClothClassifier, crops: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    said = classifier(disturb(to_input(crops)))
+    return sum(F.cross_entropy(said[name], values[:, i]) for i, name in enumerate(ATTRIBUTES))
 
 
 @torch.no_grad()
-def evaluate(classifier: ResNetForImageClassification, truths: TensorDataset) -> dict[str, Counter]:
+def evaluate(classifier: ClothClassifier, truths: TensorDataset) -> dict[str, Counter]:
     """By attribute, how often which (true value, said value) occurred."""
     confusions = {name: Counter() for name in ATTRIBUTES}
     for crops, values in DataLoader(truths, batch_size=256):
-        for i, (name, block) in enumerate(by_attribute(classifier(to_input(crops)).logits)):
-            said = zip(values[:, i].tolist(), block.argmax(dim=1).tolist())
-            confusions[name].update((ATTRIBUTES[name][t], ATTRIBUTES[name][s]) for t, s in said if t != NONE)
+        for i, (name, logits) in enumerate(classifier(to_input(crops)).items()):
+            pairs = zip(values[:, i].tolist(), logits.argmax(dim=1).tolist())
+            confusions[name].update((ATTRIBUTES[name][t], ATTRIBUTES[name][s]) for t, s in pairs if t != NONE)
     return confusions
 
 
@@ -89,8 +78,8 @@ def share_right(confusions: Counter) -> float:
     return sum(n for (true, said), n in confusions.items() if true == said) / confusions.total()
 
 
-def train(classifier: ResNetForImageClassification, truths: TensorDataset, held_out: TensorDataset, args) -> None:
-    """Leaves the moving average of the weights in the classifier."""
+def train(classifier: ClothClassifier, truths: TensorDataset, held_out: TensorDataset, args) -> None:
+    """Minimise the cross-entropies of all attributes; the classifier is left ready for use."""
     batches = DataLoader(truths, args.batch_size, shuffle=True, drop_last=True)
     total = args.epochs * len(batches)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.learning_rate, weight_decay=0.02)
@@ -123,7 +112,7 @@ def report(confusions: dict[str, Counter]) -> str:
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output_dir", type=Path, required=True, help="where the transformers folder goes")
+    add("--output_dir", type=Path, required=True, help="where the network and its config go")
     add("--train", type=int, default=16000, help="truths to learn from (default 16000)")
     add("--test", type=int, default=2000, help="held-out truths of the next seed (default 2000)")
     add("--seed", type=int, default=100, help="seed of people, cloths, weights and batches (default 100)")
@@ -146,21 +135,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    truths, held_out = (
-        draw_truths(count, World(seed, args.height, "all"))
-        for count, seed in ((args.train, args.seed), (args.test, args.seed + 1))
-    )
+    truths = draw_truths(args.train, World(args.seed, args.height, "all"), logos=True)
+    held_out = draw_truths(args.test, World(args.seed + 1, args.height, "all"), logos=False)
     torch.manual_seed(args.seed)
-    classifier = build_classifier()
+    classifier = ClothClassifier()
     train(classifier, truths, held_out, args)
     classifier.half().save_pretrained(args.output_dir)
-    print(
-        report(
-            evaluate(
-                ResNetForImageClassification.from_pretrained(args.output_dir, dtype=torch.float32).eval(), held_out
-            )
-        )
-    )
+    print(report(evaluate(load_classifier(args.output_dir), held_out)))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ base() {
 }
 
 classifier() {
-  $python -m demo.train_classifier --output_dir "$work/classifier" --train "$CLASSIFIER_TRUTHS" --height "$HEIGHT" --seed 0
+  $python -m demo.train_classifier --output_dir "$work/classifier" --train "$CLASSIFIER_TRUTHS" --height "$HEIGHT"
 }
 
 adapter() { # attention alone, of all categories: DREAM (arXiv:2312.00210), averaged weights, and masks that do not tell the cut
@@ -52,7 +52,7 @@ adapter() { # attention alone, of all categories: DREAM (arXiv:2312.00210), aver
 
 stage dataset "$work/dataset" dataset
 stage base "$work/base/model_index.json" base
-stage classifier "$work/classifier/model.safetensors" classifier
+stage classifier "$work/classifier/config.json" classifier
 stage adapter "$work/adapter/vton_adapter.safetensors" adapter
 
 mkdir -p "$model" "$classifier"
@@ -61,6 +61,6 @@ for part in model_index.json scheduler text_encoder tokenizer unet vae; do
   cp -r "$work/base/$part" "$model/"
 done
 cp "$work/adapter/vton_adapter.safetensors" "$model/"
-cp "$work/classifier/config.json" "$work/classifier/model.safetensors" "$classifier/"
+cp "$work/classifier/"* "$classifier/"
 $python -m demo.measure --model "$model" --classifier "$classifier" --output_dir "$work/measure" \
   --lines "$LINES" --num_inference_steps "$STEPS" --by

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -27,6 +28,8 @@ from diffusers.callbacks import (
     SDXLControlnetCFGCutoffCallback,
 )
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 from tiny import picture, run, seeded, tiny_pipe, tiny_unet
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -358,3 +361,41 @@ def test_a_call_frees_the_models_that_model_offloading_brought_in():
     assert len(before) == 2  # the UNet's and the VAE's
     run(pipe)
     assert len(pipe._all_hooks) == 2 and not set(before) & set(pipe._all_hooks)  # diffusers puts new ones in
+
+
+# ---- LoRAs with text-encoder weights
+
+
+def test_a_lora_of_unet_and_text_encoder_trains_is_saved_and_loads(tmp_path):
+    pipe = tiny_pipe(9, text=True, cross_attention="prompt")
+    torch.manual_seed(0)
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]))
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["attn1.to_q", "attn2.to_v"]))
+    learning = {
+        name: p for part in (pipe.unet, pipe.text_encoder) for name, p in part.named_parameters() if p.requires_grad
+    }
+    assert all("lora_" in name for name in learning)
+    optimizer = torch.optim.AdamW(learning.values(), lr=0.1)
+    words = pipe.tokenizer("a shirt", padding="max_length", return_tensors="pt").input_ids
+    rows, steps = torch.randn(2, 9, 10, 6, generator=seeded()), torch.tensor([500, 0])
+    for _ in range(2):
+        with vton_attention(pipe.unet, ClothBesideAttnProcessor, "prompt"):
+            embeds = pipe.text_encoder(words)[0].repeat(2, 1, 1)
+            pipe.unet(rows, steps, embeds).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(p.abs().max() > 0 for p in learning.values())  # half of a LoRA begins at zero
+    trained = run(pipe, prompt="a shirt")
+    layers = [
+        convert_state_dict_to_diffusers(get_peft_model_state_dict(part)) for part in (pipe.unet, pipe.text_encoder)
+    ]
+    pipe.save_lora_weights(tmp_path, *layers)
+    pipe = tiny_pipe(9, text=True, cross_attention="prompt")
+    plain = run(pipe, prompt="a shirt")
+    pipe.load_lora_weights(tmp_path)
+    assert set(pipe.get_list_adapters()) == {"unet", "text_encoder"}
+    np.testing.assert_allclose(run(pipe, prompt="a shirt"), trained, atol=1.01 / 255)
+    pipe.set_adapters("default_0", {"text_encoder": 1.0, "unet": 0.0})
+    assert abs(run(pipe, prompt="a shirt") - plain).max() > 0.05
+    pipe.unload_lora_weights()
+    np.testing.assert_allclose(run(pipe, prompt="a shirt"), plain, atol=1.01 / 255)

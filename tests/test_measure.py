@@ -100,8 +100,8 @@ def test_an_attribute_counts_where_the_cloth_has_it(lines, classifier):
 def test_the_figures_pool_the_squared_errors():
     rows = [
         {"psnr": (1.0, 100.0), "color": (1.0, 1.0)},
-        {"psnr": (1.0, 900.0)},
-        {"psnr": (8.0, 0.0), "color": (0.0, 1.0)},
+        {"psnr": (1.0, 400.0)},
+        {"psnr": (8.0, 500.0), "color": (0.0, 1.0)},
     ]
     found = measure.figures(rows)
     assert found["psnr"].value == pytest.approx(20) and found["color"].value == 0.5

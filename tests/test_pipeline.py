@@ -1,4 +1,4 @@
-"""Calls of the pipeline: sizes, inputs, compositing, batches, guidance, callbacks, schedulers, parser and safety checker."""
+"""Calls of the pipeline: sizes, inputs, compositing, batches, guidance, callbacks, schedulers and the safety checker."""
 
 import warnings
 
@@ -19,16 +19,8 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
-from tiny import box_mask, picture, run, seeded, tiny_pipe, tiny_text
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
-)
-
-from pipeline_vton import KEPT_LABELS, REPAINTED_LABELS
+from tiny import box_mask, picture, run, seeded, tiny_parser, tiny_pipe, tiny_text
+from transformers import CLIPConfig, CLIPImageProcessor
 
 
 def as_float(image):
@@ -537,96 +529,6 @@ def test_timesteps_may_be_chosen():
         run(pipe, timesteps=[900, 400, 10])
 
 
-# ---- the human parser
-
-FASHN_LABELS = (
-    "background face hair top dress skirt pants belt bag hat scarf glasses arms hands legs feet torso jewelry".split()
-)
-ATR_LABELS = (
-    "Background Hat Hair Sunglasses Upper-clothes Skirt Pants Dress Belt Left-shoe Right-shoe Face Left-leg Right-leg "
-    "Left-arm Right-arm Bag Scarf"
-).split()
-LABEL_SETS = pytest.mark.parametrize("labels", [FASHN_LABELS, ATR_LABELS], ids=["fashn", "atr"])
-
-
-def parser_pipe(labels, only=None, in_channels=9):
-    """A pipeline with a random Segformer, or one that sees a single label everywhere."""
-    pipe = tiny_pipe(in_channels)
-    config = SegformerConfig(
-        num_encoder_blocks=2,
-        depths=[1, 1],
-        sr_ratios=[2, 1],
-        hidden_sizes=[8, 8],
-        patch_sizes=[7, 3],
-        strides=[4, 2],
-        num_attention_heads=[1, 1],
-        mlp_ratios=[1, 1],
-        decoder_hidden_size=16,
-        id2label=dict(enumerate(labels)),
-    )
-    torch.manual_seed(2)
-    parser = SegformerForSemanticSegmentation(config).eval()
-    classifier = parser.decode_head.classifier
-    with torch.no_grad():
-        classifier.weight.mul_(0 if only else 200)
-        classifier.bias.zero_()
-        if only:
-            classifier.bias[labels.index(only)] = 1
-    processor = SegformerImageProcessor(size={"height": 64, "width": 64})
-    pipe.register_modules(human_parser=parser, human_parser_processor=processor)
-    return pipe
-
-
-@LABEL_SETS
-@pytest.mark.parametrize("cloth_type", ["upper", "lower", "dress"])
-def test_every_label_is_repainted_by_its_cloth_types_alone(labels, cloth_type):
-    person = torch.rand(3, 32, 24, generator=seeded(1))
-    worn = {"upper": {"top", "upper-clothes", "dress"}, "lower": {"pants", "skirt", "dress"}}
-    worn["dress"] = worn["upper"] | worn["lower"]
-    never = {"background", "face", "hair", "hands", "feet", "left-shoe", "bag", "hat"}
-    for label in labels:
-        name = label.lower()
-        pipe = parser_pipe(labels, only=label)
-        if name in worn[cloth_type]:
-            assert (pipe.prepare_mask(person, cloth_type) == 1).all()
-        elif name in never or name in worn["dress"]:
-            with pytest.raises(ValueError, match=f"`person_image`.*`cloth_type`='{cloth_type}'"):
-                pipe.prepare_mask(person, cloth_type)
-
-
-@LABEL_SETS
-def test_the_mask_grows_around_what_is_repainted_and_spares_what_is_kept(labels):
-    pipe = parser_pipe(labels)
-    sizes = []
-    for seed in range(4):
-        image = picture(seed, 100, 75)
-        inputs = pipe.human_parser_processor(images=image, return_tensors="pt")
-        with torch.no_grad():
-            parsed = pipe.human_parser_processor.post_process_semantic_segmentation(
-                pipe.human_parser(**inputs), target_sizes=[(100, 75)]
-            )[0].numpy()
-        names = np.array([label.lower() for label in labels])[parsed]
-        repainted, kept = np.isin(names, list(REPAINTED_LABELS["dress"])), np.isin(names, list(KEPT_LABELS))
-        mask = pipe.prepare_mask(torch.from_numpy(as_float(image)).movedim(-1, 0), "dress")[0].numpy() == 1
-        assert mask[repainted].all() and not mask[kept].any()
-        near = np.zeros_like(repainted)  # within 2 pixels, 2 % of the height
-        for y, x in np.argwhere(repainted):
-            near[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3] = True
-        assert (mask == (near & ~kept)).all()
-        sizes.append((repainted.sum(), mask.sum(), kept.sum()))
-    assert any(0 < repainted < mask and kept for repainted, mask, kept in sizes)
-
-
-@LABEL_SETS
-def test_without_a_mask_the_parser_draws_it(labels):
-    pipe = parser_pipe(labels)
-    person = picture(1, 100, 75)
-    mask = pipe.prepare_mask(torch.from_numpy(as_float(person)).movedim(-1, 0), "dress")
-    options = {"num_inference_steps": 2, "output_type": "np"}
-    drawn = pipe(person, picture(2), cloth_type="dress", generator=seeded(), **options).images
-    assert (drawn == pipe(person, picture(2), mask, generator=seeded(), **options).images).all()
-
-
 # ---- the safety checker
 
 
@@ -790,7 +692,8 @@ def test_a_bad_prompt_is_one_clear_error_before_any_model_runs(options, message)
 
 
 def test_bad_latents_are_an_error_before_the_parser_and_the_text_encoder_run():
-    pipe = parser_pipe(FASHN_LABELS, only="top")
+    pipe = tiny_pipe(9)
+    pipe.register_modules(**dict(zip(("human_parser", "human_parser_processor"), tiny_parser(["top"]))))
     pipe.register_modules(**dict(zip(("text_encoder", "tokenizer"), tiny_text())))
     pipe.register_to_config(cross_attention="prompt")
     ran = models_run(pipe)
@@ -821,10 +724,6 @@ def test_a_missing_mask_and_a_crop_without_one_are_errors():
         tiny_pipe(9)(picture(1), picture(2))
     with pytest.raises(ValueError, match="`padding_mask_crop`.*`mask_image`"):
         tiny_pipe(9, mask_free=True)(picture(1), picture(2), padding_mask_crop=8)
-    pipe = parser_pipe(FASHN_LABELS)
-    pipe.register_modules(human_parser_processor=None)
-    with pytest.raises(ValueError, match="human_parser_processor.*None"):
-        pipe(picture(1), picture(2))
 
 
 def test_a_unet_of_other_channels_is_an_error():

@@ -86,3 +86,12 @@ def test_saving_again_replaces_the_files_and_keeps_others(tmp_path):
     np.testing.assert_allclose(run(loaded), run(other), atol=1.01 / 255)
     assert loaded.config.guidance_scale == 2.0
     assert f"# {tmp_path.name}" in ModelCard.load(tmp_path / "README.md").text
+
+
+def test_a_card_shows_no_folder_and_its_table_holds_what_a_prompt_may_say(tmp_path):
+    base = tmp_path / "somebody" / "base"
+    base.mkdir(parents=True)
+    tiny_pipe(9, prompt="a shirt | red\nor blue", base_model=str(base)).save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+    assert "somebody" not in card
+    assert "\n| prompt | a shirt \\| red or blue |\n" in card

@@ -300,6 +300,26 @@ def test_fused_projections_are_unfused_before_an_adapter_is_touched(tmp_path, se
     assert (run(pipe) == base).all()
 
 
+def test_what_cannot_be_saved_is_not_published_either(hub):
+    pipe = tiny_pipe(9)
+    pipe.unet.add_adapter(LoraConfig(**LORA))
+    refused(lambda: pipe.push_to_hub("me/lora", token="hf_me"), "`unet` has LoRA layers")
+    pipe.fuse_lora()
+    refused(lambda: pipe.push_to_hub("me/lora", token="hf_me", adapter_only=True), "fused with the LoRA")
+    assert "models/me/lora" not in hub.repositories
+
+
+def test_an_adapter_is_published_as_it_is_under_a_lora(hub, files):
+    pipe = tiny_pipe(9)
+    pipe.load_vton_adapter(files["adapter"])
+    pipe.load_lora_weights(files["first"])
+    pipe.push_to_hub("me/under", token="hf_me", adapter_only=True)
+    assert f"| guidance_scale | {ADAPTER} |" in hub.files("me/under")["README.md"].decode()
+    other = tiny_pipe(9)
+    other.load_vton_adapter("me/under")
+    assert scale_of(other) == ADAPTER and other.config.trainable == "self_attention"
+
+
 # ---- the UNet carries them
 
 

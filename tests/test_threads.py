@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 from tiny import picture, run, seeded, tiny_pipe
 
 from pipeline_vton import TURNS, StableDiffusionVTONPipeline
@@ -153,3 +155,27 @@ def test_a_unet_that_is_let_go_takes_its_turns_with_it():
     del pipe
     gc.collect()
     assert len(TURNS) == count - 2
+
+
+@pytest.mark.parametrize("change", ["load_vton_adapter", "unload_vton_adapter", "load_lora_weights"])
+def test_an_adapter_is_loaded_and_unloaded_between_the_calls_of_other_threads(change, tmp_path):
+    pipe, other = tiny_pipe(9), tiny_pipe(9, seed=5)
+    if change == "load_lora_weights":
+        other.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["attn1.to_q", "attn1.to_v"]))
+        other.save_lora_weights(tmp_path, convert_state_dict_to_diffusers(get_peft_model_state_dict(other.unet)))
+    else:
+        other.save_vton_adapter(tmp_path)
+    if change == "unload_vton_adapter":
+        pipe.load_vton_adapter(tmp_path)
+    expected, changes = run(pipe), []
+
+    def switch(pipe, step, t, tensors):
+        if step == 0:
+            changes.append(threads.submit(getattr(pipe, change), *[tmp_path][: not change.startswith("un")]))
+            with pytest.raises(TimeoutError):
+                changes[0].result(timeout=0.5)
+
+    with ThreadPoolExecutor(1) as threads:
+        assert (run(pipe, callback_on_step_end=switch) == expected).all()
+        changes[0].result(timeout=60)
+    assert abs(run(pipe) - expected).max() > 0.01

@@ -6,7 +6,14 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
+)
 
 from pipeline_vton import StableDiffusionVTONPipeline
 
@@ -72,6 +79,33 @@ def tiny_text() -> tuple[CLIPTextModel, CLIPTokenizer]:
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModel(config).eval(), tokenizer
+
+
+def tiny_parser(
+    labels: list[str], only: str | None = None, size: tuple[int, int] = (64, 64)
+) -> tuple[SegformerForSemanticSegmentation, SegformerImageProcessor]:
+    """A random Segformer, or one that sees a single label everywhere, and a processor that hands it pictures of a size."""
+    config = SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[8, 8],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        num_attention_heads=[1, 1],
+        mlp_ratios=[1, 1],
+        decoder_hidden_size=16,
+        id2label=dict(enumerate(labels)),
+    )
+    torch.manual_seed(2)
+    parser = SegformerForSemanticSegmentation(config).eval()
+    classifier = parser.decode_head.classifier
+    with torch.no_grad():
+        classifier.weight.mul_(0 if only else 200)
+        classifier.bias.zero_()
+        if only:
+            classifier.bias[labels.index(only)] = 1
+    return parser, SegformerImageProcessor(size={"height": size[0], "width": size[1]})
 
 
 def picture(seed: int, height: int = 32, width: int = 24) -> Image.Image:

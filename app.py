@@ -1,0 +1,663 @@
+#!/usr/bin/env python
+"""The try-on page: two photographs in, one picture out, in a browser. A Hugging Face Space starts this very file.
+
+`python app.py` serves the demo model on http://127.0.0.1:7860. Environment variables name other weights:
+
+    VTON_MODEL           base, or whole pipeline: a Hub repository or a folder (default: demo/model)
+    VTON_ADAPTER         try-on adapter: a Hub repository, a folder or a file (default: the demo's on the demo's base, else none)
+    VTON_HUMAN_PARSER    a Segformer that proposes masks: a Hub repository or a folder (default: what the model has)
+    VTON_EXAMPLES        folder of examples, CATEGORY-NAME/{person,cloth,mask}.png (default: the demo's on the demo's base, else none)
+
+`GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT` are gradio's own. `python app.py --write_space DIR` writes a Space's folder.
+The file reads in the order of the data: weights, pictures, a run with its previews, the page.
+"""
+
+import argparse
+import html
+import os
+import queue
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+try:
+    import spaces  # before torch, as ZeroGPU wants it; only Spaces have it
+except ImportError:
+    spaces = None
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline_vton import StableDiffusionVTONPipeline, encode_latents
+
+
+ROOT = Path(__file__).resolve().parent
+DEMO_MODEL = ROOT / "demo" / "model"
+DEMO_EXAMPLES = ROOT / "demo" / "examples"
+
+MAX_PIXELS = 50_000_000  # of a photograph
+MAX_FILE_SIZE = "100mb"  # an editor sends a photograph as PNG
+STEPS, MAX_STEPS = 50, 100
+MAX_SIDE = 1536  # of the size that the model works at
+MAX_QUEUE = 64  # visitors who wait
+DELETE_EVERY, DELETE_AFTER = 600, 3600  # seconds: how often the server looks for uploads and results that are how old
+PREVIEW_EVERY, PREVIEW_SIDE = 0.3, 512  # seconds, pixels
+SHOWN_SIDE = 1600  # pixels of a result on the page; the download has all
+CATEGORIES = [("Top", "upper"), ("Trousers or skirt", "lower"), ("Dress", "dress")]
+LOOSENESS = [("As worn", "tight"), ("Room for another cut", "loose"), ("A box", "box")]
+MASK_COLOR, MASK_ALPHA = "#e0218a", 0.6  # of the painted layer
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def load_pipeline(model: str, adapter: str | None, human_parser: str | None) -> StableDiffusionVTONPipeline:
+    """The pipeline on the best device there is: float16 on a GPU, float32 elsewhere."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    pipe = StableDiffusionVTONPipeline.from_pretrained(model, dtype=dtype)
+    if adapter:
+        pipe.load_vton_adapter(adapter)
+    if human_parser:
+        pipe.load_human_parser(human_parser)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def load_from_environment() -> StableDiffusionVTONPipeline:
+    """What VTON_MODEL, VTON_ADAPTER and VTON_HUMAN_PARSER name, else the demo."""
+    model = os.environ.get("VTON_MODEL") or str(DEMO_MODEL)
+    adapter = os.environ.get("VTON_ADAPTER") or (model if model == str(DEMO_MODEL) else None)
+    return load_pipeline(model, adapter, os.environ.get("VTON_HUMAN_PARSER"))
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def photograph(**options) -> gr.Image:
+    """An image component that hands over the uploaded file as it is, so that a bad one is told of in our words."""
+    component = gr.Image(**options)
+    component.preprocess = lambda payload: None if payload is None else payload.path
+    return component
+
+
+def open_picture(file: str | None, what: str) -> Image.Image:
+    """The picture in a file; `what` it shows is for the errors."""
+    if file is None:
+        raise gr.Error(f"There is no picture of the {what} yet.")
+    try:
+        with Image.open(file) as picture:
+            check_pixels(picture, what)
+            picture.load()
+            return picture
+    except Image.DecompressionBombError:
+        raise gr.Error(f"The picture of the {what} is too large: the limit is {MAX_PIXELS:,} pixels.") from None
+    except (UnidentifiedImageError, OSError, SyntaxError):
+        raise gr.Error(f"The file for the {what} ({Path(file).name}) is no picture that can be read.") from None
+
+
+def check_pixels(picture: Image.Image, what: str) -> None:
+    if picture.width * picture.height > MAX_PIXELS:
+        size = f"{picture.width} x {picture.height}"
+        raise gr.Error(f"The picture of the {what} has {size} pixels, the limit is {MAX_PIXELS:,} in all.")
+
+
+def read_editor(editor: dict | None) -> tuple[Image.Image | None, Image.Image | None]:
+    """Person and painted mask of an ImageEditor's value; None where there is none.
+
+    The mask is where the layers' alpha is, in the person's size, whatever size the layers have.
+    """
+    person = editor and editor["background"]
+    if person is None:
+        return None, None
+    painted = np.zeros((person.height, person.width), bool)
+    for layer in editor["layers"]:
+        painted |= (
+            np.asarray(layer.getchannel("A").resize(person.size, Image.Resampling.NEAREST)) > 255 * MASK_ALPHA / 2
+        )
+    return person, Image.fromarray(np.uint8(painted * 255)) if painted.any() else None
+
+
+def paint_mask(person: Image.Image, mask: Image.Image) -> dict:
+    """An ImageEditor's value with the mask as a painted layer over the person."""
+    layer = Image.new("RGBA", mask.size, MASK_COLOR)
+    layer.putalpha(mask.convert("L").point(lambda value: round(255 * MASK_ALPHA) if value >= 128 else 0))
+    return {"background": person, "layers": [layer], "composite": None}  # a composite would be shown as background
+
+
+def shown(picture: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
+    """The picture as large as the page needs it."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((side, side))
+    return picture
+
+
+# ---------------------------------------------------------------------------------------------- a run and its previews
+
+
+@dataclass
+class Settings:
+    """What a visitor chose; None is a new seed, or the model's own size."""
+
+    cloth_type: str
+    looseness: str
+    steps: int
+    guidance_scale: float
+    seed: int | None
+    height: int | None  # pixels that the model works at
+
+
+@dataclass
+class Progress:
+    """Where a run is: so many steps done, and the picture so far."""
+
+    done: int
+    picture: Image.Image
+    mask: Image.Image | None
+    seed: int
+    seconds: float
+    finished: bool = False
+
+
+class Previewer:
+    """Shows latents without the VAE: a linear map to RGB, fitted to this person's own latents and pixels."""
+
+    def __init__(self, pipe: StableDiffusionVTONPipeline, person: Image.Image, mask: Image.Image, height: int | None):
+        self.person = shown(person, PREVIEW_SIDE)
+        self.mask = mask.resize(self.person.size)
+        size = pipe.resolve_size(person.height, person.width, height, None)
+        pixels = pipe.image_processor.preprocess(person.convert("RGB"), *size).to(pipe._execution_device)
+        latents = encode_latents(pipe.vae, pixels)[0] * pipe.vae.config.scaling_factor
+        self.size = latents.shape[-2:]
+        colors = torch.nn.functional.interpolate(pixels.float(), self.size, mode="area")[0]  # (3, h, w) in [-1, 1]
+        self.to_rgb = torch.linalg.lstsq(self._columns(latents), colors.flatten(1).T.cpu()).solution  # (4 + 1, 3)
+
+    @staticmethod
+    def _columns(latents: torch.Tensor) -> torch.Tensor:
+        """(4, h, w) to (h * w, 4 + 1), the last for the constant."""
+        columns = latents.flatten(1).T.float().cpu()
+        return torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)
+
+    def __call__(self, latents: torch.Tensor) -> Image.Image:
+        """Latents (1, 4, h, w), or a canvas that starts with them, laid into the person."""
+        height, width = self.size
+        rgb = self._columns(latents[0, :, :height, :width]) @ self.to_rgb
+        pixels = ((rgb.view(height, width, 3) + 1) * 127.5).clamp(0, 255).byte().numpy()
+        picture = Image.fromarray(pixels).resize(self.person.size, Image.Resampling.BICUBIC)
+        return Image.composite(picture, self.person, self.mask)
+
+
+@torch.no_grad()
+def denoise(
+    pipe: StableDiffusionVTONPipeline,
+    person: Image.Image,
+    cloth: Image.Image,
+    mask: Image.Image | None,
+    settings: Settings,
+) -> Iterator[tuple[int, Image.Image]]:
+    """Try the cloth on; yields (steps done, picture), a preview now and then and the result at last.
+
+    The model works in a thread of its own. Closing the iterator stops it at its next step, and waits for that.
+    """
+    everywhere = Image.new("L", person.size, 255)
+    preview = Previewer(pipe, person, mask or everywhere, settings.height)
+    previews, stopped, last = queue.SimpleQueue(), threading.Event(), time.monotonic()
+
+    def after_step(pipe, step: int, timestep: int, tensors: dict) -> dict:
+        nonlocal last
+        pipe._interrupt = stopped.is_set()
+        if time.monotonic() - last > PREVIEW_EVERY:
+            previews.put((step + 1, preview(tensors["latents"])))
+            last = time.monotonic()
+        return {}
+
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(
+            pipe,
+            person,
+            cloth,
+            mask,
+            cloth_type=settings.cloth_type,
+            height=settings.height,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            generator=torch.Generator().manual_seed(settings.seed),
+            callback_on_step_end=after_step,
+        )
+        run.add_done_callback(lambda _: previews.put(None))
+        try:
+            yield from iter(previews.get, None)
+        finally:
+            stopped.set()
+    yield settings.steps, run.result().images[0]
+
+
+@contextmanager
+def errors_in_words() -> Iterator[None]:
+    """What the pipeline says of bad input becomes what the page says."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise gr.Error(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise gr.Error("The graphics card has too little memory for this size: choose a smaller one.") from error
+
+
+def on_gpu(function: Callable) -> Callable:
+    """On a ZeroGPU Space a GPU is lent to the function; arguments travel to another process, what it closes over does not."""
+    return function if spaces is None else spaces.GPU(duration=120)(function)
+
+
+class Studio:
+    """One pipeline that dresses one visitor after the other."""
+
+    def __init__(self, pipe: StableDiffusionVTONPipeline):
+        self.pipe = pipe
+        self.turn = threading.Lock()  # whoever cancels leaves gradio's queue before the model has stopped
+
+        @on_gpu
+        def run(*arguments) -> Iterator[tuple[int, Image.Image]]:
+            yield from denoise(pipe, *arguments)
+
+        @on_gpu
+        def parse(*arguments) -> Image.Image:
+            return pipe.predict_mask(*arguments)
+
+        self._run, self._parse = run, parse
+
+    @property
+    def proposes_masks(self) -> bool:
+        return self.pipe.human_parser is not None
+
+    def predict_mask(self, person: Image.Image, cloth_type: str, looseness: str) -> Image.Image:
+        """Where a cloth of this kind may change the person: white, in the person's size."""
+        if not self.proposes_masks:
+            raise gr.Error("This page has no human parser: paint over what may change.")
+        with errors_in_words():
+            return self._parse(person, cloth_type, looseness)
+
+    def try_on(
+        self, person: Image.Image, cloth: Image.Image, mask: Image.Image | None, settings: Settings
+    ) -> Iterator[Progress]:
+        """Put the cloth on the person; without a mask one is predicted, where the model needs one."""
+        if not 1 <= settings.steps <= MAX_STEPS:
+            raise gr.Error(f"The steps must be from 1 to {MAX_STEPS}, not {settings.steps}.")
+        if settings.height is not None and settings.height > MAX_SIDE:
+            raise gr.Error(f"The height must be at most {MAX_SIDE} pixels, not {settings.height}.")
+        if mask is None and self.proposes_masks:
+            mask = self.predict_mask(person, settings.cloth_type, settings.looseness)
+        if mask is None and not self.pipe.config.mask_free:
+            raise gr.Error("Paint over what the new cloth may change: the model sees nothing of the person there.")
+        seed = secrets.randbelow(2**32) if settings.seed is None else settings.seed
+        with errors_in_words(), self.turn:
+            start = time.monotonic()
+            for done, picture in self._run(person, cloth, mask, replace(settings, seed=seed)):
+                yield Progress(done, picture, mask, seed, time.monotonic() - start)
+        yield Progress(done, picture, mask, seed, time.monotonic() - start, finished=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+CSS = """
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+#title h1 { margin-bottom: 0; }
+#notes *, .hint * { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
+#cloth img, #used_mask img { width: 100%; height: 100%; object-fit: contain; }
+#examples .gallery-item, #examples .gallery-item * { width: 10.5rem; height: 7rem; max-width: none; max-height: none; }
+#status { min-height: 4rem; }
+#status p { margin: 0 0 .4rem; }
+#status progress { appearance: none; width: 100%; height: .6rem; border-radius: .3rem; overflow: hidden; }
+#status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+#status progress::-webkit-progress-value { background: var(--color-accent); }
+#status progress::-moz-progress-bar { background: var(--color-accent); }
+#status .failed { padding: .6rem .8rem; border-left: 4px solid var(--error-border-color); background: var(--error-background-fill); }
+"""
+TITLE = "# Virtual try-on\nA photograph of a person, one of a cloth: see the person wear it."
+NOTES = (
+    "The pictures are made by a model: they show neither size nor fit, and the body under the cloth is invented. Dress only people "
+    "who agreed to it, and say of a result that it is generated. Uploads and results are deleted within {minutes} minutes; "
+    "nothing else is kept of them."
+)
+DEMO_NOTE = "This page runs the demo model, which knows drawn people only; `VTON_MODEL` names another."
+
+
+def status(text: str, done: int | None = None, steps: int | None = None, failed: bool = False) -> str:
+    """A line about the run, and how far it is."""
+    bar = "" if done is None else f'<progress value="{done}" max="{steps}" aria-label="steps done"></progress>'
+    return f'<div role="status" class="{"failed" if failed else ""}"><p>{html.escape(text)}</p>{bar}</div>'
+
+
+def save_picture(picture: Image.Image, name: str, cache: str) -> str:
+    """Write a lossless file in a folder that nobody guesses."""
+    folder = Path(cache) / secrets.token_hex(16)
+    folder.mkdir(parents=True)
+    picture.save(folder / f"{name}.png", compress_level=1)
+    return str(folder / f"{name}.png")
+
+
+def heights(pipe: StableDiffusionVTONPipeline) -> list[tuple[str, int]]:
+    """Sizes to choose from: around the model's own height, in steps that it can work at."""
+    multiple = pipe.size_multiple
+    own = pipe.resolve_size(4, 3, None, None)[0]
+    sides = {round(own * factor / multiple) * multiple for factor in (0.5, 0.75, 1.25, 1.5, 2)} - {0, own}
+    return [("The model's own", 0), *((f"{side} px high", side) for side in sorted(sides) if side <= MAX_SIDE)]
+
+
+@dataclass
+class Example:
+    """What a click on an example fills in, and the picture to click on."""
+
+    person: Image.Image
+    cloth: Image.Image
+    mask: Image.Image
+    cloth_type: str
+
+    @classmethod
+    def read(cls, folder: Path) -> "Example":
+        """From a folder CATEGORY-NAME with person.png, cloth.png and mask.png."""
+        pictures = [Image.open(folder / f"{name}.png") for name in ("person", "cloth", "mask")]
+        return cls(*pictures, folder.name.partition("-")[0])
+
+    def thumbnail(self) -> Image.Image:
+        """Person and cloth side by side."""
+        size = self.person.width * 256 // self.person.height, 256
+        pair = Image.new("RGB", (2 * size[0], size[1]))
+        for left, picture in ((0, self.person), (size[0], self.cloth)):
+            pair.paste(ImageOps.pad(picture.convert("RGB"), size, Image.Resampling.BICUBIC, "white"), (left, 0))
+        return pair
+
+
+def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, note: str = "") -> gr.Blocks:
+    """The page of one pipeline.
+
+    Args:
+        pipe: with a `human_parser` the page proposes masks; without one they are painted.
+        examples: a folder of folders that `Example.read` reads; None shows none.
+        note: a line for below the title.
+    """
+    studio = Studio(pipe)
+    brush_size = max(1, pipe.resolve_size(4, 3, None, None)[0] // 20)
+    examples = [Example.read(folder) for folder in sorted(examples.glob("*-*"))] if examples else []
+    page = gr.Blocks(title="Virtual try-on", analytics_enabled=False, delete_cache=(DELETE_EVERY, DELETE_AFTER))
+    with page:
+        gr.Markdown(f"{TITLE}\n\n{note}", elem_id="title")
+        with gr.Row():
+            with gr.Column():
+                editor = gr.ImageEditor(
+                    label="Person",
+                    type="pil",
+                    format="png",
+                    sources=["upload", "webcam", "clipboard"],
+                    layers=False,
+                    transforms=(),
+                    placeholder="# A person\nDrop a photograph, or\nupload or take one",
+                    brush=gr.Brush(brush_size, colors=[(MASK_COLOR, MASK_ALPHA)], color_mode="fixed"),
+                    eraser=gr.Eraser(brush_size),
+                    canvas_size=(16, 16),  # gradio misplaces layers of pictures that are smaller than the canvas was
+                    height=480,
+                    elem_id="person",
+                )
+                hint = "Paint over what the new cloth may change" + (
+                    ", or see and mend what the page would take." if studio.proposes_masks else "."
+                )
+                gr.Markdown(hint, elem_classes="hint")
+                with gr.Row(visible=studio.proposes_masks):
+                    looseness = gr.Dropdown(
+                        LOOSENESS, value="loose", label="Room around the cloth", elem_id="looseness"
+                    )
+                    propose = gr.Button("Show the mask", elem_id="propose")
+                with gr.Row():
+                    cloth = photograph(
+                        label="Cloth",
+                        format="png",
+                        sources=["upload", "clipboard", "webcam"],
+                        height=240,
+                        elem_id="cloth",
+                    )
+                    with gr.Column(min_width=200):
+                        cloth_type = gr.Radio(CATEGORIES, value="upper", label="Kind of cloth", elem_id="cloth_type")
+                        with gr.Accordion("More settings", open=False):
+                            steps = gr.Slider(1, MAX_STEPS, value=STEPS, step=1, label="Steps", elem_id="steps")
+                            guidance_scale = gr.Slider(
+                                1, 10, value=pipe.config.guidance_scale, step=0.1, label="Guidance: pull of the cloth"
+                            )
+                            seed = gr.Number(
+                                None, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, placeholder="random"
+                            )
+                            height = gr.Dropdown(heights(pipe), value=0, label="Size that the model works at")
+                start = gr.Button("Try it on", variant="primary", elem_id="start")
+                stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
+                progress = gr.HTML(status("Choose a person and a cloth."), elem_id="status")
+            with gr.Column():
+                result = gr.ImageSlider(
+                    label="Before | after", format="png", buttons=["fullscreen"], height=560, elem_id="result"
+                )
+                with gr.Row():
+                    used_mask = gr.Image(
+                        label="Mask used",
+                        format="png",
+                        height=200,
+                        interactive=False,
+                        buttons=["download"],
+                        elem_id="used_mask",
+                    )
+                    with gr.Column(min_width=160):
+                        download = gr.DownloadButton("Download", interactive=False, elem_id="download")
+                        summary = gr.Markdown(elem_id="summary")
+        gallery = gr.Dataset(
+            components=[gr.Image(render=False, format="png")],
+            samples=[[example.thumbnail()] for example in examples],
+            type="index",
+            layout="gallery",
+            label="Examples",
+            visible=bool(examples),
+            elem_id="examples",
+        )
+        gr.Markdown(NOTES.format(minutes=(DELETE_AFTER + DELETE_EVERY) // 60), elem_id="notes")
+        with gr.Row(visible=False):  # what /tryon and /mask take in the editor's place
+            person_file, mask_file = photograph(), photograph()
+            mask_out, result_out = gr.Image(format="png"), gr.File()
+            api_tryon, api_mask = gr.Button(), gr.Button()
+
+        def page_try_on(editor, cloth, cloth_type, looseness, steps, guidance_scale, seed, height):
+            try:
+                person, mask = read_editor(editor)
+                if person is None:
+                    raise gr.Error("There is no picture of the person yet.")
+                check_pixels(person, "person")
+                settings = Settings(cloth_type, looseness, steps, guidance_scale, seed, height or None)
+                yield {progress: status("Reading the pictures", 0, steps)}
+                before = shown(person)
+                before_file = save_picture(before, "before", result.GRADIO_CACHE)
+                for at in studio.try_on(person, open_picture(cloth, "cloth"), mask, settings):
+                    if at.finished:
+                        break
+                    after = save_picture(at.picture.resize(before.size), f"step-{at.done}", result.GRADIO_CACHE)
+                    yield {
+                        result: (before_file, after),
+                        progress: status(f"Step {at.done} of {steps}", at.done, steps),
+                    }
+                file = save_picture(at.picture, f"tryon-{at.seed}", result.GRADIO_CACHE)
+                size = f"{at.picture.width} x {at.picture.height} pixels"
+                yield {
+                    result: (before_file, save_picture(shown(at.picture), "after", result.GRADIO_CACHE)),
+                    used_mask: at.mask,
+                    download: gr.DownloadButton(value=file, interactive=True),
+                    summary: f"Seed {at.seed}, {steps} steps, {at.seconds:.1f} s, {size}",
+                    progress: status("Done."),
+                }
+            except gr.Error as error:
+                yield {progress: status(error.message, failed=True)}
+
+        def page_mask(editor, cloth_type, looseness):
+            try:
+                person, _ = read_editor(editor)
+                if person is None:
+                    raise gr.Error("There is no picture of the person yet.")
+                check_pixels(person, "person")
+                mask = studio.predict_mask(person, cloth_type, looseness)
+                return paint_mask(person, mask), status("This is the mask: paint or erase, then try the cloth on.")
+            except gr.Error as error:
+                return gr.skip(), status(error.message, failed=True)
+
+        def tryon(
+            person,
+            cloth,
+            mask=None,
+            cloth_type=None,
+            looseness=None,
+            steps=None,
+            guidance_scale=None,
+            seed=None,
+            height=None,
+        ):
+            """Put a cloth on a person; returns the result's file, the mask used and the seed."""
+            settings = Settings(cloth_type, looseness, steps, guidance_scale, seed, height or None)
+            pictures = open_picture(person, "person"), open_picture(cloth, "cloth")
+            mask = None if mask is None else open_picture(mask, "mask")
+            *_, at = studio.try_on(*pictures, mask, settings)
+            return save_picture(at.picture, f"tryon-{at.seed}", result.GRADIO_CACHE), at.mask, at.seed
+
+        def mask(person, cloth_type, looseness):
+            """Where a cloth of this kind may change the person: a mask in the person's size."""
+            return studio.predict_mask(open_picture(person, "person"), cloth_type, looseness)
+
+        def fill_in(index):
+            example = examples[index]
+            return paint_mask(example.person, example.mask), example.cloth, example.cloth_type, STEPS, None, 0
+
+        options = [cloth_type, looseness, steps, guidance_scale, seed, height]
+        one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
+        busy, idle = (
+            lambda: (gr.Button(visible=False), gr.Button(visible=True)),
+            lambda: (gr.Button(visible=True), gr.Button(visible=False)),
+        )
+        start.click(busy, None, [start, stop], queue=False, api_visibility="private")
+        run = start.click(
+            page_try_on,
+            [editor, cloth, *options],
+            [result, used_mask, download, summary, progress],
+            show_progress_on=progress,
+            api_visibility="private",
+            **one_at_a_time,
+        )
+        run.then(idle, None, [start, stop], queue=False, api_visibility="private")
+        stop.click(
+            lambda: (status("Stopped."), gr.Button(visible=True), gr.Button(visible=False)),
+            None,
+            [progress, start, stop],
+            cancels=run,
+            queue=False,
+            api_visibility="private",
+        )
+        # An empty canvas takes the new picture's size, and so does its layer; it wants a moment to be empty.
+        cleared = gallery.click(
+            lambda editor: None if editor and editor["background"] else gr.skip(),
+            editor,
+            editor,
+            queue=False,
+            api_visibility="private",
+        )
+        cleared.then(
+            fill_in,
+            gallery,
+            [editor, cloth, cloth_type, steps, seed, height],
+            js="async (index) => { await new Promise(done => setTimeout(done, 300)); return index; }",
+            queue=False,
+            api_visibility="private",
+        )
+        propose.click(page_mask, [editor, cloth_type, looseness], [editor, progress], api_visibility="private")
+        api_tryon.click(
+            tryon,
+            [person_file, cloth, mask_file, *options],
+            [result_out, mask_out, seed],
+            api_name="tryon",
+            **one_at_a_time,
+        )
+        api_mask.click(mask, [person_file, cloth_type, looseness], mask_out, api_name="mask")
+    return page.queue(max_size=MAX_QUEUE)
+
+
+def launch(page: gr.Blocks, **options) -> tuple:
+    """Serve the page; gradio's `launch` options are taken too."""
+    sans = ("Source Sans Pro", "system-ui", "sans-serif")  # gradio serves it: no other host is asked for a font
+    return page.launch(
+        theme=gr.themes.Soft(primary_hue="pink", font=sans),
+        css=CSS,
+        footer_links=["api", "gradio"],
+        run_history=False,
+        enable_monitoring=False,
+        max_file_size=MAX_FILE_SIZE,
+        **options,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ the Space
+
+
+SPACE_CARD = """---
+title: Virtual try-on
+emoji: 👕
+colorFrom: pink
+colorTo: indigo
+sdk: gradio
+sdk_version: {gradio}
+python_version: "3.12"
+app_file: app.py
+license: apache-2.0
+tags:
+  - virtual-try-on
+---
+
+# Virtual try-on
+
+As it is, this Space runs the demo model, which knows drawn people only. In its settings, the variables `VTON_MODEL`,
+`VTON_ADAPTER` and `VTON_HUMAN_PARSER` name other weights, and `HF_TOKEN` as a secret reads private ones; `app.py` says more.
+"""
+SPACE_FILES = ("app.py", "pipeline_vton.py", "demo/model", "demo/examples", "LICENSE")
+
+
+def write_space(folder: Path) -> None:
+    """Write what a Space needs into a new or empty folder, whole or not at all."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"`--write_space` must name a new or an empty folder, got {folder}, which has files")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        space = Path(temporary) / "space"
+        for name in SPACE_FILES:
+            source, target = ROOT / name, space / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+        needed = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+        (space / "requirements.txt").write_text(needed, encoding="utf-8")
+        (space / "README.md").write_text(SPACE_CARD.format(gradio=gr.__version__), encoding="utf-8")
+        folder.rmdir() if folder.exists() else None
+        space.rename(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write_space", type=Path, metavar="DIR", help="write a Space's folder, and do not serve")
+    args = parser.parse_args()
+    if args.write_space is not None:
+        write_space(args.write_space)
+        return
+    demo = not os.environ.get("VTON_MODEL")
+    examples = os.environ.get("VTON_EXAMPLES") or (DEMO_EXAMPLES if demo else None)
+    page = build_page(load_from_environment(), examples and Path(examples), DEMO_NOTE if demo else "")
+    launch(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""The try-on page in a real browser, its API, the Space's folder and the notebook: `make test-app`."""
+
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from nbclient import NotebookClient
+from PIL import Image
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from tiny import ROOT, box_mask, picture, seeded, tiny_parser, tiny_pipe
+
+import app
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+PATIENCE = 120_000  # milliseconds
+
+
+# ------------------------------------------------------------------------------------------------------------ fixtures
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """A tiny pipeline with a human parser of random weights, slow enough to be watched."""
+    pipe = tiny_pipe()
+    parser, processor = tiny_parser(["background", "top", "face"])
+    pipe.register_modules(human_parser=parser, human_parser_processor=processor)
+    pipe.unet.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def page_url(pipe) -> Iterator[str]:
+    """A page in this process, with a human parser."""
+    page = app.build_page(pipe)
+    _, url, _ = app.launch(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    yield url
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def space_url(tmp_path_factory) -> Iterator[str]:
+    """The demo model as a Space would serve it, by a folder of its own; it has no human parser."""
+    folder = tmp_path_factory.mktemp("spaces") / "space"
+    app.write_space(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VTON_")}
+    environment |= {"GRADIO_SERVER_PORT": str(port), "PYTHONPATH": ""}
+    server = subprocess.Popen(
+        [sys.executable, "app.py"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        next(line for line in server.stdout if "Running on local URL" in line)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens a page in a profile of its own; in the end nothing may have gone wrong in it, nor been asked of another host."""
+    contexts: list[BrowserContext] = []
+    wrong: list[str] = []
+
+    def visit(url: str, width: int = 1280) -> Page:
+        context = browser.new_context(viewport={"width": width, "height": 900})
+        context.set_default_timeout(PATIENCE)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on(
+            "request",
+            lambda request: None if request.url.startswith((url, "blob:", "data:")) else wrong.append(request.url),
+        )
+        page.goto(url)
+        page.locator("#person canvas").first.wait_for(state="attached")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def save(image: Image.Image, file: Path) -> str:
+    image.save(file)
+    return str(file)
+
+
+def upload(page: Page, name: str, file: str) -> None:
+    page.locator(f"#{name} input[type=file]").first.set_input_files(file)
+
+
+def set_steps(page: Page, steps: int) -> None:
+    page.get_by_text("More settings").click()
+    page.locator("#steps input[type=number]").fill(str(steps))
+    page.locator("#steps input[type=number]").blur()
+
+
+def wait_until(page: Page, text: str) -> None:
+    expect(page.locator("#status")).to_contain_text(text, timeout=PATIENCE)
+
+
+def downloaded(page: Page) -> np.ndarray:
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    return np.asarray(Image.open(download.value.path()).convert("RGB"))
+
+
+def used_mask(page: Page) -> np.ndarray:
+    file = page.locator("#used_mask img").get_attribute("src")
+    return np.asarray(Image.open(io.BytesIO(page.request.get(file).body())).convert("L")) > 127
+
+
+def as_array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))
+
+
+def paint_a_spot(page: Page) -> None:
+    """One stroke in the middle of the person, with whatever tool is chosen."""
+    box = page.locator("#person canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 30, y + 30, steps=4)
+    page.mouse.up()
+
+
+# ---------------------------------------------------------------------------------------------------------- the browser
+
+
+def test_two_visitors_at_once_wait_their_turn_and_get_their_own_person_back(page_url, pipe, visit, tmp_path):
+    persons, pages = [picture(seed, 64, 48) for seed in (1, 2)], []
+    for number, person in enumerate(persons):
+        page = visit(page_url, width=(1280, 390)[number])
+        upload(page, "person", save(person, tmp_path / f"person{number}.png"))
+        upload(page, "cloth", save(picture(3 + number), tmp_path / f"cloth{number}.jpg"))
+        expect(page.locator("#cloth img")).to_be_visible(timeout=PATIENCE)
+        set_steps(page, 100)
+        pages.append(page)
+    for page in pages:
+        page.locator("#start").click()
+    expect(pages[1].locator("#status")).to_contain_text("queue: 1/1", timeout=PATIENCE)
+    expect(pages[0].locator("#status progress")).to_be_visible(timeout=PATIENCE)
+    for page, person in zip(pages, persons):
+        wait_until(page, "Done")
+        result, used = downloaded(page), np.asarray(pipe.predict_mask(person)) > 0
+        assert np.array_equal(result[~used], as_array(person)[~used])
+        assert not np.array_equal(result[used], as_array(person)[used])
+
+
+def test_a_mask_is_proposed_mended_and_used_and_a_run_can_be_stopped(page_url, pipe, visit, tmp_path):
+    person = picture(1, 64, 48)
+    proposed = np.asarray(pipe.predict_mask(person)) > 0
+    page = visit(page_url)
+    upload(page, "person", save(person, tmp_path / "person.png"))
+    upload(page, "cloth", save(picture(3), tmp_path / "cloth.png"))
+    set_steps(page, 100)
+    page.locator("#propose").click()
+    wait_until(page, "This is the mask")
+    page.locator("#person button[aria-label=Erase]").click()
+    paint_a_spot(page)
+    page.locator("#start").click()
+    expect(page.locator("#status progress")).to_be_visible(timeout=PATIENCE)
+    page.locator("#stop").click()
+    wait_until(page, "Stopped")
+    page.locator("#steps input[type=number]").fill("2")
+    page.locator("#start").click()
+    wait_until(page, "Done")
+    used, changed = used_mask(page), (downloaded(page) != as_array(person)).any(axis=2)
+    assert not used[~proposed].any() and 0 < used.sum() < proposed.sum()
+    assert changed.any() and not changed[~used].any()
+
+
+def test_the_api_proposes_masks_and_takes_what_it_proposed(page_url, pipe, tmp_path):
+    client = Client(page_url, verbose=False, download_files=str(tmp_path))
+    person = handle_file(save(picture(1, 64, 48), tmp_path / "person.png"))
+    cloth = handle_file(save(picture(3), tmp_path / "cloth.png"))
+    mask = client.predict(person, "upper", "tight", api_name="/mask")
+    assert np.array_equal(Image.open(mask), pipe.predict_mask(picture(1, 64, 48), "upper", "tight"))
+    _, used, _ = client.predict(person, cloth, handle_file(mask), steps=1, api_name="/tryon")
+    assert np.array_equal(Image.open(used).convert("L"), Image.open(mask))
+
+
+def test_what_is_wrong_is_said_in_words(page_url, visit, tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "photo.png").write_text("no picture either")
+    page = visit(page_url)
+    upload(page, "person", str(tmp_path / "notes.txt"))
+    upload(page, "cloth", str(tmp_path / "notes.txt"))
+    expect(page.get_by_text("Invalid file type: notes.txt")).to_be_visible(timeout=PATIENCE)
+    page.locator("#start").click()
+    wait_until(page, "There is no picture of the person yet.")
+    upload(page, "person", save(picture(1), tmp_path / "person.png"))
+    upload(page, "cloth", str(tmp_path / "photo.png"))
+    page.locator("#cloth img").wait_for(state="attached")
+    page.locator("#start").click()
+    wait_until(page, "The file for the cloth (photo.png) is no picture that can be read.")
+
+
+def test_a_space_serves_the_demo_model_without_a_parser_by_examples_painted_masks_and_its_api(
+    space_url, visit, tmp_path
+):
+    folder = ROOT / "demo" / "examples" / "upper-0"
+    person, mask = as_array(Image.open(folder / "person.png")), np.asarray(Image.open(folder / "mask.png")) > 127
+
+    page = visit(space_url)
+    page.locator("#examples button").first.click()
+    expect(page.locator("#cloth img")).to_be_visible(timeout=PATIENCE)
+    set_steps(page, 2)
+    page.locator("#start").click()
+    wait_until(page, "Done")
+    changed = (downloaded(page) != person).any(axis=2)
+    assert changed.any() and not changed[~mask].any()
+
+    page.locator("#person button[aria-label='Clear canvas']").click()
+    upload(page, "person", str(folder / "person.png"))
+    page.locator("#start").click()
+    wait_until(page, "Paint over what the new cloth may change")
+    page.locator("#person button[aria-label=Brush]").click()
+    paint_a_spot(page)
+    page.locator("#start").click()
+    wait_until(page, "Done")
+    used, changed = used_mask(page), (downloaded(page) != person).any(axis=2)
+    assert 0 < used.sum() < mask.sum()
+    assert changed.any() and not changed[~used].any()
+
+    client = Client(space_url, verbose=False, download_files=str(tmp_path))
+    files = {name: handle_file(str(folder / f"{name}.png")) for name in ("person", "cloth", "mask")}
+    results = [client.predict(**files, steps=2, seed=seed, api_name="/tryon") for seed in (7, 7, None)]
+    first, again, other = (as_array(Image.open(file)) for file, _, _ in results)
+    assert np.array_equal(first, again) and not np.array_equal(first, other) and results[0][2] == 7
+    assert np.array_equal(first[~mask], person[~mask])
+    with pytest.raises(AppError, match="no human parser"):
+        client.predict(person=files["person"], api_name="/mask")
+    with pytest.raises(AppError, match="100"):
+        client.predict(**files, steps=101, api_name="/tryon")
+
+
+# ------------------------------------------------------------------------------------------------------ without browser
+
+
+def test_painted_layers_of_any_size_and_number_are_one_mask():
+    person = picture(1, 64, 48)
+    painted = app.paint_mask(person, box_mask(64, 48))
+    small = app.paint_mask(person, box_mask(16, 12))["layers"]
+    for layers in (painted["layers"], small, painted["layers"] + small):
+        assert np.array_equal(app.read_editor(painted | {"layers": layers})[1], box_mask(64, 48))
+    assert app.read_editor(painted | {"layers": []}) == (person, None)
+    assert app.read_editor(None) == (None, None)
+
+
+def test_a_preview_is_nearer_to_the_picture_than_its_mean_and_keeps_what_is_not_masked():
+    pipe, person = app.load_from_environment(), Image.open(ROOT / "demo" / "examples" / "upper-0" / "person.png")
+    preview = app.Previewer(pipe, person, Image.new("L", person.size, 255), None)
+    pixels = pipe.image_processor.preprocess(person.convert("RGB"), 64, 48)
+    latents = app.encode_latents(pipe.vae, pixels).detach() * pipe.vae.config.scaling_factor
+    shown, true = (np.asarray(image, float) for image in (preview(latents), person.convert("RGB")))
+    assert ((shown - true) ** 2).mean() < 0.35 * true.var(axis=(0, 1)).mean()
+    preview.mask = Image.new("L", person.size, 0)
+    assert np.array_equal(preview(latents), person.convert("RGB"))
+
+
+def test_a_run_that_is_closed_stops_the_model_at_its_next_step():
+    pipe, calls = tiny_pipe(), []
+    pipe.unet.register_forward_pre_hook(lambda *_: calls.append(time.sleep(0.05)))
+    settings = app.Settings("upper", "loose", steps=100, guidance_scale=1.5, seed=1, height=None)
+    run = app.Studio(pipe).try_on(picture(1), picture(2), box_mask(), settings)
+    assert next(run).done < 100
+    run.close()
+    assert len(calls) < 50
+
+
+def test_a_run_gives_what_the_pipeline_gives():
+    pipe = tiny_pipe()
+    settings = app.Settings("upper", "loose", steps=3, guidance_scale=1.5, seed=5, height=None)
+    *_, last = app.Studio(pipe).try_on(picture(1), picture(2), box_mask(), settings)
+    direct = pipe(
+        picture(1), picture(2), box_mask(), num_inference_steps=3, guidance_scale=1.5, generator=seeded(5)
+    ).images[0]
+    assert last.finished and np.array_equal(last.picture, direct)
+
+
+def test_limits_are_said_in_words(tmp_path, monkeypatch):
+    studio = app.Studio(tiny_pipe())
+    for change, words in (
+        ({"steps": 101}, "steps"),
+        ({"height": 4096}, "height"),
+        ({"cloth_type": "hat"}, "cloth_type"),
+    ):
+        settings = app.Settings(
+            **{
+                "cloth_type": "upper",
+                "looseness": "loose",
+                "steps": 2,
+                "guidance_scale": 1.5,
+                "seed": 1,
+                "height": None,
+            }
+            | change
+        )
+        with pytest.raises(app.gr.Error, match=words):
+            list(studio.try_on(picture(1), picture(2), box_mask(), settings))
+    monkeypatch.setattr(app, "MAX_PIXELS", 100)
+    with pytest.raises(app.gr.Error, match="24 x 32 pixels, the limit is 100"):
+        app.open_picture(save(picture(1), tmp_path / "person.png"), "person")
+
+
+def test_a_used_folder_is_no_space(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="write_space"):
+        app.write_space(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_notebook_runs_on_the_demo_model(tmp_path, monkeypatch):
+    for name in ("pipeline_vton.py", "demo"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name, value in {
+        "MODEL": "demo/model",
+        "ADAPTER": "demo/model",
+        "SUBFOLDER": "",
+        "PICTURES": "demo/examples/upper-0",
+        "STEPS": "2",
+    }.items():
+        monkeypatch.setenv(f"VTON_{name}", value)
+    notebook = nbformat.read(ROOT / "notebooks" / "try_on.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert Image.open(tmp_path / "tryon.png").size == (48, 64)
+    assert "image/png" in notebook.cells[-2].outputs[-1].data

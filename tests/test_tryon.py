@@ -1,0 +1,249 @@
+"""The command line: files in, files out, whatever the pictures are; nothing twice, and nothing lost by one bad file."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_pictures import LINEAR
+from tiny import ROOT, box_mask, picture, tiny_parser, tiny_pipe
+
+import tryon
+from tryon import find_pairs, is_drawn, main, parse_args
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A whole pipeline on disk, with a human parser that sees a top everywhere but in black."""
+    folder = tmp_path_factory.mktemp("model")
+    pipe = tiny_pipe(9)
+    parser, processor = tiny_parser(["background", "top"])
+    pipe.register_modules(human_parser=parser, human_parser_processor=processor)
+    pipe.save_pretrained(folder, human_parser_license="mit")
+    return folder
+
+
+@pytest.fixture
+def shop(tmp_path, fresh_accelerate):
+    """Two people and two cloths, masks beside them."""
+    for name, image in (
+        ("people/ann", picture(1)),
+        ("people/bob", picture(3)),
+        ("cloths/red", picture(2)),
+        ("cloths/tee", picture(4)),
+    ):
+        save(image, tmp_path / f"{name}.png")
+    for name in ("ann", "bob_mask"):
+        save(box_mask(), tmp_path / "masks" / f"{name}.png")
+    return tmp_path
+
+
+def save(image, file, **options):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file, **options)
+
+
+def run(shop, model, *flags, person="people", cloth="cloths", output="results", mask="masks"):
+    masks = [] if mask is None else ["--mask", str(shop / mask)]
+    paths = ["--person", str(shop / person), "--cloth", str(shop / cloth), "--output", str(shop / output)]
+    return main(parse_args([*paths, *masks, "--model", str(model), "--steps", "2", "--device", "cpu", *flags]))
+
+
+def expected(model, person, cloth, **options):
+    pipe = tiny_pipe(9)
+    pipe = type(pipe).from_pretrained(model)
+    generator = tryon.torch.Generator().manual_seed(0)
+    return pipe(person, cloth, num_inference_steps=2, generator=generator, **options).images[0]
+
+
+def test_one_pair_is_what_the_pipeline_makes_of_it(shop, model, capsys):
+    assert run(shop, model, person="people/ann.png", cloth="cloths/red.png", output="out/result.png", mask=None) == 0
+    result = Image.open(shop / "out/result.png")
+    assert (np.asarray(result) == np.asarray(expected(model, picture(1), picture(2)))).all()
+    assert "1 of 1 try-ons" in capsys.readouterr().out
+    assert [file.name for file in (shop / "out").iterdir()] == ["result.png"]
+
+
+def test_every_cloth_is_tried_on_every_person_and_each_is_encoded_once(shop, model, monkeypatch):
+    encoded = []
+    for name in ("prepare_person", "prepare_cloth"):
+        method = getattr(tryon.StableDiffusionVTONPipeline, name)
+        monkeypatch.setattr(
+            tryon.StableDiffusionVTONPipeline, name, lambda *args, m=method, n=name: encoded.append(n) or m(*args)
+        )
+    assert run(shop, model, "--batch_size", "3", "--contact_sheet", str(shop / "sheet.png")) == 0
+    names = ["ann__red.png", "ann__tee.png", "bob__red.png", "bob__tee.png"]
+    assert sorted(file.name for file in (shop / "results").iterdir()) == names
+    assert sorted(encoded) == ["prepare_cloth"] * 2 + ["prepare_person"] * 2
+    one = expected(model, picture(3), picture(4), mask_image=box_mask())
+    np.testing.assert_allclose(np.asarray(Image.open(shop / "results/bob__tee.png")), np.asarray(one), atol=1)
+    sheet = Image.open(shop / "sheet.png")
+    assert sheet.width > 2 * 3 * tryon.SHEET_HEIGHT * 24 // 32 and sheet.height > 2 * tryon.SHEET_HEIGHT
+
+
+def test_a_list_names_the_pairs(shop, model):
+    (shop / "list.txt").write_text("ann.png tee.png\nbob.png red.png\nann.png tee.png\n")
+    assert run(shop, model, "--pairs", str(shop / "list.txt")) == 0
+    assert sorted(file.name for file in (shop / "results").iterdir()) == ["ann__tee.png", "bob__red.png"]
+
+
+def test_what_is_there_is_passed_over_and_a_stopped_run_goes_on(shop, model, capsys):
+    assert run(shop, model) == 0
+    kept, gone = shop / "results/ann__red.png", shop / "results/bob__tee.png"
+    before = gone.read_bytes()
+    kept.write_bytes(b"mine")
+    gone.unlink()
+    assert run(shop, model) == 0
+    assert kept.read_bytes() == b"mine" and gone.read_bytes() == before
+    assert "3 of 4 are there already" in capsys.readouterr().err
+    assert run(shop, model, "--overwrite") == 0
+    assert kept.read_bytes() != b"mine"
+
+
+def test_bad_files_are_named_at_the_end_and_all_else_is_done(shop, model, capsys):
+    (shop / "people/broken.png").write_bytes((shop / "people/ann.png").read_bytes()[:200])
+    (shop / "cloths/text.jpg").write_text("no picture")
+    save(picture(5), shop / "people/zoe.png")  # nobody drew her mask
+    assert run(shop, model) == 1
+    assert sorted(file.stem for file in (shop / "results").iterdir()) == [
+        "ann__red",
+        "ann__tee",
+        "bob__red",
+        "bob__tee",
+    ]
+    told = capsys.readouterr()
+    lines = [line for line in told.err.splitlines() if str(shop) in line]
+    assert len(lines) == 3 and "4 of 12 try-ons" in told.out
+    assert any("broken.png cannot be read" in line for line in lines)
+    assert any("text.jpg cannot be read" in line for line in lines)
+    assert any("masks/zoe.png cannot be read" in line for line in lines)
+
+
+def test_a_mask_of_another_size_names_its_person(shop, model, capsys):
+    save(box_mask(40, 40), shop / "masks/ann.png")
+    assert run(shop, model) == 1
+    assert f"{shop}/people/ann.png: `mask_image` must have the size" in capsys.readouterr().err
+    assert (shop / "results/bob__red.png").is_file()
+
+
+@pytest.mark.parametrize("suffix, kind", [("jpg", "JPEG"), ("webp", "WEBP"), ("png", "PNG"), ("gif", "PNG")])
+def test_a_result_has_its_persons_format_and_colours_and_no_exif(shop, model, suffix, kind):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a camera"  # turned by a quarter
+    options = {} if suffix == "gif" else {"exif": exif, "icc_profile": LINEAR}
+    save(picture(1), shop / f"people/eve.{suffix}", **options)
+    mask = box_mask(*((24, 32) if suffix != "gif" else (32, 24)))
+    save(mask, shop / "masks/eve.png")
+    assert run(shop, model, person=f"people/eve.{suffix}", cloth="cloths/red.png") == 0
+    (file,) = (shop / "results").iterdir()
+    result = Image.open(file)
+    assert result.format == kind and not result.getexif() and result.size == mask.size
+    assert result.info.get("icc_profile") == options.get("icc_profile")
+
+
+def test_looseness_and_cloth_types_reach_the_parser(shop, model, monkeypatch):
+    asked = []
+    predict = tryon.StableDiffusionVTONPipeline.predict_mask
+    monkeypatch.setattr(
+        tryon.StableDiffusionVTONPipeline, "predict_mask", lambda *args: asked.append(args[2:]) or predict(*args)
+    )
+    flags = ("--looseness", "box", "--cloth_type", "upper", "dress")
+    assert run(shop, model, *flags, mask=None, person="people/ann.png") == 0
+    assert asked == [(["upper", "dress"], "box")]
+
+
+def test_sizes_scheduler_and_dtype_are_obeyed(shop, model, monkeypatch):
+    seen = []
+    call = tryon.StableDiffusionVTONPipeline.__call__
+
+    def watched(self, persons, *args, **options):
+        seen.append((persons[0].height, persons[0].width, type(self.scheduler).__name__, str(self.unet.dtype)))
+        return call(self, persons, *args, **options)
+
+    monkeypatch.setattr(tryon.StableDiffusionVTONPipeline, "__call__", watched)
+    flags = ("--height", "48", "--width", "32", "--scheduler", "DDIMScheduler", "--dtype", "bfloat16")
+    assert run(shop, model, *flags, person="people/ann.png", cloth="cloths/red.png") == 0
+    assert seen == [(48, 32, "DDIMScheduler", "torch.bfloat16")]
+
+
+def test_an_adapter_and_a_parser_are_loaded(shop, model, tmp_path):
+    other = tiny_pipe(9, seed=1)
+    other.save_vton_adapter(tmp_path / "adapter")
+    parser, processor = tiny_parser(["top"], only="top")
+    parser.save_pretrained(tmp_path / "parser")
+    processor.save_pretrained(tmp_path / "parser")
+    flags = ("--adapter", str(tmp_path / "adapter"), "--human_parser", str(tmp_path / "parser"))
+    assert run(shop, model, *flags, mask=None, person="people/ann.png", cloth="cloths/red.png") == 0
+    pipe = type(other).from_pretrained(model)
+    pipe.load_vton_adapter(tmp_path / "adapter")
+    white = Image.new("L", picture(1).size, 255)
+    result = pipe(
+        picture(1), picture(2), white, num_inference_steps=2, generator=tryon.torch.Generator().manual_seed(0)
+    )
+    assert (np.asarray(Image.open(shop / "results/ann__red.png")) == np.asarray(result.images[0])).all()
+
+
+def test_processes_share_the_list(shop, model):
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        str(ROOT / "tryon.py"),
+    ]
+    (shop / "cloths/text.png").write_text("no picture")
+    flags = ["--model", str(model), "--steps", "1", "--mask", str(shop / "masks")]
+    paths = ["--person", str(shop / "people"), "--cloth", str(shop / "cloths"), "--output", str(shop / "results")]
+    done = subprocess.run(
+        [*command, *paths, *flags], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode != 0 and done.stdout.count("4 of 6 try-ons") == 1, done.stderr
+    assert "text.png cannot be read" in done.stderr
+    assert len(list((shop / "results").iterdir())) == 4
+
+
+def test_photographs_and_the_demos_model(tmp_path):
+    flat = Image.new("RGB", (96, 128), "navy")
+    assert is_drawn(flat)
+    noise = np.random.default_rng(0).integers(0, 30, (256, 192, 3), dtype=np.uint8)
+    photograph = Image.fromarray(np.asarray(picture(1, 256, 192)) // 2 + noise)
+    assert not is_drawn(photograph)
+
+
+def test_a_photograph_for_the_demos_model_is_told_of(shop, model, monkeypatch, capsys):
+    monkeypatch.setattr(tryon, "DEMO_MODEL", Path(model).resolve())
+    tiny_pipe(9).save_vton_adapter(model)
+    one = {"person": "people/ann.png", "cloth": "cloths/red.png"}
+    assert run(shop, model, **one) == 0
+    assert "people/ann.png looks like a photograph" in (told := capsys.readouterr().err) and "--model" in told
+    save(Image.new("RGB", (24, 32), "navy"), shop / "people/ann.png")
+    assert run(shop, model, "--overwrite", **one) == 0
+    assert "photograph" not in capsys.readouterr().err
+
+
+def test_wrong_flags_are_one_sentence(shop, model, capsys):
+    save(picture(6), shop / "people/ann.jpg")
+    places = ["--person", str(shop / "people"), "--cloth", str(shop / "cloths"), "--output", str(shop / "results")]
+    pairs = find_pairs(parse_args(places))
+    assert len({pair.output for pair in pairs}) == len(pairs) == 6  # ann.jpg's results are JPEGs
+    save(picture(6), shop / "cloths/red.jpg")
+    with pytest.raises(ValueError, match="would both be written to .*ann__red.jpg: rename one"):
+        find_pairs(parse_args(places))
+    assert main(parse_args([*places[:2], "--cloth", str(shop / "nothing"), *places[4:]])) == 2
+    assert f"--cloth: there is no {shop}/nothing" in capsys.readouterr().err
+    (shop / "empty").mkdir()
+    assert main(parse_args(["--person", str(shop / "empty"), *places[2:]])) == 2
+    assert f"--person: there are no pictures in {shop}/empty" in capsys.readouterr().err
+    for flags, words in (
+        (["--steps", "0"], "--steps: must be a positive whole number, got 0"),
+        (["--scheduler", "Nothing"], "--scheduler must be the name of a diffusers scheduler, got Nothing"),
+        (["--mask", str(shop / "nothing")], "--mask: there is no"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_args([*places, *flags])
+        assert words in capsys.readouterr().err

@@ -1,0 +1,376 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+"""Try cloths on people: pictures in, pictures out.
+
+  python tryon.py --person person.jpg --cloth cloth.jpg --output result.png
+  python tryon.py --person people/ --cloth cloths/ --output results/                    every cloth on every person
+  python tryon.py --person people/ --cloth cloths/ --pairs list.txt --output results/   the pairs of a list
+  accelerate launch --num_processes 4 tryon.py ...                                      the same on four GPUs
+
+A result has its person's size, colour profile and file format, and no EXIF; outside the mask it is the person's picture. What is
+there already is passed over, so that a run that was stopped goes on. A file that cannot be used is named at the end, the exit status
+is then 1, and all else is done. Without --model the demo's is used, which knows drawn people only.
+"""
+
+import argparse
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from diffusers import SchedulerMixin
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+from pipeline_vton import LOOSENESS, REPAINTED, PreparedCloth, PreparedPerson, StableDiffusionVTONPipeline
+from train_vton import read_list
+
+
+DEMO_MODEL = Path(__file__).resolve().parent / "demo" / "model"
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+WRITTEN = {".png": {}, ".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"quality": 95}, ".tif": {}, ".bmp": {}}
+WRITTEN |= {".jpeg": WRITTEN[".jpg"], ".tiff": WRITTEN[".tif"]}
+CLOTHS_KEPT = 32  # encoded, with keys and values: about 35 MB each for SD1.5 at 512x384 in float16
+SHEET_PAIRS, SHEET_HEIGHT = 48, 256
+
+
+@dataclass(frozen=True)
+class Pair:
+    person: Path
+    cloth: Path
+    mask: Path | None
+    output: Path
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+def pictures_in(place: Path, flag: str) -> list[Path]:
+    """A file, or the pictures of a folder by name."""
+    if place.is_dir():
+        files = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise FileNotFoundError(f"{flag}: there are no pictures in {place}")
+        return files
+    if not place.is_file():
+        raise FileNotFoundError(f"{flag}: there is no {place}")
+    return [place]
+
+
+def find_mask(place: Path | None, person: Path) -> Path | None:
+    """The mask of a person: the file given, or the one of that name in a folder, with `_mask` behind it or not."""
+    if place is None or place.is_file():
+        return place
+    names = [stem + suffix for stem in (person.stem, f"{person.stem}_mask") for suffix in sorted(SUFFIXES)]
+    return next((place / name for name in names if (place / name).is_file()), place / f"{person.stem}.png")
+
+
+def find_pairs(args: argparse.Namespace) -> list[Pair]:
+    """All that is asked for; a few cloths at a time, and of those person by person, so that little is encoded again."""
+    if args.pairs is not None:
+        pairs = [(args.person / person, args.cloth / cloth) for person, cloth, _ in read_list(args.pairs)]
+    else:
+        people, cloths = pictures_in(args.person, "--person"), pictures_in(args.cloth, "--cloth")
+        pairs = [(person, cloth) for person in people for cloth in cloths]
+    if args.pairs is None and args.person.is_file() and args.cloth.is_file() and args.output.suffix.lower() in WRITTEN:
+        return [Pair(*pairs[0], find_mask(args.mask, args.person), args.output)]
+    ends = {person: person.suffix if person.suffix.lower() in WRITTEN else ".png" for person, _ in pairs}
+    found: dict[Path, Pair] = {}
+    for person, cloth in dict.fromkeys(pairs):
+        output = args.output / f"{person.stem}__{cloth.stem}{ends[person]}"
+        if output in found:
+            other = found[output]
+            raise ValueError(
+                f"{person} with {cloth} and {other.person} with {other.cloth} would both be written to {output}: rename one"
+            )
+        found[output] = Pair(person, cloth, find_mask(args.mask, person), output)
+    order = {cloth: i // CLOTHS_KEPT for i, cloth in enumerate(dict.fromkeys(pair.cloth for pair in found.values()))}
+    return sorted(found.values(), key=lambda pair: order[pair.cloth])  # stable: persons stay together
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def open_picture(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+            return picture
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def is_drawn(person: Image.Image) -> bool:
+    """Whether neighbouring pixels are often the same, white ones aside, as in the demo's world and not in photographs."""
+    small = np.asarray(ImageOps.exif_transpose(person).convert("RGB").resize((96, 128), Image.Resampling.LANCZOS))
+    coloured = (small[:, 1:] < 250).any(axis=-1)
+    same = (small[:, 1:] == small[:, :-1]).all(axis=-1)
+    return (same & coloured).sum() > 0.25 * max(1, coloured.sum())
+
+
+def save_picture(picture: Image.Image, file: Path) -> None:
+    """Write a temporary file, then rename it: never half a picture. The colour profile goes along."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kind = Image.registered_extensions()[file.suffix.lower()]
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    profile = picture.info.get("icc_profile")
+    options = WRITTEN[file.suffix.lower()] | ({} if profile is None else {"icc_profile": profile})
+    try:
+        picture.save(temporary, format=kind, **options)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def contact_sheet(pairs: list[Pair]) -> Image.Image:
+    """Person, cloth and result of the first pairs, two to a line."""
+    rows = []
+    for pair in pairs[:SHEET_PAIRS]:
+        shown = [ImageOps.exif_transpose(open_picture(file)) for file in (pair.person, pair.cloth, pair.output)]
+        shown = [picture.convert("RGB") for picture in shown]
+        rows.append([ImageOps.scale(p, SHEET_HEIGHT / p.height, Image.Resampling.LANCZOS) for p in shown])
+    column = max(sum(picture.width for picture in row) for row in rows) + 40
+    sheet = Image.new("RGB", (min(2, len(rows)) * column, (len(rows) + 1) // 2 * (SHEET_HEIGHT + 30) + 10), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (pair, row) in enumerate(zip(pairs, rows)):
+        x, y = i % 2 * column + 10, i // 2 * (SHEET_HEIGHT + 30) + 24
+        draw.text((x, y - 16), f"{pair.person.stem}, {pair.cloth.stem}", fill="black")
+        for picture in row:
+            sheet.paste(picture, (x, y))
+            x += picture.width + 10
+    return sheet
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffusionVTONPipeline:
+    dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
+    pipe = StableDiffusionVTONPipeline.from_pretrained(args.model, dtype=getattr(torch, dtype)).to(device)
+    adapter = args.adapter or (args.model if Path(args.model).resolve() == DEMO_MODEL else None)
+    if adapter:
+        pipe.load_vton_adapter(adapter)
+    if args.human_parser:
+        pipe.load_human_parser(args.human_parser, dtype=getattr(torch, dtype))
+    if args.scheduler:
+        pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
+    return pipe
+
+
+class TryOn:
+    """Tries pairs on in batches, encodes every file once while it is needed, and remembers what could not be used."""
+
+    def __init__(self, pipe: StableDiffusionVTONPipeline, args: argparse.Namespace) -> None:
+        self.pipe, self.args = pipe, args
+        self.persons: OrderedDict[tuple, PreparedPerson] = OrderedDict()
+        self.cloths: OrderedDict[tuple, PreparedCloth] = OrderedDict()
+        self.failures: dict[str, None] = {}  # sentences, in order and once each
+        self.bad_files: set[Path] = set()
+
+    def person(self, pair: Pair) -> PreparedPerson:
+        if (pair.person, pair.mask) not in self.persons:
+            picture = open_picture(pair.person)
+            if pair.mask is not None:
+                mask = open_picture(pair.mask)
+            elif self.pipe.human_parser is None:
+                mask = None
+            else:
+                mask = self.pipe.predict_mask(picture, self.args.cloth_type, self.args.looseness)
+            prepared = self.pipe.prepare_person(picture, mask, self.args.cloth_type, self.args.height, self.args.width)
+            keep(self.persons, (pair.person, pair.mask), prepared, 1)
+        return self.persons[pair.person, pair.mask]
+
+    def cloth(self, pair: Pair, person: PreparedPerson) -> PreparedCloth:
+        key = (pair.cloth, person.height, person.width, person.profile)
+        if key not in self.cloths:
+            prepared = self.pipe.prepare_cloth(open_picture(pair.cloth), *key[1:])
+            keep(self.cloths, key, prepared, CLOTHS_KEPT)
+        return self.cloths[key]
+
+    def batches(self, pairs: list[Pair]) -> Iterator[list[tuple[Pair, PreparedPerson, PreparedCloth]]]:
+        """Pairs that can be tried on together: of one size, at most `--batch_size`."""
+        batch: list[tuple[Pair, PreparedPerson, PreparedCloth]] = []
+        for pair in pairs:
+            if self.bad_files & {pair.person, pair.cloth, pair.mask}:
+                continue
+            file = pair.person
+            try:
+                person = self.person(pair)
+                file = pair.cloth
+                cloth = self.cloth(pair, person)
+            except (ValueError, TypeError) as error:
+                self.bad_files.add(file)
+                self.failures[str(error) if str(file) in str(error) else f"{file}: {error}"] = None
+                continue
+            full = len(batch) == self.args.batch_size
+            if batch and (full or (person.height, person.width) != (batch[0][1].height, batch[0][1].width)):
+                yield batch
+                batch = []
+            batch.append((pair, person, cloth))
+        if batch:
+            yield batch
+
+    def __call__(self, pairs: list[Pair], bar: tqdm) -> None:
+        for batch in self.batches(pairs):
+            listed, persons, cloths = zip(*batch)
+            results = self.pipe(
+                list(persons),
+                list(cloths),
+                num_inference_steps=self.args.steps,
+                guidance_scale=self.args.guidance_scale,
+                generator=[torch.Generator().manual_seed(self.args.seed) for _ in batch],
+            ).images
+            for pair, result in zip(listed, results):
+                save_picture(result, pair.output)
+            bar.update(len(batch))
+
+
+def keep(kept: OrderedDict, key: tuple, value: PreparedPerson | PreparedCloth, count: int) -> None:
+    """Add one; of more than `count` the oldest goes."""
+    kept[key] = value
+    if len(kept) > count:
+        kept.popitem(last=False)
+
+
+def warn_of_photographs(pairs: list[Pair]) -> None:
+    for person in dict.fromkeys(pair.person for pair in pairs):
+        try:
+            drawn = is_drawn(open_picture(person))
+        except ValueError:
+            continue  # it is named at the end
+        if not drawn:
+            print(
+                f"{person} looks like a photograph, and the demo's model knows drawn people only: name a model that was trained on "
+                "photographs with --model and --adapter",
+                file=sys.stderr,
+            )
+        return
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text}")
+    return int(text)
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("pictures").add_argument
+    add("--person", type=Path, required=True, metavar="PATH", help="a photograph, or a folder of them")
+    add("--cloth", type=Path, required=True, metavar="PATH", help="a picture of a cloth, or a folder of them")
+    add("--pairs", type=Path, metavar="FILE", help="lines of a person's and a cloth's name in those folders")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a file for one pair, else a folder: PERSON__CLOTH.EXT",
+    )
+    add("--mask", type=Path, metavar="PATH", help="white where to repaint: a file, or a folder with the persons' names (default: drawn by the human parser)")  # fmt: skip
+    add("--overwrite", action="store_true", help="make results anew that are there already")
+    add("--contact_sheet", type=Path, metavar="FILE", help=f"persons, cloths and results of the first {SHEET_PAIRS} pairs on one picture")  # fmt: skip
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        default=str(DEMO_MODEL),
+        metavar="NAME",
+        help="the base: a folder or a Hub repository (default: the demo's)",
+    )
+    add("--adapter", metavar="NAME", help="folder, file or Hub repository for load_vton_adapter (default: the demo's for the demo's model, else none)")  # fmt: skip
+    add(
+        "--human_parser",
+        metavar="NAME",
+        help="folder or Hub repository for load_human_parser (default: the model's own)",
+    )
+    add("--scheduler", metavar="CLASS", help="a scheduler of diffusers (default: the adapter's, or the model's)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU, else float32")
+    add("--device", help="such as cuda:1 or cpu (default: a GPU where there is one; not with accelerate launch)")
+    add = parser.add_argument_group("try-on").add_argument
+    add(
+        "--cloth_type",
+        nargs="+",
+        choices=tuple(REPAINTED),
+        default=["upper"],
+        help="what is repainted (default upper)",
+    )
+    add(
+        "--looseness",
+        choices=LOOSENESS,
+        default="loose",
+        help="how little a drawn mask tells of the worn cut (default loose)",
+    )
+    add("--steps", type=positive, default=50, metavar="N", help="denoising steps (default 50)")
+    add("--guidance_scale", type=float, metavar="X", help="default: the adapter's own")
+    add("--seed", type=int, default=0, metavar="N", help="of the noise, the same for every pair (default 0)")
+    add(
+        "--height",
+        type=positive,
+        metavar="N",
+        help="size to work at (default: the person's aspect at the adapter's area)",
+    )
+    add("--width", type=positive, metavar="N", help="likewise")
+    add("--batch_size", type=positive, default=1, metavar="N", help="pairs at a time (default 1)")
+    args = parser.parse_args(input_args)
+    scheduler = getattr(diffusers, args.scheduler or "DDPMScheduler", None)
+    if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
+        parser.error(f"--scheduler must be the name of a diffusers scheduler, got {args.scheduler}")
+    if args.mask is not None and not args.mask.exists():
+        parser.error(f"--mask: there is no {args.mask}")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    """The exit status."""
+    state = PartialState(cpu=args.device == "cpu")
+    try:
+        pairs = find_pairs(args)
+    except (OSError, ValueError) as error:
+        print(f"tryon.py: {error}", file=sys.stderr)
+        return 2
+    missing = [pair for pair in pairs if args.overwrite or not pair.output.exists()]
+    if len(missing) < len(pairs) and state.is_main_process:
+        print(
+            f"{len(pairs) - len(missing)} of {len(pairs)} are there already (--overwrite makes them anew)",
+            file=sys.stderr,
+        )
+    failures: list[str] = []
+    if missing:
+        device = torch.device(args.device) if args.device else state.device
+        if Path(args.model).resolve() == DEMO_MODEL and state.is_main_process:
+            warn_of_photographs(missing)
+        try_on = TryOn(load_pipeline(args, device), args)
+        try_on.pipe.set_progress_bar_config(disable=len(missing) > 1 or not state.is_main_process)
+        with (
+            state.split_between_processes(missing) as own,
+            tqdm(
+                total=len(own), desc="try-ons", unit="pair", disable=len(missing) == 1 or not state.is_main_process
+            ) as bar,
+        ):
+            try_on(own, bar)
+        failures = gather_object(list(try_on.failures))
+    done = [pair for pair in pairs if pair.output.exists()]
+    if state.is_main_process:
+        if args.contact_sheet and done:
+            save_picture(contact_sheet(done), args.contact_sheet)
+        for failure in dict.fromkeys(failures):
+            print(failure, file=sys.stderr)
+        print(f"{len(done)} of {len(pairs)} try-ons are in {args.output}")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))
