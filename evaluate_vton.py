@@ -45,7 +45,6 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from huggingface_hub import EvalResult
@@ -55,6 +54,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline_vton import (
+    LOOSENESS,
     LORA_NAME,
     StableDiffusionVTONPipeline,
     as_masks,
@@ -121,6 +121,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--list", type=Path, help="a frozen list, OUTPUT_DIR/list.txt of another run, in place of the tree's own")
     add("--num_samples", type=int, help="the first lines of every list and category (default all)")
     add("--human_parser", help="the parser for --masks parser: a Hub repository or a folder (default: the pipeline's own)")  # fmt: skip
+    add(
+        "--looseness", choices=LOOSENESS, default="loose", help="of --masks parser, as in predict_mask (default loose)"
+    )
     add("--cloth_type", choices=tuple(CLOTH_TYPES.values()), default="upper", help="what --masks parser repaints where no category says (default upper)")  # fmt: skip
     add("--masks", choices=("files", "parser", "none"), help="read, drawn by the pipeline's human parser, or none (default files; mask-free: none)")  # fmt: skip
     add("--train_root", type=Path, help="the training set's tree: test persons that are in it fail the run")
@@ -188,6 +191,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--drop_duplicates needs --train_root")
     if args.pred_dir is not None and (args.seeds > 1 or args.push_to_hub or args.masks == "parser"):
         parser.error("--pred_dir has one seed, no adapter to push and no human parser")
+    if args.human_parser is not None and args.masks != "parser":
+        parser.error(f"--human_parser needs --masks parser, got {args.masks}")
     if args.pred_composited and (args.pred_dir is None or args.masks == "none"):
         parser.error("--pred_composited speaks of --pred_dir's pictures, and is checked with the masks")
     if args.recognizer is not None and ":" not in args.recognizer:
@@ -640,9 +645,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
     load = StableDiffusionVTONPipeline.from_pretrained
     pipe = load(args.model, revision=args.revision, dtype=dtype, safety_checker=None)
     if args.human_parser is not None:
-        parser = transformers.SegformerForSemanticSegmentation.from_pretrained(args.human_parser).eval()
-        processor = transformers.AutoImageProcessor.from_pretrained(args.human_parser)
-        pipe.register_modules(human_parser=parser, human_parser_processor=processor)
+        pipe.load_human_parser(args.human_parser)
     if args.adapter is not None:
         lora = (Path(args.adapter) / LORA_NAME).is_file()
         (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(args.adapter)
@@ -685,7 +688,7 @@ class Model:
 
     def draw_mask(self, line: Line, person: Image.Image) -> Image.Image:
         kind = CLOTH_TYPES.get(line.category, self.args.cloth_type)
-        return self.pipe.predict_mask(person, kind)
+        return self.pipe.predict_mask(person, kind, self.args.looseness)
 
     def bare(self, line: Line, pictures: dict[str, Image.Image], seed: int, size: tuple[int, int]) -> Tensor:
         """The bare decode (3, H, W) in [0, 1] at the working size."""
@@ -1361,7 +1364,7 @@ class Evaluation:
         described = self.model.describe(self.working_size) | {
             "dataset": str(args.dataset_root or args.dataset_name),
             "split": args.split,
-            "masks": self.masks if args.human_parser is None else f"{self.masks} {args.human_parser}",
+            "masks": f"{args.human_parser or args.model}, {args.looseness}" if self.masks == "parser" else self.masks,
         }
         if main:
             args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import patch_environment
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import box_mask, picture, tiny_pipe
+from tiny import box_mask, picture, tiny_parser, tiny_pipe
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -515,6 +515,41 @@ def test_dress_code_is_pooled_and_by_category(tree, tmp_path):
     )
     frozen = evaluate(tmp_path / "frozen", root, list=tmp_path / "out/list.txt", **options)
     assert_close(frozen, report)
+
+
+def test_masks_of_the_parser(own_tree, model, tmp_path):
+    """Drawn once for a person, kept, and named with their looseness."""
+    shutil.rmtree(own_tree / "test/agnostic-mask")
+    network, processor = tiny_parser(["background", "top"], only="top")
+    network.save_pretrained(tmp_path / "parser")
+    processor.save_pretrained(tmp_path / "parser")
+    options = {
+        "masks": "parser",
+        "human_parser": tmp_path / "parser",
+        "looseness": "box",
+        "num_samples": 2,
+    } | PREDICTED
+    report = evaluate(tmp_path / "out", own_tree, model, **options)
+    assert report["made"]["masks"] == f"{tmp_path / 'parser'}, box"
+    assert [file.name for file in sorted((tmp_path / "out/masks").iterdir())] == ["00.png", "01.png"]
+    assert figure(report, "unpaired", "composited", "psnr", "mask")["count"] == 2
+
+
+def test_mask_free(own_tree, tmp_path):
+    """Paired, the person wears another cloth, and comes out in their own; there is no mask to measure in or paste by."""
+    folder = tmp_path / "model"
+    tiny_pipe(8, mask_free=True, height=32, width=24).save_pretrained(folder)
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path / "out", own_tree, folder, metrics=["psnr"])
+    for i in range(COUNT):
+        save(picture(500 + i, HEIGHT, WIDTH), own_tree / f"test/condition/{i:02d}.png")
+    report = evaluate(tmp_path / "out", own_tree, folder, metrics=["psnr"])
+    assert {(row["setting"], row["compositing"], row["region"]) for row in report["figures"]} == {
+        ("paired", "bare", "picture"), ("unpaired", "bare", "picture"),
+    }  # fmt: skip
+    shutil.copy(own_tree / "test/image/02.png", own_tree / "test/condition/02.png")  # not another cloth
+    (failure,) = fails(tmp_path / "again", own_tree, folder, "paired", metrics=["psnr"])
+    assert failure["error"] == "the truth and the condition are the same picture"
 
 
 @pytest.mark.parametrize("streaming", [None, True])
