@@ -1277,8 +1277,9 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             given = {}
         self._layers_sampled = {layer["id"] for layer in self._layers()}  # whose schedulers had their turn
         self._said = copy.deepcopy(stack["said"])  # by the layers' ids; by this pipeline alone from now on
-        top, checked = self._layers()[-1]["id"], asdict(AdapterSettings(**asdict(self._settings()) | given))
-        self._said[top] = self._said.get(top, {}) | {name: checked[name] for name in given}
+        top, known = self._layers()[-1]["id"], asdict(self._settings())
+        checked = asdict(AdapterSettings(**known | given))
+        self._said[top] = self._said.get(top, {}) | {n: checked[n] for n in given if checked[n] != known[n]}
 
     @property
     def _stack(self) -> dict[str, Any]:
@@ -2178,90 +2179,8 @@ def weights_sum(model: torch.nn.Module) -> tuple:
     return model.dtype, sums, repr(loras)
 
 
-class StableDiffusionVTONPipeline(
-    VTONMaskMixin,
-    VTONAdapterMixin,
-    VTONHubMixin,
-    DiffusionPipeline,
-    StableDiffusionMixin,
-    TextualInversionLoaderMixin,
-    FromSingleFileMixin,
-):
-    r"""Virtual try-on: put the cloth of one photograph on the person of another.
-
-    Args:
-        vae: encodes and decodes pictures.
-        unet: an SD1.5-shaped UNet with 9 input channels (inpainting), 8 (instruct-pix2pix) or 4 (widened by the adapter).
-        scheduler: any diffusers scheduler; `DDPMScheduler` is the one that the figures are measured with.
-        text_encoder, tokenizer: used where `cross_attention` is `"prompt"`.
-        safety_checker, feature_extractor: looks at the finished pictures, if there is one.
-        human_parser, human_parser_processor: a Segformer human parser that draws the mask where none is given.
-        base_in_channels, cloth_conditioning, ...: the settings, as `AdapterSettings` describes them; None takes their defaults,
-            and the UNet's input channels.
-
-    An adapter's settings (`load_vton_adapter`) replace the settings here, until it is unloaded.
-    """
-
-    model_cpu_offload_seq = "human_parser->text_encoder->unet->vae"
-    _optional_components = [
-        "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "human_parser", "human_parser_processor",
-    ]  # fmt: skip
-    _exclude_from_cpu_offload = ["safety_checker"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-
-    encode_prompt = StableDiffusionPipeline.encode_prompt
-    run_safety_checker = StableDiffusionPipeline.run_safety_checker
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
-        text_encoder: CLIPTextModel | None = None,
-        tokenizer: CLIPTokenizer | None = None,
-        safety_checker: StableDiffusionSafetyChecker | None = None,
-        feature_extractor: CLIPImageProcessor | None = None,
-        human_parser: SegformerForSemanticSegmentation | None = None,
-        human_parser_processor: BaseImageProcessor | None = None,
-        base_in_channels: int | None = None,
-        cloth_conditioning: str | None = None,
-        canvas_axis: str | None = None,
-        cross_attention: str | None = None,
-        condition_latents: str | None = None,
-        mask_free: bool | None = None,
-        guidance_scale: float | None = None,
-        scheduler_class: str | None = None,
-        eta: float | None = None,
-        prompt: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        trainable: str | None = None,
-        base_model: str | None = None,
-        trained_steps: int | None = None,
-    ) -> None:
-        super().__init__()
-        values = locals()
-        self.register_modules(
-            vae=vae,
-            unet=unet,
-            scheduler=scheduler,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-            human_parser=human_parser,
-            human_parser_processor=human_parser_processor,
-        )
-        self._begin_settings(**{setting.name: values[setting.name] for setting in fields(AdapterSettings)})
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
-        unet_levels = len(unet.config.block_out_channels) if unet is not None else 4
-        self.size_multiple = self.vae_scale_factor * 2 ** (unet_levels - 1)  # of heights and widths; 64 for SD1.5
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self.mask_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-        )
-
-    # ---- what a call is asked for
+class VTONInputsMixin:
+    """Checks what a call is given, and prepares people and cloths ahead of calls."""
 
     def resolve_size(
         self, person_height: int, person_width: int, height: int | None, width: int | None
@@ -2341,11 +2260,46 @@ class StableDiffusionVTONPipeline(
                 raise ValueError(
                     f"`padding_mask_crop` needs a `mask_image`, got {shown(padding_mask_crop)} without one"
                 )
+        persons, cloths, masks, profiles, people = self._check_pictures(
+            person_image, cloth_image, mask_image, people, pieces
+        )
+        own_sizes = {tuple(person.shape[1:]) for person in persons}
+        if composite and output_type in {"np", "pt"} and len(own_sizes) > 1:
+            raise ValueError(
+                f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(own_sizes)}: use 'pil'"
+            )
+        height, width = self._check_size(own_sizes, height, width, people, pieces)
+        results = len(persons) * int(num_images_per_prompt)
+        return TryOnInputs(
+            persons=persons,
+            cloths=cloths,
+            masks=masks,
+            profiles=profiles,
+            height=height,
+            width=width,
+            padding=None if padding_mask_crop is None else int(padding_mask_crop),
+            noise_shape=self._check_noise(results, height, width, latents, generator),
+            prompts=self._check_prompts(
+                len(persons), guidance_scale > 1, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
+            ),
+            person_latents=people,
+            cloth_latents=pieces,
+        )
+
+    def _check_pictures(
+        self,
+        person_image: PictureInput | list[PreparedPerson],
+        cloth_image: PictureInput | list[PreparedCloth],
+        mask_image: PictureInput | None,
+        people: list[PreparedPerson] | None,
+        pieces: list[PreparedCloth] | None,
+    ) -> tuple[list, list, list, list, list | None]:
+        """Persons (N), cloths (1 or N) in their persons' colours, masks (N), the persons' ICC profiles, prepared people (N)."""
         if people:
-            persons, person_profiles = [p.picture for p in people], [p.profile for p in people]
+            persons, profiles = [p.picture for p in people], [p.profile for p in people]
             masks = [p.mask for p in people]
         else:
-            persons, person_profiles = as_tensors(person_image, "person_image"), colour_profiles(person_image)
+            persons, profiles = as_tensors(person_image, "person_image"), colour_profiles(person_image)
             masks = [None] if mask_image is None else as_masks(mask_image, "mask_image")
         if pieces:
             cloths, cloth_profiles = [p.picture for p in pieces], [p.profile for p in pieces]
@@ -2356,17 +2310,16 @@ class StableDiffusionVTONPipeline(
             if len(pictures) not in {1, count}:
                 raise ValueError(f"`{name}` must number 1 or {count}, as the other pictures do, got {len(pictures)}")
         if len(persons) == 1:
-            persons, person_profiles = persons * count, person_profiles * count
+            persons, profiles = persons * count, profiles * count
             people = people and people * count
-        if len(cloths) == 1 and len(set(person_profiles)) > 1:  # one cloth, in the colours of each
+        if len(cloths) == 1 and len(set(profiles)) > 1:  # one cloth, in the colours of each
             cloths, cloth_profiles = cloths * count, cloth_profiles * count
-        if pieces and any(before != after for before, after in zip(cloth_profiles, person_profiles)):
+        if pieces and any(before != after for before, after in zip(cloth_profiles, profiles)):
             raise ValueError(
                 "`cloth_image` was prepared for other colours than the person's: call prepare_cloth with the person's `profile`"
             )
         cloths = [
-            convert_profile(cloth, before, after)
-            for cloth, before, after in zip(cloths, cloth_profiles, person_profiles)
+            convert_profile(cloth, before, after) for cloth, before, after in zip(cloths, cloth_profiles, profiles)
         ]
         masks = masks * count if len(masks) == 1 else masks
         for person, mask in zip(persons, masks):
@@ -2374,11 +2327,17 @@ class StableDiffusionVTONPipeline(
                 raise ValueError(
                     f"`mask_image` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(mask.shape[1:])}"
                 )
-        own_sizes = {tuple(person.shape[1:]) for person in persons}
-        if composite and output_type in {"np", "pt"} and len(own_sizes) > 1:
-            raise ValueError(
-                f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(own_sizes)}: use 'pil'"
-            )
+        return persons, cloths, masks, profiles, people
+
+    def _check_size(
+        self,
+        own_sizes: set[tuple[int, int]],
+        height: int | None,
+        width: int | None,
+        people: list[PreparedPerson] | None,
+        pieces: list[PreparedCloth] | None,
+    ) -> tuple[int, int]:
+        """The one height and width to work at."""
         if people:
             sizes = {(p.height, p.width) for p in people}
         else:
@@ -2396,38 +2355,33 @@ class StableDiffusionVTONPipeline(
                         f"`{name}` was prepared for {one.height}x{one.width} (height x width), this call works at "
                         f"{wanted[0]}x{wanted[1]}"
                     )
-        noise_shape = [
-            count * int(num_images_per_prompt), self.vae.config.latent_channels,
+        return height, width
+
+    def _check_noise(
+        self,
+        results: int,
+        height: int,
+        width: int,
+        latents: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> tuple[int, ...]:
+        """The shape of the latents, that of the canvas in joint mode."""
+        shape = [
+            results, self.vae.config.latent_channels,
             height // self.vae_scale_factor, width // self.vae_scale_factor,
         ]  # fmt: skip
         if self.config.cloth_conditioning == "joint":
-            noise_shape[2 if self.config.canvas_axis == "height" else 3] *= 2
+            shape[2 if self.config.canvas_axis == "height" else 3] *= 2
         if latents is not None:
             check_tensor(latents, "latents")
-        if latents is not None and list(latents.shape) != noise_shape:
-            raise ValueError(f"`latents` must have shape {tuple(noise_shape)}, got {tuple(latents.shape)}")
+        if latents is not None and list(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {tuple(shape)}, got {tuple(latents.shape)}")
         generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
         if not all(isinstance(one, torch.Generator) for one in generators):
             raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {shown(generator)}")
-        if isinstance(generator, list) and len(generator) != noise_shape[0]:
-            raise ValueError(
-                f"`generator` must be one or {noise_shape[0]}, one for every result, got {len(generator)}"
-            )
-        return TryOnInputs(
-            persons=persons,
-            cloths=cloths,
-            masks=masks,
-            profiles=person_profiles,
-            height=height,
-            width=width,
-            padding=None if padding_mask_crop is None else int(padding_mask_crop),
-            noise_shape=tuple(noise_shape),
-            prompts=self._check_prompts(
-                count, guidance_scale > 1, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
-            ),
-            person_latents=people,
-            cloth_latents=pieces,
-        )
+        if isinstance(generator, list) and len(generator) != results:
+            raise ValueError(f"`generator` must be one or {results}, one for every result, got {len(generator)}")
+        return tuple(shape)
 
     def _check_components(self) -> None:
         for name in ("vae", "unet", "scheduler"):
@@ -2600,6 +2554,93 @@ class StableDiffusionVTONPipeline(
             "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds,
         }
+
+
+class StableDiffusionVTONPipeline(
+    VTONInputsMixin,
+    VTONMaskMixin,
+    VTONAdapterMixin,
+    VTONHubMixin,
+    DiffusionPipeline,
+    StableDiffusionMixin,
+    TextualInversionLoaderMixin,
+    FromSingleFileMixin,
+):
+    r"""Virtual try-on: put the cloth of one photograph on the person of another.
+
+    Args:
+        vae: encodes and decodes pictures.
+        unet: an SD1.5-shaped UNet with 9 input channels (inpainting), 8 (instruct-pix2pix) or 4 (widened by the adapter).
+        scheduler: any diffusers scheduler; `DDPMScheduler` is the one that the figures are measured with.
+        text_encoder, tokenizer: used where `cross_attention` is `"prompt"`.
+        safety_checker, feature_extractor: looks at the finished pictures, if there is one.
+        human_parser, human_parser_processor: a Segformer human parser that draws the mask where none is given.
+        base_in_channels, cloth_conditioning, ...: the settings, as `AdapterSettings` describes them; None takes their defaults,
+            and the UNet's input channels.
+
+    An adapter's settings (`load_vton_adapter`) replace the settings here, until it is unloaded.
+    """
+
+    model_cpu_offload_seq = "human_parser->text_encoder->unet->vae"
+    _optional_components = [
+        "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "human_parser", "human_parser_processor",
+    ]  # fmt: skip
+    _exclude_from_cpu_offload = ["safety_checker"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    encode_prompt = StableDiffusionPipeline.encode_prompt
+    run_safety_checker = StableDiffusionPipeline.run_safety_checker
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        text_encoder: CLIPTextModel | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        human_parser: SegformerForSemanticSegmentation | None = None,
+        human_parser_processor: BaseImageProcessor | None = None,
+        base_in_channels: int | None = None,
+        cloth_conditioning: str | None = None,
+        canvas_axis: str | None = None,
+        cross_attention: str | None = None,
+        condition_latents: str | None = None,
+        mask_free: bool | None = None,
+        guidance_scale: float | None = None,
+        scheduler_class: str | None = None,
+        eta: float | None = None,
+        prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        trainable: str | None = None,
+        base_model: str | None = None,
+        trained_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        values = locals()
+        self.register_modules(
+            vae=vae,
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            human_parser=human_parser,
+            human_parser_processor=human_parser_processor,
+        )
+        self._begin_settings(**{setting.name: values[setting.name] for setting in fields(AdapterSettings)})
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        unet_levels = len(unet.config.block_out_channels) if unet is not None else 4
+        self.size_multiple = self.vae_scale_factor * 2 ** (unet_levels - 1)  # of heights and widths; 64 for SD1.5
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.mask_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+        )
+
+    # ---- what a call is asked for
 
     # ---- the way through the model
 
