@@ -1546,6 +1546,8 @@ def main(args: argparse.Namespace, inception: torch.nn.Module | None = None) -> 
     if args.compare is not None:
         print(compare(args.compare))
         return
+    # GPUs round convolutions to ten bits, and pick kernels by the clock, unless told not to
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     evaluation = Evaluation(args, inception)
     complete = evaluation.run()
     logger.info("%s", args.output_dir / "report.md")
