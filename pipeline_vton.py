@@ -185,18 +185,21 @@ def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
     masks = []
     for picture in _listed(pictures, name):
         mask = _as_tensor(picture, name, "black")
-        coloured = (mask.amax(dim=0) - mask.amin(dim=0) > 32 / 255).float().mean().item()
-        if coloured > 0.01:
-            raise ValueError(
-                f"`{name}` must be a black and white mask, got a picture of which {coloured:.1%} is coloured"
-            )
-        mask = torch.tensordot(torch.tensor([0.299, 0.587, 0.114]), mask, 1)[None]  # luma (ITU-R 601), as PIL's "L"
-        between = ((mask > 0.1) & (mask < 0.9)).float().mean().item()
+        if mask.stride(0):  # no single channel, seen three times
+            coloured = (mask.amax(dim=0) - mask.amin(dim=0) > 32 / 255).float().mean().item()
+            if coloured > 0.01:
+                raise ValueError(
+                    f"`{name}` must be a black and white mask, got a picture of which {coloured:.1%} is coloured"
+                )
+            mask = torch.tensordot(torch.tensor([0.299, 0.587, 0.114]), mask, 1)[
+                None
+            ]  # luma (ITU-R 601), as PIL's "L"
+        between = ((mask[:1] > 0.1) & (mask[:1] < 0.9)).float().mean().item()
         if between > 0.2:
             raise ValueError(
                 f"`{name}` must be a black and white mask, got a picture of which {between:.1%} lies between 0.1 and 0.9"
             )
-        mask = (mask >= 0.5 - 1e-6).float()  # the luma of one half is one half, rounding aside
+        mask = (mask[:1] >= 0.5 - 1e-6).float()  # the luma of one half is one half, rounding aside
         if not mask.any():
             raise ValueError(f"`{name}` must be white where the cloth goes, got a mask that is black everywhere")
         masks.append(mask)
@@ -241,8 +244,8 @@ def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, back
             f"`{name}` must have 1 or 3 channels, as (C, H, W) tensors or (H, W, C) arrays, got (C, H, W) = {shape}"
         )
     if picture.dtype == torch.uint8:
-        picture = picture.float() / 255
-    elif picture.dtype == torch.bool or picture.is_floating_point():
+        return picture.float().div_(255).expand(3, -1, -1)
+    if picture.dtype == torch.bool or picture.is_floating_point():
         picture = picture.float()
     else:
         raise TypeError(f"`{name}` must be uint8 (0-255) or floating point (0-1), got {picture.dtype}")
@@ -320,7 +323,7 @@ def convert_profile(picture: torch.Tensor, before: bytes | None, after: bytes | 
 
 def as_pil(picture: torch.Tensor, profile: bytes | None = None) -> Image.Image:
     """(C, H, W) in [0, 1] to a PIL image, RGB or L, with its ICC profile."""
-    array = (picture * 255).round().to(torch.uint8).movedim(0, -1).numpy()
+    array = (picture * 255).round_().to(torch.uint8).movedim(0, -1).numpy()
     image = Image.fromarray(array if array.shape[-1] == 3 else array[..., 0])
     if profile is not None:
         image.info["icc_profile"] = profile
@@ -332,6 +335,12 @@ def resize(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if picture.shape[1:] == (height, width):
         return picture
     return _as_tensor(as_pil(picture).resize((width, height), Image.Resampling.LANCZOS), "image", "white")
+
+
+def _cut(picture: torch.Tensor, region: tuple[int, int, int, int]) -> torch.Tensor:
+    """The region (left, top, right, bottom) of a picture (C, H, W)."""
+    left, top, right, bottom = region
+    return picture[:, top:bottom, left:right]
 
 
 def fit_cloth(cloth: Image.Image, height: int, width: int) -> Image.Image:
@@ -400,13 +409,35 @@ def composite_result(
     The seam lies inside the mask, over about 1/128 of the region's larger side, less where the mask is thin (`feather`).
     """
     left, top, right, bottom = region
-    image = resize(image, bottom - top, right - left)
     if mask is None:
-        return image
-    window = (slice(None), slice(top, bottom), slice(left, right))
-    alpha, result = feather(mask, max(image.shape[1:]) // 128), person.clone()
-    result[window] = torch.lerp(person[window], image, alpha[window])
+        return resize(image, bottom - top, right - left)
+    seen = _extent(mask[0, top:bottom, left:right] > 0)
+    part, image = enlarged_part(image, bottom - top, right - left, seen)
+    window = (slice(top + part[0], top + part[1]), slice(left + part[2], left + part[3]))
+    alpha, result = feather(mask, max(bottom - top, right - left) // 128), person.clone()
+    result[(..., *window)] = torch.lerp(person[(..., *window)], image, alpha[(..., *window)])
     return result
+
+
+def enlarged_part(
+    picture: torch.Tensor, height: int, width: int, part: tuple[int, int, int, int]
+) -> tuple[tuple[int, int, int, int], torch.Tensor]:
+    """What `resize` makes of a picture, where only a part (top, bottom, left, right) of it is needed; and what came out.
+
+    It is a little larger than the part, as far as LANCZOS reaches, so that its edges change nothing in there.
+    """
+    spans, box = [], []
+    for size, own, (low, high) in ((height, picture.shape[1], part[:2]), (width, picture.shape[2], part[2:])):
+        reach = math.ceil(3 * max(1, size / own)) + 1
+        low, high = max(0, low - reach), min(size, high + reach)
+        spans.append((low, high))
+        box.append((low * own / size, high * own / size))
+    (top, bottom), (left, right) = spans
+    if picture.shape[1:] == (height, width):
+        return (top, bottom, left, right), picture[:, top:bottom, left:right]
+    size, corners = (right - left, bottom - top), (box[1][0], box[0][0], box[1][1], box[0][1])
+    enlarged = as_pil(picture).resize(size, Image.Resampling.LANCZOS, box=corners)
+    return (top, bottom, left, right), _as_tensor(enlarged, "image", "white")
 
 
 # ---------------------------------------------------------------------------------------------------------- the mask
@@ -2666,11 +2697,11 @@ class StableDiffusionVTONPipeline(
 
     def _encode_persons(self, inputs: TryOnInputs) -> dict[str, torch.Tensor]:
         size, device = {"height": inputs.height, "width": inputs.width}, self._execution_device
-        persons = [as_pil(person).crop(region) for person, region in zip(inputs.persons, inputs.regions)]
+        persons = [as_pil(_cut(person, region)) for person, region in zip(inputs.persons, inputs.regions)]
         if inputs.masks[0] is None:
             mask = torch.ones(len(persons), 1, inputs.height, inputs.width)
         else:
-            masks = [as_pil(mask).crop(region) for mask, region in zip(inputs.masks, inputs.regions)]
+            masks = [as_pil(_cut(mask, region)) for mask, region in zip(inputs.masks, inputs.regions)]
             mask = self.mask_processor.preprocess(masks, **size)
         encoded = TryOnLatents.encode_person(
             self.vae,

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFilter
 from tiny import box_mask, picture, run, tiny_pipe
 
-from pipeline_vton import as_masks, as_tensors, composite_result, feather
+from pipeline_vton import as_masks, as_tensors, composite_result, enlarged_part, feather, resize
 from train_vton import open_picture
 
 
@@ -417,3 +417,35 @@ def test_a_thin_strip_of_a_photograph_shows_the_models_result():
     expected = composite_result(decoded, decoded, None, (0, 0, 768, 1024))
     inside = torch.from_numpy(np.array(mask) > 0)
     assert torch.equal(result[:, inside], expected[:, inside])
+
+
+@pytest.mark.parametrize("own", [(64, 48), (200, 150), (37, 91)])
+def test_only_the_part_that_is_needed_is_enlarged_and_to_the_same(own):
+    decoded = as_tensors(picture(1, *own), "image")[0]
+    whole = resize(decoded, 200, 150)
+    for wanted in ((0, 200, 0, 150), (60, 90, 30, 120), (0, 5, 140, 150)):
+        (top, bottom, left, right), part = enlarged_part(decoded, 200, 150, wanted)
+        assert top <= wanted[0] and bottom >= wanted[1] and left <= wanted[2] and right >= wanted[3]
+        inside = (..., slice(wanted[0], wanted[1]), slice(wanted[2], wanted[3]))
+        placed = torch.zeros_like(whole)
+        placed[:, top:bottom, left:right] = part
+        assert (placed[inside] - whole[inside]).abs().max() <= 1.01 / 255
+    assert part.shape[1] < 100 and part.shape[2] < 75
+
+
+def test_a_large_photograph_is_read_as_bytes_and_only_its_masked_part_is_repainted(monkeypatch):
+    person, mask = picture(1, 1200, 900), Image.new("L", (900, 1200))
+    mask.paste(255, (300, 300, 420, 480))
+    sizes = []
+    resample = Image.Image.resize
+
+    def watched(image, size, *args, **options):
+        result = resample(image, size, *args, **options)
+        sizes.append(result.size[0] * result.size[1])
+        return result
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    result = run(tiny_pipe(9), person, mask=mask, num_inference_steps=1, output_type="pil")[0]
+    assert max(sizes) < 900 * 1200 / 4  # never a whole decode at the photograph's size
+    changed = (np.asarray(result) != np.asarray(person)).any(axis=-1)
+    assert changed[300:480, 300:420].mean() > 0.9 and not changed[:300].any() and not changed[480:].any()
