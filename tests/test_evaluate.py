@@ -283,6 +283,14 @@ def test_composited_pictures_are_the_pipelines(finished, tree, model):
     assert found.size == (WIDTH, HEIGHT) and np.array_equal(np.asarray(found), np.asarray(expected))
 
 
+def test_every_line_has_a_seed_of_its_own():
+    """The same everywhere: frozen pictures can be made again."""
+    lines = [Line(setting, person, cloth) for setting in ("paired", "unpaired") for person in "ab" for cloth in "ab"]
+    seeds = [seed_of(seed, line) for seed in (0, 1) for line in lines]
+    assert len(set(seeds)) == 16 and all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of(0, Line("paired", "00001_00.jpg", "00001_00.jpg")) == 3289143412287145030
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_batches_change_nothing(finished, tree, model, tmp_path, batch_size):
     out, report = finished
