@@ -128,11 +128,28 @@ def read_editor(editor: dict | None) -> tuple[Image.Image | None, Image.Image | 
     return person, Image.fromarray(np.uint8(painted * 255)) if painted.any() else None
 
 
-def paint_mask(person: Image.Image, mask: Image.Image) -> dict:
-    """An ImageEditor's value with the mask as a painted layer over the person."""
+def mask_layer(mask: Image.Image) -> Image.Image:
+    """A mask as the layer that an ImageEditor paints."""
     layer = Image.new("RGBA", mask.size, MASK_COLOR)
     layer.putalpha(mask.convert("L").point(lambda value: round(255 * MASK_ALPHA) if value >= 128 else 0))
-    return {"background": person, "layers": [layer], "composite": None}  # a composite would be shown as background
+    return layer
+
+
+def save_picture(picture: Image.Image, name: str, folder: str) -> str:
+    """Write a lossless file in a subfolder that nobody guesses.
+
+    gradio names what it writes itself by its content and writes it anew each time, also while another visitor reads it.
+    """
+    subfolder = Path(folder) / secrets.token_hex(16)
+    subfolder.mkdir(parents=True)
+    picture.save(subfolder / f"{name}.png", compress_level=1)
+    return str(subfolder / f"{name}.png")
+
+
+def save_editor(person: Image.Image, mask: Image.Image, folder: str) -> dict:
+    """An ImageEditor's value, with the mask painted over the person; a composite would be shown as background."""
+    layers = [save_picture(mask_layer(mask), "mask", folder)]
+    return {"background": save_picture(person, "person", folder), "layers": layers, "composite": None}
 
 
 def shown(picture: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
@@ -338,14 +355,6 @@ def status(text: str, done: int | None = None, steps: int | None = None, failed:
     return f'<div role="status" class="{"failed" if failed else ""}"><p>{html.escape(text)}</p>{bar}</div>'
 
 
-def save_picture(picture: Image.Image, name: str, cache: str) -> str:
-    """Write a lossless file in a folder that nobody guesses."""
-    folder = Path(cache) / secrets.token_hex(16)
-    folder.mkdir(parents=True)
-    picture.save(folder / f"{name}.png", compress_level=1)
-    return str(folder / f"{name}.png")
-
-
 def heights(pipe: StableDiffusionVTONPipeline) -> list[tuple[str, int]]:
     """Sizes to choose from: around the model's own height, in steps that it can work at."""
     multiple = pipe.size_multiple
@@ -369,6 +378,10 @@ class Example:
         pictures = [Image.open(folder / f"{name}.png") for name in ("person", "cloth", "mask")]
         return cls(*pictures, folder.name.partition("-")[0])
 
+    def filling(self, folder: str) -> tuple[dict, str, str]:
+        """What goes into the editor, the cloth and the kind of cloth; its files are written to `folder`."""
+        return save_editor(self.person, self.mask, folder), save_picture(self.cloth, "cloth", folder), self.cloth_type
+
     def thumbnail(self) -> Image.Image:
         """Person and cloth side by side."""
         size = self.person.width * 256 // self.person.height, 256
@@ -389,7 +402,10 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
     studio = Studio(pipe)
     brush_size = max(1, pipe.resolve_size(4, 3, None, None)[0] // 20)
     examples = [Example.read(folder) for folder in sorted(examples.glob("*-*"))] if examples else []
+    files = tempfile.TemporaryDirectory()  # of the examples, which stay
+    fillings = [example.filling(files.name) for example in examples]
     page = gr.Blocks(title="Virtual try-on", analytics_enabled=False, delete_cache=(DELETE_EVERY, DELETE_AFTER))
+    page.files = files
     with page:
         gr.Markdown(f"{TITLE}\n\n{note}", elem_id="title")
         with gr.Row():
@@ -470,6 +486,8 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
             mask_out, result_out = gr.Image(format="png"), gr.File()
             api_tryon, api_mask = gr.Button(), gr.Button()
 
+        cache = result.GRADIO_CACHE  # whose files are deleted after a while
+
         def page_try_on(editor, cloth, cloth_type, looseness, steps, guidance_scale, seed, height):
             try:
                 person, mask = read_editor(editor)
@@ -479,20 +497,20 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
                 settings = Settings(cloth_type, looseness, steps, guidance_scale, seed, height or None)
                 yield {progress: status("Reading the pictures", 0, steps)}
                 before = shown(person)
-                before_file = save_picture(before, "before", result.GRADIO_CACHE)
+                before_file = save_picture(before, "before", cache)
                 for at in studio.try_on(person, open_picture(cloth, "cloth"), mask, settings):
                     if at.finished:
                         break
-                    after = save_picture(at.picture.resize(before.size), f"step-{at.done}", result.GRADIO_CACHE)
+                    after = save_picture(at.picture.resize(before.size), f"step-{at.done}", cache)
                     yield {
                         result: (before_file, after),
                         progress: status(f"Step {at.done} of {steps}", at.done, steps),
                     }
-                file = save_picture(at.picture, f"tryon-{at.seed}", result.GRADIO_CACHE)
+                file = save_picture(at.picture, f"tryon-{at.seed}", cache)
                 size = f"{at.picture.width} x {at.picture.height} pixels"
                 yield {
-                    result: (before_file, save_picture(shown(at.picture), "after", result.GRADIO_CACHE)),
-                    used_mask: at.mask,
+                    result: (before_file, save_picture(shown(at.picture), "after", cache)),
+                    used_mask: save_picture(at.mask, "mask", cache) if at.mask else None,
                     download: gr.DownloadButton(value=file, interactive=True),
                     summary: f"Seed {at.seed}, {steps} steps, {at.seconds:.1f} s, {size}",
                     progress: status("Done."),
@@ -507,7 +525,9 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
                     raise gr.Error("There is no picture of the person yet.")
                 check_pixels(person, "person")
                 mask = studio.predict_mask(person, cloth_type, looseness)
-                return paint_mask(person, mask), status("This is the mask: paint or erase, then try the cloth on.")
+                return save_editor(person, mask, cache), status(
+                    "This is the mask: paint or erase, then try the cloth on."
+                )
             except gr.Error as error:
                 return gr.skip(), status(error.message, failed=True)
 
@@ -527,15 +547,16 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
             pictures = open_picture(person, "person"), open_picture(cloth, "cloth")
             mask = None if mask is None else open_picture(mask, "mask")
             *_, at = studio.try_on(*pictures, mask, settings)
-            return save_picture(at.picture, f"tryon-{at.seed}", result.GRADIO_CACHE), at.mask, at.seed
+            mask = save_picture(at.mask, "mask", cache) if at.mask else None
+            return save_picture(at.picture, f"tryon-{at.seed}", cache), mask, at.seed
 
         def mask(person, cloth_type, looseness):
             """Where a cloth of this kind may change the person: a mask in the person's size."""
-            return studio.predict_mask(open_picture(person, "person"), cloth_type, looseness)
+            mask = studio.predict_mask(open_picture(person, "person"), cloth_type, looseness)
+            return save_picture(mask, "mask", cache)
 
         def fill_in(index):
-            example = examples[index]
-            return paint_mask(example.person, example.mask), example.cloth, example.cloth_type, STEPS, None, 0
+            return *fillings[index], STEPS, None, 0
 
         options = [cloth_type, looseness, steps, guidance_scale, seed, height]
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}

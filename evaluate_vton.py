@@ -35,6 +35,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,8 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from huggingface_hub import EvalResult
 from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -54,6 +54,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline_vton import (
+    LOOSENESS,
     LORA_NAME,
     StableDiffusionVTONPipeline,
     as_masks,
@@ -120,6 +121,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--list", type=Path, help="a frozen list, OUTPUT_DIR/list.txt of another run, in place of the tree's own")
     add("--num_samples", type=int, help="the first lines of every list and category (default all)")
     add("--human_parser", help="the parser for --masks parser: a Hub repository or a folder (default: the pipeline's own)")  # fmt: skip
+    add(
+        "--looseness", choices=LOOSENESS, default="loose", help="of --masks parser, as in predict_mask (default loose)"
+    )
     add("--cloth_type", choices=tuple(CLOTH_TYPES.values()), default="upper", help="what --masks parser repaints where no category says (default upper)")  # fmt: skip
     add("--masks", choices=("files", "parser", "none"), help="read, drawn by the pipeline's human parser, or none (default files; mask-free: none)")  # fmt: skip
     add("--train_root", type=Path, help="the training set's tree: test persons that are in it fail the run")
@@ -187,6 +191,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--drop_duplicates needs --train_root")
     if args.pred_dir is not None and (args.seeds > 1 or args.push_to_hub or args.masks == "parser"):
         parser.error("--pred_dir has one seed, no adapter to push and no human parser")
+    if args.human_parser is not None and args.masks != "parser":
+        parser.error(f"--human_parser needs --masks parser, got {args.masks}")
     if args.pred_composited and (args.pred_dir is None or args.masks == "none"):
         parser.error("--pred_composited speaks of --pred_dir's pictures, and is checked with the masks")
     if args.recognizer is not None and ":" not in args.recognizer:
@@ -639,9 +645,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
     load = StableDiffusionVTONPipeline.from_pretrained
     pipe = load(args.model, revision=args.revision, dtype=dtype, safety_checker=None)
     if args.human_parser is not None:
-        parser = transformers.SegformerForSemanticSegmentation.from_pretrained(args.human_parser).eval()
-        processor = transformers.AutoImageProcessor.from_pretrained(args.human_parser)
-        pipe.register_modules(human_parser=parser, human_parser_processor=processor)
+        pipe.load_human_parser(args.human_parser)
     if args.adapter is not None:
         lora = (Path(args.adapter) / LORA_NAME).is_file()
         (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(args.adapter)
@@ -684,7 +688,7 @@ class Model:
 
     def draw_mask(self, line: Line, person: Image.Image) -> Image.Image:
         kind = CLOTH_TYPES.get(line.category, self.args.cloth_type)
-        return self.pipe.predict_mask(person, kind)
+        return self.pipe.predict_mask(person, kind, self.args.looseness)
 
     def bare(self, line: Line, pictures: dict[str, Image.Image], seed: int, size: tuple[int, int]) -> Tensor:
         """The bare decode (3, H, W) in [0, 1] at the working size."""
@@ -1046,6 +1050,15 @@ def write_report(folder: Path, report: dict[str, Any], found: list[Figure], pict
     write_whole(folder / "report.json", f"{text}\n".encode())
 
 
+def write_lines(file: Path, rows: list[Row], lines: list[Line]) -> None:
+    """Numerator and denominator of every measure of every line and seed."""
+    texts = []
+    for row in rows:
+        values = {" ".join(key): value for key, value in row.values.items()}
+        texts.append(json.dumps({"line": str(lines[row.index]), "seed": row.seed} | values) + "\n")
+    write_whole(file, "".join(texts).encode())
+
+
 def without_infinities(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: without_infinities(each) for name, each in value.items()}
@@ -1103,7 +1116,9 @@ def plot_distributions(
         return
     columns = min(3, len(frames))
     lines = math.ceil(len(frames) / columns)
-    sheet = matplotlib_figure.Figure(figsize=(4 * columns, 2.6 * lines), layout="tight")
+    width, height = 4 * columns, 2.6 * lines  # inches
+    sheet = matplotlib_figure.Figure(figsize=(width, height))
+    sheet.subplots_adjust(0.6 / width, 0.4 / height, 1 - 0.2 / width, 1 - 0.3 / height, wspace=0.25, hspace=0.35)
     for place, (title, by_compositing) in enumerate(frames.items(), start=1):
         axes = sheet.add_subplot(lines, columns, place)
         edges = np.histogram_bin_edges(np.concatenate(list(by_compositing.values())), bins=24)
@@ -1167,7 +1182,8 @@ class Evaluation:
     """
 
     def __init__(self, args: argparse.Namespace, inception: torch.nn.Module | None = None) -> None:
-        self.args, self.accelerator = args, accelerate.Accelerator()
+        patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # for whoever has less to do
+        self.args, self.accelerator = args, accelerate.Accelerator(kwargs_handlers=[patient])
         device = self.accelerator.device
         lpips = load_lpips(args.lpips_net, args.lpips_weights).to(device) if "lpips" in args.metrics else None
         if {"fid", "kid"} & set(args.metrics):
@@ -1176,6 +1192,7 @@ class Evaluation:
             inception = None
         if {"ssim", "psnr"} & set(args.metrics):
             metric_library("torchmetrics")
+        self.failures: list[dict[str, str]] = []
         self.model = (Model if args.pred_dir is None else Predictions)(args, device)
         self.masks = args.masks or ("none" if self.model.mask_free else "files")
         shown = {"masked": self.masks == "files", "conditioned": self.model.mask_free}
@@ -1186,8 +1203,11 @@ class Evaluation:
             self.source = RowSource(args, **shown)
         self.lines = choose_lines(args, self.source.lines)
         self.duplicates = self.drop_duplicates() if args.train_root is not None else {}
-        first = self.source.pictures(self.lines[0])["person"]
-        self.working_size = self.model.working_size(first)
+        first = next(filter(None, (self.attempt(self.source.pictures, line) for line in self.lines)), None)
+        if first is None:
+            raise ValueError(f"none of the {len(self.lines)} lines can be read: {self.failures[0]['error']}")
+        self.failures = []  # come again, in their turn
+        self.working_size = self.model.working_size(first["person"])
         self.size = (args.eval_height, args.eval_width) if args.eval_height else self.working_size
         self.seeds = range(args.seed, args.seed + args.seeds)
         recognizer = load_recognizer(args.recognizer) if args.recognizer is not None else None
@@ -1198,7 +1218,21 @@ class Evaluation:
             self.given = "composited" if args.pred_composited else "bare"
             self.compositings = ["composited"] if args.pred_composited else self.compositings
             self.model.check(self.lines, self.source)
-        self.failures: list[dict[str, str]] = []
+            if (shown := next(filter(None, map(self.model.look_for, self.lines)), None)) is not None:
+                with Image.open(shown) as picture:
+                    self.given_size = picture.size
+        self.check_measurable()
+
+    def check_measurable(self) -> None:
+        """There is something to measure: the truth of a line, or features of all."""
+        paired = any(line.setting == "paired" for line in self.lines)
+        if (
+            self.scorer.inception is None
+            and not paired
+            and not any("truth" in self.source.files(x) for x in self.lines)
+        ):
+            metrics = " ".join(self.args.metrics)
+            raise ValueError(f"--metrics {metrics} need truths, which unpaired lines have none of: add fid or kid")
 
     def drop_duplicates(self) -> dict[str, str]:
         """Find test persons in the training tree; they fail the run, or leave the list if asked."""
@@ -1211,6 +1245,8 @@ class Evaluation:
             shown = ", ".join(f"{name} is {other}" for name, other in list(found.items())[:5])
             raise ValueError(f"--train_root holds {len(found)} of the test persons ({shown}): see --drop_duplicates")
         self.lines = [line for line in self.lines if line.person not in found]
+        if not self.lines:
+            raise ValueError("--drop_duplicates leaves nothing: all of the test persons are in --train_root")
         return found
 
     # ---- making pictures
@@ -1233,10 +1269,9 @@ class Evaluation:
     def make(self) -> None:
         """Try on what is not there yet, every process its part; what fails is kept for the report."""
         wanted = [(seed, line) for seed in self.seeds for line in self.lines]
-        mine = wanted[self.accelerator.process_index :: self.accelerator.num_processes]
-        missing = [
-            job for job in mine if not all(self.is_made(*job, compositing) for compositing in self.compositings)
-        ]
+        missing = [job for job in wanted if not all(self.is_made(*job, name) for name in self.compositings)]
+        self.accelerator.wait_for_everyone()  # all have looked before the first is made
+        missing = missing[self.accelerator.process_index :: self.accelerator.num_processes]
         bar = tqdm(total=len(missing), desc="try on", disable=not self.accelerator.is_local_main_process)
         with bar, ThreadPoolExecutor(self.args.batch_size) as pool:
             for start in range(0, len(missing), self.args.batch_size):
@@ -1250,7 +1285,8 @@ class Evaluation:
                     future.result()
 
     def is_made(self, seed: int, line: Line, compositing: str) -> bool:
-        return compositing == self.given or self.file(seed, line, compositing).is_file()
+        """A given picture is there; it is pasted anew, since it may have changed."""
+        return compositing == self.given or (self.given is None and self.file(seed, line, compositing).is_file())
 
     def attempt(self, work: Callable, line: Line, *rest: Any) -> Any:
         """What `work` returns; None, and a failure, where it says what is wrong with the line."""
@@ -1301,8 +1337,10 @@ class Evaluation:
                 seconds = read_seconds(file)
             if compositing == "composited":
                 check_untouched(result, pictures.get("condition", person), mask)
-            elif self.given is None and result.size != self.working_size[::-1]:
-                raise ValueError(f"{file} has size {result.size}, not {self.working_size[::-1]}")
+            elif result.size not in self.bare_sizes(person):
+                raise ValueError(
+                    f"{file} has size {result.size}, not {' or '.join(map(str, self.bare_sizes(person)))}"
+                )
             if truth is not None:
                 measured = self.scorer.values(result, truth, mask, self.source.attributes(line))
                 values |= {(compositing, *key): value for key, value in measured.items()}
@@ -1314,12 +1352,20 @@ class Evaluation:
         share = None if mask is None else float((np.asarray(mask) >= 128).mean())
         return Row(index, seed, values, features, digests, share, seconds)
 
+    def bare_sizes(self, person: Image.Image) -> list[tuple[int, int]]:
+        """The sizes that a bare result may have: the working size; a given one its person's, or that of the first."""
+        return [self.working_size[::-1]] if self.given is None else list(dict.fromkeys([person.size, self.given_size]))
+
     # ---- the run
 
     def run(self) -> bool:
         """Make, score, report; returns whether there are figures."""
         args, main = self.args, self.accelerator.is_main_process
-        described = self.model.describe(self.working_size) | {"masks": self.masks}
+        described = self.model.describe(self.working_size) | {
+            "dataset": str(args.dataset_root or args.dataset_name),
+            "split": args.split,
+            "masks": f"{args.human_parser or args.model}, {args.looseness}" if self.masks == "parser" else self.masks,
+        }
         if main:
             args.output_dir.mkdir(parents=True, exist_ok=True)
             self.refuse_other_pictures(described)
@@ -1333,7 +1379,8 @@ class Evaluation:
             rows = self.score()
             failures = gather_object(self.failures)
         if main:
-            self.report(described, rows if not failures else [], failures)
+            different = {tuple(failure.values()): failure for failure in failures}  # the seeds of a line fail alike
+            self.report(described, [] if failures else rows, list(different.values()))
         self.accelerator.wait_for_everyone()
         return not failures
 
@@ -1376,23 +1423,14 @@ class Evaluation:
 
     def report(self, described: dict[str, Any], rows: list[Row], failures: list[dict[str, str]]) -> None:
         args, folder = self.args, self.args.output_dir
-        found = [
-            f
-            for f in figures(rows, self.lines, self.groups(), args.seed)
-            if f.metric.split()[0] in (*args.metrics, "recognition")
-        ]
+        asked = (*args.metrics, "recognition")
+        found = figures(rows, self.lines, self.groups(), args.seed)
+        found = [figure for figure in found if figure.metric.split()[0] in asked]
         protocol, sheets = self.protocol(rows), []
         if rows:
             values = per_line(rows, self.lines, self.seeds[0])
             sheets = self.draw_sheets(values, protocol)
-            lines = [
-                json.dumps(
-                    {"line": str(self.lines[row.index]), "seed": row.seed}
-                    | {" ".join(k): v for k, v in row.values.items()}
-                )
-                for row in rows
-            ]
-            write_whole(folder / "lines.jsonl", "".join(f"{line}\n" for line in lines).encode())
+            write_lines(folder / "lines.jsonl", rows, self.lines)
         shares, seconds = [row.masked for row in rows if row.masked], [row.seconds for row in rows if row.seconds]
         report = {
             "lines": len(self.lines),
@@ -1401,9 +1439,7 @@ class Evaluation:
             | {
                 "seeds": list(self.seeds),
                 "lists": ", ".join(self.source.lists),
-                "mask_files": self.masks
-                if not shares
-                else f"{self.masks}, {np.mean(shares):.1%} of a picture on average",
+                "masked": f"{np.mean(shares):.1%} of a picture on average" if shares else None,
             },
             "cost": {
                 "seconds_a_picture": round(float(np.mean(seconds)), 3) if seconds else None,

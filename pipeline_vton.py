@@ -1311,8 +1311,9 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             given = {}
         self._layers_sampled = {layer["id"] for layer in self._layers()}  # whose schedulers had their turn
         self._said = copy.deepcopy(stack["said"])  # by the layers' ids; by this pipeline alone from now on
-        top, checked = self._layers()[-1]["id"], asdict(AdapterSettings(**asdict(self._settings()) | given))
-        self._said[top] = self._said.get(top, {}) | {name: checked[name] for name in given}
+        top, known = self._layers()[-1]["id"], asdict(self._settings())
+        checked = asdict(AdapterSettings(**known | given))
+        self._said[top] = self._said.get(top, {}) | {n: checked[n] for n in given if checked[n] != known[n]}
 
     @property
     def _stack(self) -> dict[str, Any]:

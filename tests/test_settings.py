@@ -398,12 +398,16 @@ def test_pipelines_around_one_unet_have_settings_of_their_own(files):
     assert second.config.cloth_conditioning == "joint"
 
 
-def test_from_pipe_keeps_the_stack(files):
+def test_from_pipe_keeps_the_stack(files, tmp_path):
+    saved_adapter(tmp_path, height=64, guidance_scale=ADAPTER)
     pipe = tiny_pipe(9)
-    pipe.load_vton_adapter(files["adapter"])
+    pipe.load_vton_adapter(tmp_path)
+    pipe.load_lora_weights(files["first"])
     piped = StableDiffusionVTONPipeline.from_pipe(pipe, dtype=torch.float32)
     assert settings_of(piped) == settings_of(pipe)
     piped.unload_vton_adapter()
+    assert scale_of(piped) == FIRST and piped.config.height is None  # which the LoRA says nothing of
+    piped.unload_lora_weights()
     assert settings_of(piped) == asdict(AdapterSettings(base_in_channels=9))
 
 
