@@ -118,8 +118,8 @@ def read_editor(editor: dict | None) -> tuple[Image.Image | None, Image.Image | 
     The mask is where the layers' alpha is, in the person's size, whatever size the layers have.
     """
     person = editor and editor["background"]
-    if person is None:
-        return None, None
+    if person is None or ("A" in person.getbands() and not person.getchannel("A").getbbox()):
+        return None, None  # nothing yet, or what a cleared canvas is: transparent
     painted = np.zeros((person.height, person.width), bool)
     for layer in editor["layers"]:
         painted |= (
