@@ -118,8 +118,8 @@ def read_editor(editor: dict | None) -> tuple[Image.Image | None, Image.Image | 
     The mask is where the layers' alpha is, in the person's size, whatever size the layers have.
     """
     person = editor and editor["background"]
-    if person is None:
-        return None, None
+    if person is None or ("A" in person.getbands() and not person.getchannel("A").getbbox()):
+        return None, None  # nothing yet, or what a cleared canvas is: transparent
     painted = np.zeros((person.height, person.width), bool)
     for layer in editor["layers"]:
         painted |= (
@@ -332,6 +332,7 @@ CSS = """
 #notes *, .hint * { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 #cloth img, #used_mask img { width: 100%; height: 100%; object-fit: contain; }
 #examples .gallery-item, #examples .gallery-item * { width: 10.5rem; height: 7rem; max-width: none; max-height: none; }
+@media (max-width: 600px) { #examples .gallery-item, #examples .gallery-item * { width: 9.3rem; height: 6.2rem; } }
 #status { min-height: 4rem; }
 #status p { margin: 0 0 .4rem; }
 #status progress { appearance: none; width: 100%; height: .6rem; border-radius: .3rem; overflow: hidden; }

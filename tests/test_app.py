@@ -275,7 +275,8 @@ def test_painted_layers_of_any_size_and_number_are_one_mask():
     for layers in ([large], [small], [small, large]):
         assert np.array_equal(app.read_editor({"background": person, "layers": layers})[1], mask)
     assert app.read_editor({"background": person, "layers": []}) == (person, None)
-    assert app.read_editor(None) == (None, None)
+    for empty in (None, {"background": None, "layers": []}, {"background": Image.new("RGBA", (16, 16)), "layers": []}):
+        assert app.read_editor(empty) == (None, None)
 
 
 def test_a_preview_is_nearer_to_the_picture_than_its_mean_and_keeps_what_is_not_masked():
