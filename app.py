@@ -620,6 +620,7 @@ def launch(page: gr.Blocks, **options) -> tuple:
         run_history=False,
         enable_monitoring=False,
         max_file_size=MAX_FILE_SIZE,
+        state_session_capacity=2 * MAX_QUEUE,  # a visitor's buttons; the default keeps those of ten thousand
         **options,
     )
 

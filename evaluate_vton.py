@@ -1137,7 +1137,7 @@ def plot_distributions(
 
 def compare(files: Sequence[Path]) -> str:
     """Reports of one protocol side by side; ≈ stands where the intervals of a figure and the first report's overlap."""
-    reports = [json.loads(file.read_text()) for file in files]
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     for file, report in zip(files, reports):
         if not report["figures"]:
             raise ValueError(f"{file} has no figures: {len(report['failures'])} of its lines failed")
@@ -1386,7 +1386,7 @@ class Evaluation:
     def refuse_other_pictures(self, described: dict[str, Any]) -> None:
         """Pictures that are there go on only if this run would make the same."""
         file = self.args.output_dir / "pictures.json"
-        if file.is_file() and (before := json.loads(file.read_text())) != described:
+        if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8"))) != described:
             differing = [name for name in described | before if described.get(name) != before.get(name)]
             shown = ", ".join(f"{name} was {before.get(name)} and is {described.get(name)}" for name in differing)
             raise ValueError(f"--output_dir {self.args.output_dir} holds pictures of another run: {shown}")

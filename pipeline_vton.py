@@ -665,7 +665,10 @@ class VTONMaskMixin:
         """A person (3, H, W) in [0, 1] to label numbers (h, w), no larger than the picture or the parser's input."""
         parser = self.human_parser
         device = self._execution_device if hasattr(parser, "_hf_hook") else parser.device
-        pixels = self.human_parser_processor(images=as_pil(person), return_tensors="pt")["pixel_values"]
+        image, sides = as_pil(person), dict(self.human_parser_processor.size).values()
+        spare = min(image.size) // (2 * max(filter(None, sides)))  # averaged first, a large photograph costs a tenth
+        image = image.reduce(spare) if spare > 1 else image
+        pixels = self.human_parser_processor(images=image, return_tensors="pt")["pixel_values"]
         logits = parser(
             pixel_values=pixels.to(device, parser.dtype)
         ).logits.float()  # (1, labels, a quarter of the input)

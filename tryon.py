@@ -353,6 +353,9 @@ def main(args: argparse.Namespace) -> int:
         if Path(args.model).resolve() == DEMO_MODEL and state.is_main_process:
             warn_of_photographs(missing)
         try_on = TryOn(load_pipeline(args, device), args)
+        if args.mask is None and try_on.pipe.human_parser is None and not try_on.pipe.config.mask_free:
+            print("tryon.py: this model has no human parser: give --human_parser, or --mask", file=sys.stderr)
+            return 2
         try_on.pipe.set_progress_bar_config(disable=len(missing) > 1 or not state.is_main_process)
         with (
             state.split_between_processes(missing) as own,

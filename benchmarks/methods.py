@@ -148,7 +148,7 @@ def measure(
 
 
 def finished(row: Path) -> dict[str, Interval]:
-    return {name: Interval(**values) for name, values in json.loads(row.read_text()).items()}
+    return {name: Interval(**values) for name, values in json.loads(row.read_text(encoding="utf-8")).items()}
 
 
 def train_and_measure(
@@ -158,14 +158,14 @@ def train_and_measure(
     folder = args.output_dir / method.folder
     row, spent = folder / "row.json", folder / "budget.json"
     budget = budget | {"method": str(method)}
-    if not spent.is_file() or json.loads(spent.read_text()) != budget:
+    if not spent.is_file() or json.loads(spent.read_text(encoding="utf-8")) != budget:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        spent.write_text(json.dumps(budget))
+        spent.write_text(json.dumps(budget), encoding="utf-8")
     if not row.is_file():
         train(method, base, folder, args)
         found = {name: vars(one) for name, one in measure(method, base, folder, lines, args).items()}
-        row.with_suffix(".unfinished").write_text(json.dumps(found))
+        row.with_suffix(".unfinished").write_text(json.dumps(found), encoding="utf-8")
         row.with_suffix(".unfinished").rename(row)
     return finished(row)
 

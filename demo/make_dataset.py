@@ -132,7 +132,7 @@ class VitonHD:
         save(with_palette(labels), place / "image-parse-v3" / f"{name}.png")
         numbers = [number for point in BODY_25 for number in triple(points.get(point))]
         text = json.dumps({"version": 1.3, "people": [{"person_id": [-1], "pose_keypoints_2d": numbers}]})
-        (place / "openpose_json" / f"{name}_keypoints.json").write_text(text)
+        (place / "openpose_json" / f"{name}_keypoints.json").write_text(text, encoding="utf-8")
 
     def truth(self, category: str, person: str, cloth: str) -> Path:
         return self.root / "test" / "tryon" / f"{Path(person).stem}__{Path(cloth).stem}.png"
@@ -172,7 +172,7 @@ class DressCode(VitonHD):
             table[label] = DRESS_CODE_LABELS[name]
         save(with_palette(table[labels]), place / "label_maps" / f"{number}_4.png")
         rows = [[*triple(points.get(point)), i] for i, point in enumerate(COCO_18)]
-        (place / "keypoints" / f"{number}_2.json").write_text(json.dumps({"keypoints": rows}))
+        (place / "keypoints" / f"{number}_2.json").write_text(json.dumps({"keypoints": rows}), encoding="utf-8")
 
     def truth(self, category: str, person: str, cloth: str) -> Path:
         return self.root / DRESS_CODE_FOLDERS[category] / "tryon" / f"{Path(person).stem}__{Path(cloth).stem}.png"
@@ -241,7 +241,7 @@ def write_lists(root: Path, world: World, pairs: list[tuple[str, int, int]]) -> 
             if file is not None:
                 listed.setdefault(file, []).append(" ".join(names.values()))
     for file, lines in listed.items():
-        file.write_text("".join(f"{line}\n" for line in lines))
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def make_dataset(

@@ -259,7 +259,7 @@ def main(args: argparse.Namespace) -> None:
         shown = {method: found for method, found in rows.items() if method != "the truth"}
         plot_groups(shown, lines, args.by, args.output_dir / "by.png")
     report = "\n".join(parts)
-    (args.output_dir / "report.md").write_text(report)
+    (args.output_dir / "report.md").write_text(report, encoding="utf-8")
     print(report)
 
 

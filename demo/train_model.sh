@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 work=${1:-runs/demo-model} model=${2:-demo/model} classifier=${3:-demo/classifier}
 python=.venv/bin/python
 : "${HEIGHT:=128}" "${TRAIN:=5000}" "${TEST:=96}"
-: "${VAE_STEPS:=1000}" "${UNET_STEPS:=10000}" "${DECODER_STEPS:=1500}" "${CLASSIFIER_TRUTHS:=16000}"
+: "${VAE_STEPS:=1000}" "${UNET_STEPS:=10000}" "${DECODER_STEPS:=1500}" "${CLASSIFIER:=--train 16000}"
 : "${ADAPTER_STEPS:=4000}" "${BATCH:=16}" "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
 precision=$($python -c 'from demo.try_on import fast_dtype; print("bf16" if str(fast_dtype()) == "torch.bfloat16" else "no")')
 
@@ -36,7 +36,7 @@ base() {
 }
 
 classifier() {
-  $python -m demo.train_classifier --output_dir "$work/classifier" --train "$CLASSIFIER_TRUTHS" --height "$HEIGHT"
+  $python -m demo.train_classifier --output_dir "$work/classifier" --height "$HEIGHT" $CLASSIFIER
 }
 
 adapter() { # attention alone, of all categories: DREAM (arXiv:2312.00210), averaged weights, and masks that do not tell the cut

@@ -1,5 +1,6 @@
 """What `save_pretrained` writes, from whose class, in which encoding, and what is left where it fails."""
 
+import ast
 import locale
 from functools import partial
 
@@ -95,3 +96,14 @@ def test_a_card_shows_no_folder_and_its_table_holds_what_a_prompt_may_say(tmp_pa
     card = (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
     assert "somebody" not in card
     assert "\n| prompt | a shirt \\| red or blue |\n" in card
+
+
+def test_every_text_file_is_read_and_written_as_utf_8():
+    unsaid = []
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and not any(keyword.arg == "encoding" for keyword in call.keywords):
+                method = isinstance(call.func, ast.Attribute) and call.func.attr in {"read_text", "write_text"}
+                if method or (isinstance(call.func, ast.Name) and call.func.id == "open"):
+                    unsaid.append(f"{file.name}:{call.lineno}")
+    assert not unsaid

@@ -226,6 +226,12 @@ def test_a_photograph_for_the_demos_model_is_told_of(shop, model, monkeypatch, c
     assert "photograph" not in capsys.readouterr().err
 
 
+def test_a_model_without_a_parser_asks_for_one_or_for_masks(shop, model, tmp_path, capsys):
+    tiny_pipe(9).save_pretrained(tmp_path / "bare")
+    assert run(shop, tmp_path / "bare", mask=None) == 2
+    assert "give --human_parser, or --mask" in capsys.readouterr().err
+
+
 def test_wrong_flags_are_one_sentence(shop, model, capsys):
     save(picture(6), shop / "people/ann.jpg")
     places = ["--person", str(shop / "people"), "--cloth", str(shop / "cloths"), "--output", str(shop / "results")]
