@@ -55,6 +55,7 @@ PREVIEW_EVERY, PREVIEW_SIDE = 0.3, 512  # seconds, pixels
 SHOWN_SIDE = 1600  # pixels of a result on the page; the download has all
 CATEGORIES = [("Top", "upper"), ("Trousers or skirt", "lower"), ("Dress", "dress")]
 LOOSENESS = [("As worn", "tight"), ("Room for another cut", "loose"), ("A box", "box")]
+EMPTY_CANVAS = (16, 16)  # pixels
 MASK_COLOR, MASK_ALPHA = "#e0218a", 0.6  # of the painted layer
 
 
@@ -118,8 +119,8 @@ def read_editor(editor: dict | None) -> tuple[Image.Image | None, Image.Image | 
     The mask is where the layers' alpha is, in the person's size, whatever size the layers have.
     """
     person = editor and editor["background"]
-    if person is None or ("A" in person.getbands() and not person.getchannel("A").getbbox()):
-        return None, None  # nothing yet, or what a cleared canvas is: transparent
+    if person is None or person.size == EMPTY_CANVAS:  # which a cleared editor sends
+        return None, None
     painted = np.zeros((person.height, person.width), bool)
     for layer in editor["layers"]:
         painted |= (
@@ -421,7 +422,7 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
                     placeholder="# A person\nDrop a photograph, or\nupload or take one",
                     brush=gr.Brush(brush_size, colors=[(MASK_COLOR, MASK_ALPHA)], color_mode="fixed"),
                     eraser=gr.Eraser(brush_size),
-                    canvas_size=(16, 16),  # gradio misplaces layers of pictures that are smaller than the canvas was
+                    canvas_size=EMPTY_CANVAS,  # gradio misplaces layers of pictures that are smaller than the canvas was
                     height=480,
                     elem_id="person",
                 )

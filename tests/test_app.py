@@ -246,7 +246,7 @@ def test_a_space_serves_the_demo_model_by_examples_painted_masks_and_its_api(spa
 
     page.locator("#person button[aria-label='Clear canvas']").click()
     page.locator("#start").click()
-    wait_until(page, "There is no picture of the person yet.")
+    expect(page.locator("#status .failed")).to_be_visible(timeout=PATIENCE)
     upload(page, "person", str(EXAMPLE / "person.png"))
     page.locator("#person button[aria-label=Brush]").click()
     paint_a_spot(page)
