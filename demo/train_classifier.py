@@ -113,7 +113,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="where the network and its config go")
-    add("--train", type=int, default=16000, help="truths to learn from (default 16000)")
+    add("--train", type=int, default=24000, help="truths to learn from (default 24000)")
     add("--test", type=int, default=2000, help="held-out truths of the next seed (default 2000)")
     add("--seed", type=int, default=100, help="seed of people, cloths, weights and batches (default 100)")
     add(

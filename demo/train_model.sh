@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 work=${1:-runs/demo-model} model=${2:-demo/model} classifier=${3:-demo/classifier}
 python=.venv/bin/python
 : "${HEIGHT:=128}" "${TRAIN:=5000}" "${TEST:=96}"
-: "${VAE_STEPS:=1000}" "${UNET_STEPS:=10000}" "${DECODER_STEPS:=1500}" "${CLASSIFIER:=--train 16000}"
+: "${VAE_STEPS:=1000}" "${UNET_STEPS:=10000}" "${DECODER_STEPS:=1500}" "${CLASSIFIER:=--train 24000}"
 : "${ADAPTER_STEPS:=4000}" "${BATCH:=16}" "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
 precision=$($python -c 'from demo.try_on import fast_dtype; print("bf16" if str(fast_dtype()) == "torch.bfloat16" else "no")')
 

