@@ -1,4 +1,4 @@
-"""Train the demo's stand-in for Stable Diffusion 1.5 inpainting: the same classes, seven million weights, a drawn world.
+"""Train the demo's stand-in for Stable Diffusion 1.5 inpainting: the same classes, five million weights, a drawn world.
 
 Like SD1.5, it sees people and flat cloths, in whole and through masks, but never a person beside their cloth: what it learns
 is how the drawn world looks, not how to try a cloth on. The result is an ordinary diffusers folder.
@@ -253,10 +253,11 @@ class VAETraining:
         self.vae.quant_conv.bias[4:] = -8.0  # the posterior starts almost without noise
 
     def draw(self) -> torch.Tensor:
-        """A batch (B, 3, H, W) in [-1, 1]: three people to two cloths, one in six behind a mask."""
+        """Half a batch (B / 2, 3, H, W) in [-1, 1]: three people to two cloths, one in six behind a mask."""
         batch = []
-        people = round(self.args.batch_size * PEOPLE_SHARE)
-        for name, count in (("person", people), ("cloth", self.args.batch_size - people)):
+        total = math.ceil(self.args.batch_size / 2)  # a picture here costs as much as two of the UNet's latents
+        people = round(total * PEOPLE_SHARE)
+        for name, count in (("person", people), ("cloth", total - people)):
             kind = self.pictures[name]
             chosen = torch.randint(len(kind.images), (count,))
             images = to_model(kind.images[chosen])
@@ -382,11 +383,11 @@ def build_unet(latent_size: tuple[int, int], cross_attention_dim: int) -> UNet2D
         sample_size=round(math.sqrt(math.prod(latent_size))),  # StableDiffusionInpaintPipeline takes no pair
         in_channels=9,
         out_channels=4,
-        block_out_channels=(48, 96, 160),
+        block_out_channels=(32, 96, 128),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=(2, 4, 4),
+        attention_head_dim=(1, 4, 4),
         cross_attention_dim=cross_attention_dim,
         norm_num_groups=8,
     )
