@@ -166,6 +166,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_name", help="or what datasets.load_dataset takes: a Hub repository, a folder of parquet files or pictures")  # fmt: skip
     add("--dataset_config_name", help="its configuration (default: its only one)")
     add("--streaming", action="store_true", help="read --dataset_name as it comes instead of downloading it first")
+    add("--category", choices=("all", *DRESS_CODE_FOLDERS), default="all", help="of DressCode's layout (default all)")
     add("--person_column", default="image", help="the person in the cloth (default image)")
     add("--cloth_column", default="cloth", help="the cloth alone (default cloth)")
     add("--mask_column", default="mask", help="the agnostic mask (default mask)")
@@ -243,6 +244,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--overwrite_output_dir would discard what --resume_from_checkpoint latest looks for: give one of them")  # fmt: skip
     if args.streaming and (args.dataset_name is None or args.max_train_steps is None):
         parser.error("--streaming needs --dataset_name and, its length being unknown, --max_train_steps")
+    if args.category != "all" and args.dataset_root is None:
+        parser.error(f"--category {args.category} needs --dataset_root in DressCode's layout")
     if args.caption_column and (args.dataset_name is None or args.cross_attention != "prompt"):
         parser.error(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
     if args.cache_latents and (args.augment or args.streaming or args.caption_column):
@@ -435,6 +438,7 @@ class TreePairs:
         split: `train` or `test`.
         paired: every person in a cloth that they wear; or, of `test`, with somebody else's.
         roles: which pictures to read; a mask-free `condition` is the person in another cloth.
+        category: of DressCode's layout `upper_body`, `lower_body` or `dresses`, or all that are there.
         condition_folder: where conditions lie, beside the persons' folder and by the persons' names.
         limit: take no more pairs than this, evenly spread; None takes all.
         index: keep here what is learnt of the files: only those that were written since are opened again.
@@ -450,13 +454,15 @@ class TreePairs:
         split: str,
         paired: bool,
         roles: Collection[str] = ("person", "cloth", "mask"),
+        category: str = "all",
         condition_folder: str = "condition",
         limit: int | None = None,
         index: Path | None = None,
         checked: bool = False,
     ) -> None:
         self.root, self.roles, self.condition_folder = root, roles, condition_folder
-        self.dress_code = any((root / folder).is_dir() for folder in DRESS_CODE_FOLDERS)
+        folders = [folder for folder in DRESS_CODE_FOLDERS if (root / folder).is_dir()]
+        self.dress_code = bool(folders)
         self.pairs: list[tuple[str, str, dict[str, Path]]] = []  # name, list and line, files
         self.learnt: dict[
             tuple[str, str], list[int]
@@ -465,8 +471,12 @@ class TreePairs:
             self.read_index(index)
         if checked:
             return
+        if category != "all":
+            if category not in folders:
+                raise FileNotFoundError(f"category {category!r} needs the folder {root / category} of DressCode's layout")
+            folders = [category]
         self.pairs = []
-        for folder in [name for name in DRESS_CODE_FOLDERS if (root / name).is_dir()] or [split]:
+        for folder in folders or [split]:
             for person, cloth, where in self.named_pairs(folder, split, paired):
                 self.pairs.append((f"{person} {cloth}", where, self.files(folder, person, cloth)))
         self.pairs = self.pairs if limit is None else evenly(self.pairs, limit)
@@ -757,7 +767,8 @@ def load_pairs(
         return RowPairs(load_rows(args, "train", columns), columns)
     looked_at = {"index": args.output_dir / "train_pairs.json", "checked": not accelerator.is_main_process}
     with accelerator.main_process_first():
-        return TreePairs(args.dataset_root, "train", True, tuple(columns), args.condition_column, **looked_at)
+        roles = tuple(columns)
+        return TreePairs(args.dataset_root, "train", True, roles, args.category, args.condition_column, **looked_at)
 
 
 def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -1283,18 +1294,18 @@ class Validation:
 
     def test_tree(self) -> tuple[TreePairs | list, list[tuple[str, dict]]]:
         args, root, roles, paired, tryons = self.args, self.args.dataset_root, self.trainer.roles, [], []
-        lists = [*root.glob("test_pairs*.txt"), *root.glob("*/test_pairs*.txt")]
+        lists = [*root.glob("test_pairs*.txt"), *root.glob(f"{args.category.replace('all', '*')}/test_pairs*.txt")]
         if not any(read_list(file) for file in lists):
             return [], []
         try:
-            paired = TreePairs(root, "test", True, roles, args.condition_column, limit=PROBED_PAIRS)
+            paired = TreePairs(root, "test", True, roles, args.category, args.condition_column, limit=PROBED_PAIRS)
         except FileNotFoundError as error:
             if not (args.mask_free or isinstance(error, NoOwnCloths)):
                 raise
             logger.info("nothing is probed: %s", error)
         if args.num_validation_pairs:
             shown = [role for role in roles if role != "condition"]
-            unpaired = TreePairs(root, "test", False, shown, limit=args.num_validation_pairs)
+            unpaired = TreePairs(root, "test", False, shown, args.category, limit=args.num_validation_pairs)
             tryons = [(unpaired.name(i), unpaired.pictures(i)) for i in range(len(unpaired))]
         return paired, tryons
 
