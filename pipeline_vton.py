@@ -709,15 +709,16 @@ class TryOnLatents:
         cloth: torch.Tensor,
         *,
         channels: int,
+        pose: torch.Tensor | None = None,
         mask_free: bool = False,
         condition_latents: str = "scaled",
         canvas_axis: str = "height",
         dtype: torch.dtype | None = None,
     ) -> "TryOnLatents":
-        """Encode person (B, 3, H, W) and cloth (C, 3, H, W) in [-1, 1] and the binary mask (B, 1, H, W)."""
+        """Encode person, pose (B, 3, H, W) and cloth (C, 3, H, W) in [-1, 1] and the binary mask (B, 1, H, W)."""
         return cls(
             **cls.encode_person(
-                vae, person, mask, mask_free=mask_free, condition_latents=condition_latents, dtype=dtype
+                vae, person, mask, pose, mask_free=mask_free, condition_latents=condition_latents, dtype=dtype
             ),
             **cls.encode_cloth(vae, cloth, condition_latents=condition_latents, dtype=dtype),
             channels=channels,
@@ -729,13 +730,16 @@ class TryOnLatents:
         vae: AutoencoderKL,
         person: torch.Tensor,
         mask: torch.Tensor,
+        pose: torch.Tensor | None = None,
         *,
         mask_free: bool,
         condition_latents: str,
         dtype: torch.dtype | None,
     ) -> dict[str, torch.Tensor]:
-        """`person` and `mask` of the latents."""
+        """`person` and `mask` of the latents; the hole that the mask leaves shows the pose, or grey."""
         kept = person if mask_free else person * (mask < 0.5)
+        if pose is not None:
+            kept = torch.where(mask < 0.5, person, pose)
         scale = vae.config.scaling_factor if condition_latents == "scaled" else 1.0
         latents = encode_latents(vae, kept).to(dtype) * scale
         return {"person": latents, "mask": F.interpolate(mask.to(latents), size=latents.shape[-2:])}  # nearest
@@ -1033,6 +1037,7 @@ class AdapterSettings:
         cross_attention: `"skip"` (no text), `"prompt"` or `"identity"` (CatVTON's).
         condition_latents: `"scaled"` by the VAE's factor, or `"unscaled"`.
         mask_free: the condition is the whole person, and a mask is not needed.
+        pose: `"painted"` where a pose may be painted into the hole that the mask leaves; `"none"` leaves it grey.
         guidance_scale: what `guidance_scale=None` means in a call.
         scheduler_class: the diffusers scheduler to sample with; None leaves the base's.
         eta: what `eta=None` means in a call, 0 to 1; None is 0.
@@ -1051,6 +1056,7 @@ class AdapterSettings:
     cross_attention: str = _choice("skip", "prompt", "identity")
     condition_latents: str = _choice("scaled", "unscaled")
     mask_free: bool = _choice(False, True)
+    pose: str = _choice("none", "painted")
     guidance_scale: float = _number(7.5, float, "a finite number")
     scheduler_class: str | None = _free("the name of a diffusers scheduler", _is_scheduler)
     eta: float | None = _number(None, float, "a number from 0 to 1", low=0, high=1)
@@ -1068,6 +1074,10 @@ class AdapterSettings:
                 object.__setattr__(self, setting.name, self._check(setting, value))
             except ValueError as error:
                 raise ValueError(f"`{setting.name}` must be {error}, got {value!r}") from None
+        if self.pose == "painted" and self.mask_free:
+            raise ValueError(
+                "`pose` must be none where `mask_free` is true, since no mask leaves a hole to paint, got 'painted'"
+            )
 
     @staticmethod
     def _check(setting: Field, value: Any) -> Any:
@@ -2147,6 +2157,7 @@ class TryOnInputs:
     persons: list[torch.Tensor]  # N of (3, H, W) in [0, 1]
     cloths: list[torch.Tensor]  # 1 or N of (3, H, W)
     masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none (yet)
+    poses: list[torch.Tensor] | None  # N of (3, H, W)
     profiles: list[bytes | None]  # N ICC profiles of the persons, which the results carry
     height: int
     width: int
@@ -2237,6 +2248,7 @@ class VTONInputsMixin:
         width: int | None = None,
         padding_mask_crop: int | None = None,
         *,
+        pose_image: PictureInput | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -2270,7 +2282,8 @@ class VTONInputsMixin:
         people = self._prepared(person_image, PreparedPerson, "person_image")
         pieces = self._prepared(cloth_image, PreparedCloth, "cloth_image")
         if people:
-            for name, value in (("mask_image", mask_image), ("padding_mask_crop", padding_mask_crop)):
+            brought = {"mask_image": mask_image, "pose_image": pose_image, "padding_mask_crop": padding_mask_crop}
+            for name, value in brought.items():
                 if value is not None:
                     raise ValueError(
                         f"`{name}` must be None with a prepared person, which brings its own, got {shown(value)}"
@@ -2294,8 +2307,13 @@ class VTONInputsMixin:
                 raise ValueError(
                     f"`padding_mask_crop` needs a `mask_image`, got {shown(padding_mask_crop)} without one"
                 )
-        persons, cloths, masks, profiles, people = self._check_pictures(
-            person_image, cloth_image, mask_image, people, pieces
+        if pose_image is not None and self.config.pose == "none":
+            raise ValueError(
+                "`pose_image` must be None with an adapter that has learnt without poses (its setting `pose` is none), got "
+                f"{shown(pose_image)}"
+            )
+        persons, cloths, masks, poses, profiles, people = self._check_pictures(
+            person_image, cloth_image, mask_image, pose_image, people, pieces
         )
         own_sizes = {tuple(person.shape[1:]) for person in persons}
         if composite and output_type in {"np", "pt"} and len(own_sizes) > 1:
@@ -2308,6 +2326,7 @@ class VTONInputsMixin:
             persons=persons,
             cloths=cloths,
             masks=masks,
+            poses=poses,
             profiles=profiles,
             height=height,
             width=width,
@@ -2325,10 +2344,13 @@ class VTONInputsMixin:
         person_image: PictureInput | list[PreparedPerson],
         cloth_image: PictureInput | list[PreparedCloth],
         mask_image: PictureInput | None,
+        pose_image: PictureInput | None,
         people: list[PreparedPerson] | None,
         pieces: list[PreparedCloth] | None,
-    ) -> tuple[list, list, list, list, list | None]:
-        """Persons (N), cloths (1 or N) in their persons' colours, masks (N), the persons' ICC profiles, prepared people (N)."""
+    ) -> tuple[list, list, list, list | None, list, list | None]:
+        """Persons (N), cloths (1 or N) in their persons' colours, masks and poses (N), the persons' ICC profiles, prepared
+        people (N).
+        """
         if people:
             persons, profiles = [p.picture for p in people], [p.profile for p in people]
             masks = [p.mask for p in people]
@@ -2339,8 +2361,10 @@ class VTONInputsMixin:
             cloths, cloth_profiles = [p.picture for p in pieces], [p.profile for p in pieces]
         else:
             cloths, cloth_profiles = as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image)
-        count = max(len(persons), len(cloths), len(masks))
-        for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks)):
+        poses = [None] if pose_image is None else as_tensors(pose_image, "pose_image")
+        given = {"person_image": persons, "cloth_image": cloths, "mask_image": masks, "pose_image": poses}
+        count = max(map(len, given.values()))
+        for name, pictures in given.items():
             if len(pictures) not in {1, count}:
                 raise ValueError(f"`{name}` must number 1 or {count}, as the other pictures do, got {len(pictures)}")
         if len(persons) == 1:
@@ -2355,13 +2379,14 @@ class VTONInputsMixin:
         cloths = [
             convert_profile(cloth, before, after) for cloth, before, after in zip(cloths, cloth_profiles, profiles)
         ]
-        masks = masks * count if len(masks) == 1 else masks
-        for person, mask in zip(persons, masks):
-            if mask is not None and person.shape[1:] != mask.shape[1:]:
-                raise ValueError(
-                    f"`mask_image` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(mask.shape[1:])}"
-                )
-        return persons, cloths, masks, profiles, people
+        masks, poses = (pictures * count if len(pictures) == 1 else pictures for pictures in (masks, poses))
+        for name, pictures in (("mask_image", masks), ("pose_image", poses)):
+            for person, one in zip(persons, pictures):
+                if one is not None and person.shape[1:] != one.shape[1:]:
+                    raise ValueError(
+                        f"`{name}` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(one.shape[1:])}"
+                    )
+        return persons, cloths, masks, None if pose_image is None else poses, profiles, people
 
     def _check_size(
         self,
@@ -2448,7 +2473,7 @@ class VTONInputsMixin:
         """The weights and settings that a prepared person or cloth depends on."""
         settings = (self.config.mask_free, self.config.condition_latents, self.unet.dtype, self._execution_device)
         if kind is PreparedPerson:
-            return (weights_sum(self.vae), *settings)
+            return (weights_sum(self.vae), *settings, self.config.pose)
         attention = (self.config.cloth_conditioning, self.config.cross_attention, self.unet.config.in_channels)
         return (weights_sum(self.vae), weights_sum(self.unet), *settings, *attention)
 
@@ -2462,18 +2487,21 @@ class VTONInputsMixin:
         height: int | None = None,
         width: int | None = None,
         padding_mask_crop: int | None = None,
+        pose_image: PictureInput | None = None,
     ) -> PreparedPerson | list[PreparedPerson]:
         """Encode persons once, for many calls: what comes back is given to a call as `person_image`.
 
         Args:
-            person_image, mask_image, cloth_type, height, width, padding_mask_crop: as in a call, which then takes none of the
-                last five (a height and a width must be these).
+            person_image, mask_image, cloth_type, height, width, padding_mask_crop, pose_image: as in a call, which then takes
+                none of the last six (a height and a width must be these).
 
         Returns:
             One, or a list of them for a list or a batch. It holds for this VAE and these settings; a call says where not.
         """
         nothing = Image.new("RGB", (1, 1))
-        inputs = self.check_inputs(person_image, nothing, mask_image, cloth_type, height, width, padding_mask_crop)
+        inputs = self.check_inputs(
+            person_image, nothing, mask_image, cloth_type, height, width, padding_mask_crop, pose_image=pose_image
+        )
         inputs = self.draw_masks(inputs, cloth_type)
         latents, made_with = self._encode_persons(inputs), self._made_with(PreparedPerson)
         prepared = [
@@ -2642,6 +2670,7 @@ class StableDiffusionVTONPipeline(
         cross_attention: str | None = None,
         condition_latents: str | None = None,
         mask_free: bool | None = None,
+        pose: str | None = None,
         guidance_scale: float | None = None,
         scheduler_class: str | None = None,
         eta: float | None = None,
@@ -2706,10 +2735,15 @@ class StableDiffusionVTONPipeline(
         else:
             masks = [as_pil(_cut(mask, region)) for mask, region in zip(inputs.masks, inputs.regions)]
             mask = self.mask_processor.preprocess(masks, **size)
+        pose = None
+        if inputs.poses is not None:
+            poses = [as_pil(_cut(pose, region)) for pose, region in zip(inputs.poses, inputs.regions)]
+            pose = self.image_processor.preprocess(poses, **size).to(device)
         encoded = TryOnLatents.encode_person(
             self.vae,
             self.image_processor.preprocess(persons, **size).to(device),
             mask.to(device),
+            pose,
             mask_free=self.config.mask_free,
             condition_latents=self.config.condition_latents,
             dtype=self.unet.dtype,
@@ -2846,6 +2880,7 @@ class StableDiffusionVTONPipeline(
         person_image: PictureInput | PreparedPerson | list[PreparedPerson],
         cloth_image: PictureInput | PreparedCloth | list[PreparedCloth],
         mask_image: PictureInput | None = None,
+        pose_image: PictureInput | None = None,
         cloth_type: str | list[str] = "upper",
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
@@ -2878,6 +2913,8 @@ class StableDiffusionVTONPipeline(
             cloth_image: one cloth, or N, in any size, fitted whole on white, or what `prepare_cloth` made of them.
             mask_image: one mask or N, of their person's size: white (at least one half) where the picture may change. None
                 draws it with the human parser, or needs a mask-free adapter.
+            pose_image: one or N, each of its person's size and aligned with them: a skeleton, DensePose or a parse map, painted
+                into the hole that the mask leaves. For adapters that were trained so (setting `pose`); None leaves it grey.
             cloth_type: `"upper"`, `"lower"`, `"dress"` or a list of them, for the human parser.
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as in `StableDiffusionPipeline`; used by adapters
                 with `cross_attention="prompt"`, which may bring a prompt for calls that give none.
@@ -2920,7 +2957,7 @@ class StableDiffusionVTONPipeline(
         if not isinstance(return_dict, (bool, np.bool_)):
             raise TypeError(f"`return_dict` must be True or False, got {shown(return_dict)}")
         inputs = self.check_inputs(
-            person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop,
+            person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop, pose_image=pose_image,
             num_images_per_prompt=num_images_per_prompt, generator=generator, latents=latents, composite=composite,
             output_type=output_type, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps, timesteps=timesteps,

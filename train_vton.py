@@ -107,13 +107,14 @@ ASPECT_TOLERANCE = 1.1
 HULL_SIDES = 32  # of the polygon that stands for a convex hull
 PROBED_TIMESTEPS = (250, 500, 750)  # where the masked error without, with and with a wrong cloth is logged
 PROBED_PAIRS = 16
+UNLIT = {"mask", "pose"}  # whose values are no colours of things: neither a profile nor the light changes them
 READING = 2  # counts the changes of how pictures are read: latents cached before one are of other pictures
 SIZED_ROWS = 16  # of a table, whose persons' sizes are looked at
 LATENTS = ("person", "mask", "cloth", "cloth_condition")  # the tensors of `TryOnLatents`
 GUIDANCE_SCALES, GUIDANCE_STEPS = (1, 1.5, 2, 2.5, 3.5, 5, 7.5), 25
 LOCAL_FLAGS = {"dataset_root", "output_dir", "cache_latents", "resume_from_checkpoint"}  # folders of this machine
 RESUMED_SETTINGS = (  # what a checkpoint's weights have learnt with
-    "base_in_channels", "cloth_conditioning", "canvas_axis", "cross_attention", "condition_latents", "mask_free",
+    "base_in_channels", "cloth_conditioning", "canvas_axis", "cross_attention", "condition_latents", "mask_free", "pose",
     "trainable", "lora_rank", "height", "width",
 )  # fmt: skip
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process looks at files or draws
@@ -171,6 +172,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mask_column", default="mask", help="the agnostic mask (default mask)")
     add("--caption_column", help="a text for every pair, with --cross_attention prompt (default: --prompt for all)")
     add("--condition_column", default="condition", help="--mask_free: column, or folder beside the persons', of the person in another cloth (default condition)")  # fmt: skip
+    add("--pose_column", default="pose", help="--pose: the column of poses (default pose)")
+    add("--pose_folder", help="--pose: the folder beside the persons', such as image-densepose (default: openpose_img, DressCode's skeletons)")  # fmt: skip
     add("--height", type=POSITIVE_COUNT, help="training height in pixels (default: the base's native area at the data's aspect)")  # fmt: skip
     add("--width", type=POSITIVE_COUNT, help="training width in pixels, at the data's aspect")
     add("--augment", nargs="*", default=[], choices=("flip", "crop", "color", "mask"), help="mirror, zoom in, recolour, loosen masks (default none)")  # fmt: skip
@@ -185,6 +188,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", default="", help="the text of every picture with --cross_attention prompt (default empty)")
     add("--condition_latents", choices=AdapterSettings.choices("condition_latents"), help="default: unscaled for 8-channel bases (instruct-pix2pix), else scaled")  # fmt: skip
     add("--mask_free", action="store_true", help="condition on the whole person, in another cloth, instead of a masked one")  # fmt: skip
+    add("--pose", action="store_true", help="paint a picture of the pose into the hole that the mask leaves")
+    add("--pose_dropout", type=SHARE, default=0.1, help="--pose: share of rows whose hole is grey, for calls without a pose (default 0.1)")  # fmt: skip
     add("--trainable", choices=AdapterSettings.choices("trainable"), default="self_attention", help="which UNet weights learn (default self_attention)")  # fmt: skip
     add("--lora_rank", type=POSITIVE_COUNT, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
     add("--cloth_dropout", type=SHARE, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
@@ -249,6 +254,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--cache_latents would freeze --augment, and knows neither --streaming nor --caption_column")
     if args.mask_free and "mask" in args.augment:
         parser.error("--augment mask loosens masks, and --mask_free has none")
+    if args.pose and args.mask_free:
+        parser.error("--pose paints into the hole that a mask leaves, and --mask_free has none")
+    if args.pose_folder and not (args.pose and args.dataset_root):
+        parser.error(f"--pose_folder {args.pose_folder} needs --pose and --dataset_root")
     if args.lora_rank and args.trainable not in {"self_attention", "attention"}:
         parser.error(f"--lora_rank needs --trainable self_attention or attention, got {args.trainable}")
     if args.lora_rank and args.push_to_hub:
@@ -262,8 +271,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 class Preparation:
     """Makes of a pair's pictures what a step reads, and of its place in the run the seed of all that is random about it.
 
-    An item holds `person` and `cloth` (3, H, W) in [-1, 1], `mask` (1, H, W) 0 or 1, mask-free `condition` (3, H, W), its
-    `name`, and a `seed`, so that neither workers nor processes nor a resumed run change what is drawn. Persons, masks and
+    An item holds `person` and `cloth` (3, H, W) in [-1, 1], `mask` (1, H, W) 0 or 1, mask-free `condition` and, where asked for,
+    `pose` (3, H, W), its `name`, and a `seed`, so that neither workers nor processes nor a resumed run change what is drawn. Persons, masks and
     conditions are stretched, cloths are fitted on white, as in the pipeline.
     """
 
@@ -311,7 +320,7 @@ class Preparation:
         """One gamma a channel, alike on person, condition and cloth: another light in which black and white stay."""
         if "color" in self.augment:
             gamma = torch.tensor(2 ** rng.uniform(-0.4, 0.4, (3, 1, 1)), dtype=torch.float32)
-            item |= {k: 2 * (v / 2 + 0.5).clamp(0, 1) ** gamma - 1 for k, v in item.items() if k != "mask"}
+            item |= {k: 2 * (v / 2 + 0.5).clamp(0, 1) ** gamma - 1 for k, v in item.items() if k not in UNLIT}
         return item
 
 
@@ -349,7 +358,7 @@ def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> 
 def in_persons_colours(pictures: dict[str, Image.Image]) -> dict[str, Image.Image]:
     """The same pictures by role, all in the colour profile of the person, as a call has them."""
     profile = pictures["person"].info.get("icc_profile")
-    for role in pictures.keys() - {"person", "mask"}:
+    for role in pictures.keys() - {"person", *UNLIT}:
         before = pictures[role].info.get("icc_profile")
         if before != profile:
             converted = convert_profile(as_tensors(pictures[role], role)[0], before, profile)
@@ -368,7 +377,7 @@ def picture_size(file: Path, where: str) -> tuple[int, int]:
 
 
 def check_sizes(sizes: dict[str, tuple[int, int]], where: str) -> None:
-    """Mask and condition have their person's size, or one sentence says which has not."""
+    """Mask, condition and pose have their person's size, or one sentence says which has not."""
     for role in sizes.keys() - {"person", "cloth"}:
         if sizes[role] != sizes["person"]:
             raise ValueError(f"{where}: the {role} has size {sizes[role]}, its person {sizes['person']}")
@@ -436,6 +445,7 @@ class TreePairs:
         paired: every person in a cloth that they wear; or, of `test`, with somebody else's.
         roles: which pictures to read; a mask-free `condition` is the person in another cloth.
         condition_folder: where conditions lie, beside the persons' folder and by the persons' names.
+        pose_folder: where poses lie, beside the persons' folder and by the names of `pose_names`; None is the layout's own.
         limit: take no more pairs than this, evenly spread; None takes all.
         index: keep here what is learnt of the files: only those that were written since are opened again.
         checked: another process has just checked these pairs, and its `index` is believed.
@@ -454,9 +464,11 @@ class TreePairs:
         limit: int | None = None,
         index: Path | None = None,
         checked: bool = False,
+        pose_folder: str | None = None,
     ) -> None:
         self.root, self.roles, self.condition_folder = root, roles, condition_folder
         self.dress_code = any((root / folder).is_dir() for folder in DRESS_CODE_FOLDERS)
+        self.pose_folder = pose_folder or ("skeletons" if self.dress_code else "openpose_img")
         self.pairs: list[tuple[str, str, dict[str, Path]]] = []  # name, list and line, files
         self.learnt: dict[
             tuple[str, str], list[int]
@@ -513,7 +525,16 @@ class TreePairs:
             files["mask"] = named[1] if self.dress_code or named[1].is_file() else named[0]
         if "condition" in self.roles:
             files["condition"] = inside(self.root, folder, self.condition_folder, person)
+        if "pose" in self.roles:
+            places = [inside(self.root, folder, self.pose_folder, name) for name in self.pose_names(person)]
+            files["pose"] = next((place for place in places if place.is_file()), places[0])
         return {role: files[role] for role in self.roles}
+
+    def pose_names(self, person: str) -> list[str]:
+        """What a person's pose may be called: NAME_rendered or NAME; DressCode's ID_5 (skeletons, dense) or ID_4 (label_maps)."""
+        stem, suffix = Path(person).stem, Path(person).suffix
+        stems = [re.sub("_0$", end, stem) for end in ("_5", "_4")] if self.dress_code else [f"{stem}_rendered"]
+        return [name + end for name in (*stems, stem) for end in dict.fromkeys((".png", suffix, ".jpg"))]
 
     def check(self) -> None:
         """Every file is there and can be read, the masks are masks; those known already are not opened again."""
@@ -757,6 +778,7 @@ def load_pairs(
         return RowPairs(load_rows(args, "train", columns), columns)
     looked_at = {"index": args.output_dir / "train_pairs.json", "checked": not accelerator.is_main_process}
     with accelerator.main_process_first():
+        looked_at["pose_folder"] = args.pose_folder
         return TreePairs(args.dataset_root, "train", True, tuple(columns), args.condition_column, **looked_at)
 
 
@@ -768,6 +790,11 @@ def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
         row = {name: torch.randn(shape, generator=generator) for name in ("noise", "cloth_noise", "posterior")}
         rows.append(row | {name: torch.rand((), generator=generator) for name in ("time", "dropout")})
     return default_collate(rows)
+
+
+def draw_share(seeds: Iterable[int], share: float) -> Tensor:
+    """False in a share of the rows (B,), each from its own seed, apart from what else is drawn of it."""
+    return torch.tensor([np.random.default_rng([int(seed), 1]).random() >= share for seed in seeds])
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
@@ -923,7 +950,7 @@ class Trainer:
         self.step, self.losses, self.grad_norm, self.accumulated = 0, [], 0.0, 0
         self.stop, self.stopping = StopRequest(), False  # of this process; as all processes know
         self.load_base()
-        self.roles = ("person", "cloth", "condition" if args.mask_free else "mask")
+        self.roles = ("person", "cloth", "condition" if args.mask_free else "mask", *(["pose"] if args.pose else []))
         self.columns = {role: getattr(args, f"{role}_column") for role in self.roles}
         self.pairs = load_pairs(args, self.columns, self.accelerator)
         self.load_settings()
@@ -982,6 +1009,7 @@ class Trainer:
             cross_attention=args.cross_attention,
             condition_latents=args.condition_latents or ("unscaled" if self.in_channels == 8 else "scaled"),
             mask_free=args.mask_free,
+            pose="painted" if args.pose else "none",
             trainable=args.trainable,
             guidance_scale=SEED_GUIDANCE if args.guidance_scale is None else args.guidance_scale,
             scheduler_class="DDPMScheduler",
@@ -1008,7 +1036,7 @@ class Trainer:
         if args.cache_latents is not None:
             folder = args.cache_latents / cache_key(self.vae, self.settings, self.pairs)
             self.dataset = LatentCache(self.pairs, self.prepare, folder=folder)
-            self.dataset.fill(self.encode, self.accelerator, **loading)
+            self.dataset.fill(partial(self.encode, unposed=args.pose), self.accelerator, **loading)
         self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
 
     def load_stream(self) -> None:
@@ -1067,18 +1095,32 @@ class Trainer:
     # ---- one step
 
     @torch.no_grad()
-    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What the VAE makes of a batch: the tensors of `TryOnLatents`, and the posterior of the person to paint."""
+    def encode(self, batch: dict[str, Any], unposed: bool = False) -> dict[str, Tensor]:
+        """What the VAE makes of a batch: the tensors of `TryOnLatents`, and the posterior of the person to paint; with `unposed`
+        also the person without their pose.
+        """
         pictures = {name: batch[name].to(self.accelerator.device) for name in {*self.roles, "mask"}}
-        shown = pictures["condition" if self.args.mask_free else "person"], pictures["mask"], pictures["cloth"]
+        shown = pictures["condition" if self.args.mask_free else "person"], pictures["mask"]
         settings = {name: getattr(self.settings, name) for name in ("mask_free", "condition_latents")}
-        channels = self.unet.config.in_channels
-        conditioning = TryOnLatents.encode(self.vae, *shown, channels=channels, **settings, dtype=torch.float32)
+        settings["dtype"] = torch.float32
+        options = {"pose": pictures.get("pose"), "channels": self.unet.config.in_channels} | settings
+        conditioning = TryOnLatents.encode(self.vae, *shown, pictures["cloth"], **options)
         posterior = self.vae.encode(pictures["person"].to(self.vae.dtype)).latent_dist
-        return {name: getattr(conditioning, name) for name in LATENTS} | {"mean": posterior.mean, "std": posterior.std}
+        encoded = {name: getattr(conditioning, name) for name in LATENTS}
+        encoded |= {"mean": posterior.mean, "std": posterior.std}
+        if unposed:
+            encoded["unposed"] = TryOnLatents.encode_person(self.vae, *shown, **settings)["person"]
+        return encoded
 
-    def latents(self, batch: dict[str, Any]) -> tuple[TryOnLatents, Tensor, Tensor]:
-        """A batch's conditioning, and mean and deviation of the latents to paint, unscaled; cached or made now."""
+    def latents(self, batch: dict[str, Any], pose_seen: Tensor | None = None) -> tuple[TryOnLatents, Tensor, Tensor]:
+        """A batch's conditioning, and mean and deviation of the latents to paint, unscaled; cached or made now.
+
+        Where `pose_seen` (B,) is false, the hole that the mask leaves is grey; None shows every pose.
+        """
+        if pose_seen is not None:
+            grey = {"person": batch["unposed"]} if "mean" in batch else {"pose": torch.zeros_like(batch["pose"])}
+            seen = pose_seen.to(batch["mask"].device).view(-1, 1, 1, 1)
+            batch = batch | {name: torch.where(seen, batch[name], unseen) for name, unseen in grey.items()}
         encoded = batch if "mean" in batch else self.encode(batch)
         encoded = {name: encoded[name].to(self.accelerator.device) for name in (*LATENTS, "mean", "std")}
         mean, std = encoded.pop("mean"), encoded.pop("std")
@@ -1122,7 +1164,8 @@ class Trainer:
     def train_step(self, batch: dict[str, Any]) -> Tensor:
         """MSE between the predicted and the actual noise, over the person (joint: over the canvas)."""
         with torch.no_grad():
-            conditioning, mean, std = self.latents(batch)
+            pose_seen = draw_share(batch["seed"], self.args.pose_dropout) if self.args.pose else None
+            conditioning, mean, std = self.latents(batch, pose_seen)
             drawn = {k: v.to(mean.device) for k, v in draw(batch["seed"], mean.shape[1:]).items()}
             clean = (mean + std * drawn["posterior"]).float() * self.vae.config.scaling_factor
         clean, noise = self.on_canvas(conditioning, clean, drawn)
@@ -1287,14 +1330,16 @@ class Validation:
         if not any(read_list(file) for file in lists):
             return [], []
         try:
-            paired = TreePairs(root, "test", True, roles, args.condition_column, limit=PROBED_PAIRS)
+            place = {"limit": PROBED_PAIRS, "pose_folder": args.pose_folder}
+            paired = TreePairs(root, "test", True, roles, args.condition_column, **place)
         except FileNotFoundError as error:
             if not (args.mask_free or isinstance(error, NoOwnCloths)):
                 raise
             logger.info("nothing is probed: %s", error)
         if args.num_validation_pairs:
             shown = [role for role in roles if role != "condition"]
-            unpaired = TreePairs(root, "test", False, shown, limit=args.num_validation_pairs)
+            place = {"limit": args.num_validation_pairs, "pose_folder": args.pose_folder}
+            unpaired = TreePairs(root, "test", False, shown, **place)
             tryons = [(unpaired.name(i), unpaired.pictures(i)) for i in range(len(unpaired))]
         return paired, tryons
 
@@ -1376,7 +1421,8 @@ class Validation:
             person, cloth = pictures["person"], pictures["cloth"]
             generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed)
             with forgiven(f"trying on {name}"):
-                (result,) = self.try_on(person, cloth, pictures.get("mask"), generator=generator)
+                options = {"pose_image": pictures.get("pose"), "generator": generator}
+                (result,) = self.try_on(person, cloth, pictures.get("mask"), **options)
                 shown = (person, fit_cloth(cloth, **size), result)
                 tiles += [picture.resize((size["width"], size["height"])) for picture in shown]
         if not tiles:
@@ -1412,9 +1458,11 @@ class Validation:
                 truth, mask = batch["person"] / 2 + 0.5, batch["mask"]
                 person = batch["condition"] / 2 + 0.5 if self.args.mask_free else truth
                 shown = (person, batch["cloth"] / 2 + 0.5, None if self.args.mask_free else mask)
+                pose = batch["pose"] / 2 + 0.5 if self.args.pose else None
                 for scale in errors:
                     generators = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
                     options = {"num_inference_steps": GUIDANCE_STEPS, "composite": False, "output_type": "pt"}
+                    options["pose_image"] = pose
                     result = self.try_on(*shown, guidance_scale=scale, generator=generators, **size, **options)
                     errors[scale] += ((result - truth).square() * mask).sum().item()
                     bar.update(len(truth))

@@ -39,7 +39,7 @@ ODD = {
     "a tensor of five axes": torch.zeros(2, 2, 2, 2, 2),
 }
 ARGUMENTS = [
-    "person_image", "cloth_image", "mask_image", "cloth_type", "prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds",
+    "person_image", "cloth_image", "mask_image", "pose_image", "cloth_type", "prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds",
     "height", "width", "num_inference_steps", "timesteps", "guidance_scale", "guidance_rescale", "guidance_interval",
     "num_images_per_prompt", "eta", "cross_attention_kwargs", "generator", "latents", "padding_mask_crop", "composite", "output_type",
     "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
@@ -55,7 +55,7 @@ RIGHT = {
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_pipe(9)
+    return tiny_pipe(9, pose="painted")
 
 
 @pytest.mark.parametrize("odd", ODD)
