@@ -221,6 +221,22 @@ def _listed(pictures: PictureInput, name: str) -> list[Image.Image | np.ndarray 
     return list(pictures)
 
 
+def as_outfits(cloths: Any) -> tuple[Any, int]:
+    """`cloth_image` without its nesting, where it has any, and how many cloths a person wears, whose pictures stand together.
+
+    Raises:
+        ValueError: one person's cloths are no list, or not as many as another's.
+    """
+    if not isinstance(cloths, (list, tuple)) or not any(isinstance(one, (list, tuple)) for one in cloths):
+        return cloths, 1
+    counts = [len(one) if isinstance(one, (list, tuple)) else "a single one" for one in cloths]
+    if counts[0] == 0 or len(set(counts)) > 1:
+        raise ValueError(
+            f"`cloth_image` must be pictures, or lists of equally many for every person, got {shown(counts)} cloths"
+        )
+    return [cloth for outfit in cloths for cloth in outfit], counts[0]
+
+
 def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, background: str) -> torch.Tensor:
     """One picture as (3, H, W) in [0, 1]; what is transparent shows the background."""
     picture = _as_array(picture, name, background) if isinstance(picture, Image.Image) else picture
@@ -695,10 +711,12 @@ class TryOnLatents:
 
     person: torch.Tensor  # (B, 4, h, w), what is kept of the person, in the condition slot
     mask: torch.Tensor  # (B, 1, h, w), 1 where the person is repainted
-    cloth: torch.Tensor  # (C, 4, h, w), scaled
+    cloth: torch.Tensor  # (C, 4, h, w), scaled; a person's cloths stand together
     cloth_condition: torch.Tensor  # (C, 4, h, w), in the condition slot
     channels: int  # of the UNet's input: 8 or 9
     canvas_dim: int = 2  # where a canvas puts the cloth: 2 below the person, 3 beside
+    num_cloths: int = 1  # of a person
+    cloth_worn: torch.Tensor | None = None  # (C,), 0 where a person has fewer cloths, in training; None: all are worn
 
     @classmethod
     def encode(
@@ -777,10 +795,11 @@ class TryOnLatents:
         return canvas.chunk(2, dim=self.canvas_dim)[0]
 
     def one_cloth_each(self) -> "TryOnLatents":
-        """The same, with a cloth for every person where one was for all."""
-        cloths = {
-            name: getattr(self, name).expand(len(self.person), -1, -1, -1) for name in ("cloth", "cloth_condition")
-        }
+        """The same, with a cloth (or several) for every person where one was for all."""
+        cloths = {}
+        for name in ("cloth", "cloth_condition"):
+            outfits = getattr(self, name).unflatten(0, (-1, self.num_cloths))
+            cloths[name] = outfits.expand(len(self.person), -1, -1, -1, -1).flatten(0, 1)
         return replace(self, **cloths)
 
     def repeat(self, times: int, cloth: bool) -> "TryOnLatents":
@@ -813,23 +832,38 @@ class ClothAttnProcessor:
     _attention_backend = None  # class attributes: diffusers looks for them, and sets them on an instance
     _parallel_config = None
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """(B, N, heads, head_dim), of as many tokens as the queries have."""
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shown: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, N, heads, head_dim), of as many tokens as the queries have; `shown` (B, keys) is false for keys to leave out."""
         return dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+            query, key, value, shown, backend=self._attention_backend, parallel_config=self._parallel_config
         )
+
+
+def side_by_side(tokens: torch.Tensor, num_cloths: int) -> torch.Tensor:
+    """Every person's cloths (P * num_cloths, N, heads, head_dim) as one row of tokens, (P, num_cloths * N, heads, head_dim)."""
+    return tokens.unflatten(0, (-1, num_cloths)).flatten(1, 2)
 
 
 class ClothCacheAttnProcessor(ClothAttnProcessor):
     """`attn1` at inference: the first call reads the cloths and keeps their keys and values, later ones look at them too.
 
-    In later calls the last rows are the conditional ones, a whole number for every cloth; rows before them (the
-    unconditional half) see no cloth. One instance lasts for one call of the pipeline.
+    Every cloth is read alone, and a person sees all of theirs. In later calls the last rows are the conditional ones, a whole
+    number for every set of cloths; rows before them (the unconditional half) see no cloth. One instance lasts for one call of the
+    pipeline.
     """
 
     def __init__(self) -> None:
-        self.cloth: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values, (C, N, heads, head_dim)
+        self.cloth: tuple[torch.Tensor, torch.Tensor] | None = (
+            None  # of each of P persons, (P, tokens, heads, head_dim)
+        )
         self.rows = 0  # conditional rows of a denoising batch
+        self.num_cloths = 1  # of a person
+
+    def keep(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keys and values of cloths, (P * num_cloths, N, heads, head_dim)."""
+        self.cloth = side_by_side(key, self.num_cloths), side_by_side(value, self.num_cloths)
 
     def __call__(
         self,
@@ -841,7 +875,7 @@ class ClothCacheAttnProcessor(ClothAttnProcessor):
     ) -> torch.Tensor:
         query, key, value = _project(attn, hidden_states)
         if self.cloth is None:
-            self.cloth = key, value
+            self.keep(key, value)
             return _output(attn, self.attend(query, key, value))
         cloth_key, cloth_value = (x.repeat_interleave(self.rows // len(x), dim=0) for x in self.cloth)
         without = len(query) - self.rows
@@ -858,10 +892,17 @@ class ClothCacheAttnProcessor(ClothAttnProcessor):
 class ClothBesideAttnProcessor(ClothAttnProcessor):
     """`attn1` in training: the batch is `[person rows ; cloth rows]`, and nothing is kept between calls.
 
-    Person queries see `[person ; cloth]`, cloth queries the cloth alone. A person row whose `attention_mask` is 0 (the UNet
-    makes a negative bias of it) sees no cloth: its own keys stand in the cloth's place, and attention to the same keys twice
-    is attention to them once.
+    Person queries see `[person ; cloth]`, or all their cloths, whose rows stand together; cloth queries see their cloth alone. A
+    person row whose `attention_mask` is 0 (the UNet makes a negative bias of it) sees no cloth: its own keys stand in the cloth's
+    place, and attention to the same keys twice is attention to them once. With several cloths it hides every one whose row is 0
+    too, and their keys are masked.
+
+    Args:
+        num_cloths: of a person.
     """
+
+    def __init__(self, num_cloths: int = 1) -> None:
+        self.num_cloths = num_cloths
 
     def __call__(
         self,
@@ -871,14 +912,25 @@ class ClothBesideAttnProcessor(ClothAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        persons, shown = len(hidden_states) // (1 + self.num_cloths), None
         (query, cloth_query), (key, cloth_key), (value, cloth_value) = (
-            x.chunk(2) for x in _project(attn, hidden_states)
+            (x[:persons], x[persons:]) for x in _project(attn, hidden_states)
         )
         cloth_attended = self.attend(cloth_query, cloth_key, cloth_value)
-        if attention_mask is not None:
-            hidden = (attention_mask.chunk(2)[0] < 0)[..., None]  # (B, 1, 1, 1)
+        tokens = cloth_key.shape[1]
+        cloth_key, cloth_value = (side_by_side(x, self.num_cloths) for x in (cloth_key, cloth_value))
+        if attention_mask is not None and self.num_cloths == 1:
+            hidden = (attention_mask[:persons] < 0)[..., None]  # (B, 1, 1, 1)
             cloth_key, cloth_value = torch.where(hidden, key, cloth_key), torch.where(hidden, value, cloth_value)
-        attended = self.attend(query, torch.cat([key, cloth_key], dim=1), torch.cat([value, cloth_value], dim=1))
+        elif attention_mask is not None:
+            seen = attention_mask.flatten() >= 0
+            worn = seen[:persons, None] & seen[persons:].unflatten(0, (persons, self.num_cloths))  # (B, num_cloths)
+            shown = torch.cat(
+                [torch.ones_like(worn[:, :1]).expand(-1, key.shape[1]), worn.repeat_interleave(tokens, 1)], dim=1
+            )
+        attended = self.attend(
+            query, torch.cat([key, cloth_key], dim=1), torch.cat([value, cloth_value], dim=1), shown
+        )
         return _output(attn, torch.cat([attended, cloth_attended]))
 
 
@@ -912,13 +964,13 @@ class IdentityAttnProcessor(SkipAttnProcessor):
 
 @contextmanager
 def vton_attention(
-    unet: UNet2DConditionModel, self_attention: type | None, cross_attention: str
+    unet: UNet2DConditionModel, self_attention: Callable[[], ClothAttnProcessor] | None, cross_attention: str
 ) -> Iterator[list[ClothCacheAttnProcessor | ClothBesideAttnProcessor]]:
     """Install the try-on processors and, at the end, whatever was there before.
 
     Args:
         unet: the UNet, compiled, wrapped by peft or plain.
-        self_attention: the class for every `attn1`, an instance each; None leaves them (joint mode).
+        self_attention: makes a processor for every `attn1`; None leaves them (joint mode).
         cross_attention: `"skip"` or `"identity"` for every `attn2`; `"prompt"` leaves them.
 
     Yields:
@@ -2155,7 +2207,7 @@ class TryOnInputs:
     """What `check_inputs` learnt of a call: the pictures, where in them to work, at which size, and with which text."""
 
     persons: list[torch.Tensor]  # N of (3, H, W) in [0, 1]
-    cloths: list[torch.Tensor]  # 1 or N of (3, H, W)
+    cloths: list[torch.Tensor]  # 1 or N times `num_cloths` of (3, H, W), a person's together
     masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none (yet)
     poses: list[torch.Tensor] | None  # N of (3, H, W)
     profiles: list[bytes | None]  # N ICC profiles of the persons, which the results carry
@@ -2166,7 +2218,8 @@ class TryOnInputs:
     prompts: dict[str, Any] | None  # `encode_prompt`'s arguments, for N; None where text is not used
 
     person_latents: list["PreparedPerson"] | None = None  # N, where the call was given them
-    cloth_latents: list["PreparedCloth"] | None = None  # 1 or N
+    cloth_latents: list["PreparedCloth"] | None = None  # as many as `cloths`
+    num_cloths: int = 1  # of a person
 
     @functools.cached_property
     def regions(self) -> list[tuple[int, int, int, int]]:
@@ -2241,7 +2294,7 @@ class VTONInputsMixin:
     def check_inputs(
         self,
         person_image: PictureInput | PreparedPerson | list[PreparedPerson],
-        cloth_image: PictureInput | PreparedCloth | list[PreparedCloth],
+        cloth_image: PictureInput | PreparedCloth | list[PreparedCloth] | list[list],
         mask_image: PictureInput | None = None,
         cloth_type: str | list[str] = "upper",
         height: int | None = None,
@@ -2279,6 +2332,11 @@ class VTONInputsMixin:
             raise ValueError(
                 f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {shown(padding_mask_crop)}"
             )
+        cloth_image, num_cloths = as_outfits(cloth_image)
+        if num_cloths > 1 and self.config.cloth_conditioning == "joint":
+            raise ValueError(
+                f"`cloth_image` must have one cloth for every person where `cloth_conditioning` is joint, got {num_cloths}"
+            )
         people = self._prepared(person_image, PreparedPerson, "person_image")
         pieces = self._prepared(cloth_image, PreparedCloth, "cloth_image")
         if people:
@@ -2313,7 +2371,7 @@ class VTONInputsMixin:
                 f"{shown(pose_image)}"
             )
         persons, cloths, masks, poses, profiles, people = self._check_pictures(
-            person_image, cloth_image, mask_image, pose_image, people, pieces
+            person_image, cloth_image, mask_image, pose_image, people, pieces, num_cloths
         )
         own_sizes = {tuple(person.shape[1:]) for person in persons}
         if composite and output_type in {"np", "pt"} and len(own_sizes) > 1:
@@ -2337,6 +2395,7 @@ class VTONInputsMixin:
             ),
             person_latents=people,
             cloth_latents=pieces,
+            num_cloths=num_cloths,
         )
 
     def _check_pictures(
@@ -2347,8 +2406,9 @@ class VTONInputsMixin:
         pose_image: PictureInput | None,
         people: list[PreparedPerson] | None,
         pieces: list[PreparedCloth] | None,
+        num_cloths: int,
     ) -> tuple[list, list, list, list | None, list, list | None]:
-        """Persons (N), cloths (1 or N) in their persons' colours, masks and poses (N), the persons' ICC profiles, prepared
+        """Persons (N), cloths (1 or N, times `num_cloths`) in their persons' colours, masks and poses (N), the persons' ICC profiles, prepared
         people (N).
         """
         if people:
@@ -2362,7 +2422,8 @@ class VTONInputsMixin:
         else:
             cloths, cloth_profiles = as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image)
         poses = [None] if pose_image is None else as_tensors(pose_image, "pose_image")
-        given = {"person_image": persons, "cloth_image": cloths, "mask_image": masks, "pose_image": poses}
+        outfits = cloths[::num_cloths]
+        given = {"person_image": persons, "cloth_image": outfits, "mask_image": masks, "pose_image": poses}
         count = max(map(len, given.values()))
         for name, pictures in given.items():
             if len(pictures) not in {1, count}:
@@ -2370,14 +2431,15 @@ class VTONInputsMixin:
         if len(persons) == 1:
             persons, profiles = persons * count, profiles * count
             people = people and people * count
-        if len(cloths) == 1 and len(set(profiles)) > 1:  # one cloth, in the colours of each
+        if len(outfits) == 1 and len(set(profiles)) > 1:  # cloths of all, in the colours of each
             cloths, cloth_profiles = cloths * count, cloth_profiles * count
-        if pieces and any(before != after for before, after in zip(cloth_profiles, profiles)):
+        wearers = [profile for profile in profiles for _ in range(num_cloths)]
+        if pieces and any(before != after for before, after in zip(cloth_profiles, wearers)):
             raise ValueError(
                 "`cloth_image` was prepared for other colours than the person's: call prepare_cloth with the person's `profile`"
             )
         cloths = [
-            convert_profile(cloth, before, after) for cloth, before, after in zip(cloths, cloth_profiles, profiles)
+            convert_profile(cloth, before, after) for cloth, before, after in zip(cloths, cloth_profiles, wearers)
         ]
         masks, poses = (pictures * count if len(pictures) == 1 else pictures for pictures in (masks, poses))
         for name, pictures in (("mask_image", masks), ("pose_image", poses)):
@@ -2725,6 +2787,7 @@ class StableDiffusionVTONPipeline(
             **cloth,
             channels=self.unet.config.in_channels,
             canvas_dim=2 if self.config.canvas_axis == "height" else 3,
+            num_cloths=inputs.num_cloths,
         )
 
     def _encode_persons(self, inputs: TryOnInputs) -> dict[str, torch.Tensor]:
@@ -2783,12 +2846,14 @@ class StableDiffusionVTONPipeline(
     ) -> None:
         """One pass of the cloths at timestep 0, whose keys and values the processors keep, unless `prepared` brings them."""
         for processor in processors:
-            processor.rows = len(conditioning.person)
+            processor.rows, processor.num_cloths = len(conditioning.person), conditioning.num_cloths
         if prepared and prepared[0].keys_values and not self.cross_attention_kwargs:
             for processor, of_layer in zip(processors, zip(*(cloth.keys_values for cloth in prepared))):
-                processor.cloth = tuple(torch.cat(parts) for parts in zip(*of_layer))
+                processor.keep(*(torch.cat(parts) for parts in zip(*of_layer)))
             return
         rows = conditioning.cloth_rows()
+        if prompt_embeds is not None:  # a person's
+            prompt_embeds = prompt_embeds.repeat_interleave(conditioning.num_cloths, dim=0)
         timesteps = torch.zeros(len(rows), device=rows.device, dtype=torch.long)
         self.unet(
             rows, timesteps, prompt_embeds, cross_attention_kwargs=self.cross_attention_kwargs, return_dict=False
@@ -2878,7 +2943,7 @@ class StableDiffusionVTONPipeline(
     def __call__(
         self,
         person_image: PictureInput | PreparedPerson | list[PreparedPerson],
-        cloth_image: PictureInput | PreparedCloth | list[PreparedCloth],
+        cloth_image: PictureInput | PreparedCloth | list[PreparedCloth] | list[list],
         mask_image: PictureInput | None = None,
         pose_image: PictureInput | None = None,
         cloth_type: str | list[str] = "upper",
@@ -2910,7 +2975,8 @@ class StableDiffusionVTONPipeline(
         Args:
             person_image: one or N photographs: PIL images of any mode and size, arrays (H, W, 3), tensors (3, H, W), batches
                 or lists of them (uint8 is 0-255, floats are 0-1), or what `prepare_person` made of them, mask included.
-            cloth_image: one cloth, or N, in any size, fitted whole on white, or what `prepare_cloth` made of them.
+            cloth_image: one cloth, or N, in any size, fitted whole on white, or what `prepare_cloth` made of them. For several
+                cloths at once a list of lists, equally many for every person: `[[top, skirt]]`; reference mode only.
             mask_image: one mask or N, of their person's size: white (at least one half) where the picture may change. None
                 draws it with the human parser, or needs a mask-free adapter.
             pose_image: one or N, each of its person's size and aligned with them: a skeleton, DensePose or a parse map, painted

@@ -107,10 +107,11 @@ ASPECT_TOLERANCE = 1.1
 HULL_SIDES = 32  # of the polygon that stands for a convex hull
 PROBED_TIMESTEPS = (250, 500, 750)  # where the masked error without, with and with a wrong cloth is logged
 PROBED_PAIRS = 16
-UNLIT = {"mask", "pose"}  # whose values are no colours of things: neither a profile nor the light changes them
+UNLIT = {"mask", "pose", "worn"}  # whose values are no colours of things: neither a profile nor the light changes them
 READING = 2  # counts the changes of how pictures are read: latents cached before one are of other pictures
 SIZED_ROWS = 16  # of a table, whose persons' sizes are looked at
-LATENTS = ("person", "mask", "cloth", "cloth_condition")  # the tensors of `TryOnLatents`
+CLOTH_LATENTS = ("cloth", "cloth_condition")
+LATENTS = ("person", "mask", *CLOTH_LATENTS)  # the tensors of `TryOnLatents`
 GUIDANCE_SCALES, GUIDANCE_STEPS = (1, 1.5, 2, 2.5, 3.5, 5, 7.5), 25
 LOCAL_FLAGS = {"dataset_root", "output_dir", "cache_latents", "resume_from_checkpoint"}  # folders of this machine
 RESUMED_SETTINGS = (  # what a checkpoint's weights have learnt with
@@ -169,6 +170,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--streaming", action="store_true", help="read --dataset_name as it comes instead of downloading it first")
     add("--person_column", default="image", help="the person in the cloth (default image)")
     add("--cloth_column", default="cloth", help="the cloth alone (default cloth)")
+    add("--num_cloths", type=POSITIVE_COUNT, default=1, help="of a person, at most; the others are in columns or folders cloth_2, cloth_3, where there are any, or in DressCode-MR's lists (default 1)")  # fmt: skip
     add("--mask_column", default="mask", help="the agnostic mask (default mask)")
     add("--caption_column", help="a text for every pair, with --cross_attention prompt (default: --prompt for all)")
     add("--condition_column", default="condition", help="--mask_free: column, or folder beside the persons', of the person in another cloth (default condition)")  # fmt: skip
@@ -254,6 +256,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--cache_latents would freeze --augment, and knows neither --streaming nor --caption_column")
     if args.mask_free and "mask" in args.augment:
         parser.error("--augment mask loosens masks, and --mask_free has none")
+    if args.num_cloths > 1 and args.cloth_conditioning == "joint":
+        parser.error(
+            f"--num_cloths {args.num_cloths} needs --cloth_conditioning reference: a joint canvas holds one cloth"
+        )
     if args.pose and args.mask_free:
         parser.error("--pose paints into the hole that a mask leaves, and --mask_free has none")
     if args.pose_folder and not (args.pose and args.dataset_root):
@@ -267,19 +273,30 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
+def cloth_roles(num_cloths: int) -> list[str]:
+    """What the pictures of a person's cloths are called: cloth, cloth_2, and so on."""
+    return ["cloth", *(f"cloth_{number}" for number in range(2, num_cloths + 1))]
+
+
+def is_cloth(role: str) -> bool:
+    return role.partition("_")[0] == "cloth"
+
+
 @dataclass
 class Preparation:
     """Makes of a pair's pictures what a step reads, and of its place in the run the seed of all that is random about it.
 
     An item holds `person` and `cloth` (3, H, W) in [-1, 1], `mask` (1, H, W) 0 or 1, mask-free `condition` and, where asked for,
-    `pose` (3, H, W), its `name`, and a `seed`, so that neither workers nor processes nor a resumed run change what is drawn. Persons, masks and
-    conditions are stretched, cloths are fitted on white, as in the pipeline.
+    `pose` (3, H, W), its `name`, and a `seed`, so that neither workers nor processes nor a resumed run change what is drawn.
+    Persons, masks, conditions and poses are stretched, cloths are fitted on white, as in the pipeline. Of several cloths, `cloth`
+    is (num_cloths, 3, H, W), and `worn` (num_cloths,) is 0 for those that a person has not, which are white.
     """
 
     height: int
     width: int
     seed: int = 0
     augment: Collection[str] = ()
+    num_cloths: int = 1
 
     def __post_init__(self) -> None:
         self.image_processor = VaeImageProcessor()
@@ -292,11 +309,15 @@ class Preparation:
         rng = np.random.default_rng([self.seed, epoch, index, 1])
         pictures = self.move(pictures, rng)
         size = {"height": self.height, "width": self.width}
-        pictures["cloth"] = fit_cloth(pictures["cloth"], **size)
+        pictures |= {role: fit_cloth(pictures[role], **size) for role in pictures if is_cloth(role)}
         item = {"mask": torch.ones(1, self.height, self.width)}  # mask-free
         for role, picture in pictures.items():
             processor = self.mask_processor if role == "mask" else self.image_processor
             item[role] = processor.preprocess(picture, **size)[0]
+        if self.num_cloths > 1:
+            roles, white = cloth_roles(self.num_cloths), torch.ones_like(item["cloth"])
+            worn = torch.tensor([float(role in item) for role in roles])
+            item |= {"cloth": torch.stack([item.pop(role, white) for role in roles]), "worn": worn}
         item = self.recolor(item, rng)
         if "mask" in self.augment:
             item["mask"] = loosen(item["mask"], rng)
@@ -310,7 +331,7 @@ class Preparation:
         if "crop" in self.augment:
             side = rng.uniform(0.8, 1)
             left, top = rng.uniform(0, 1 - side, 2)
-            for role in pictures.keys() - {"cloth"}:
+            for role in [role for role in pictures if not is_cloth(role)]:
                 width, height = pictures[role].size
                 box = (left * width, top * height, (left + side) * width, (top + side) * height)
                 pictures[role] = pictures[role].crop(tuple(round(edge) for edge in box))
@@ -378,8 +399,8 @@ def picture_size(file: Path, where: str) -> tuple[int, int]:
 
 def check_sizes(sizes: dict[str, tuple[int, int]], where: str) -> None:
     """Mask, condition and pose have their person's size, or one sentence says which has not."""
-    for role in sizes.keys() - {"person", "cloth"}:
-        if sizes[role] != sizes["person"]:
+    for role in sizes:
+        if not is_cloth(role) and sizes[role] != sizes["person"]:
             raise ValueError(f"{where}: the {role} has size {sizes[role]}, its person {sizes['person']}")
 
 
@@ -454,6 +475,8 @@ class TreePairs:
         FileNotFoundError, ValueError: a list or a picture is missing or wrong; the sentence names list and line.
     """
 
+    POSES: ClassVar[str] = "openpose_img"
+
     def __init__(
         self,
         root: Path,
@@ -468,7 +491,7 @@ class TreePairs:
     ) -> None:
         self.root, self.roles, self.condition_folder = root, roles, condition_folder
         self.dress_code = any((root / folder).is_dir() for folder in DRESS_CODE_FOLDERS)
-        self.pose_folder = pose_folder or ("skeletons" if self.dress_code else "openpose_img")
+        self.pose_folder = pose_folder or ("skeletons" if self.dress_code else self.POSES)
         self.pairs: list[tuple[str, str, dict[str, Path]]] = []  # name, list and line, files
         self.learnt: dict[
             tuple[str, str], list[int]
@@ -477,14 +500,29 @@ class TreePairs:
             self.read_index(index)
         if checked:
             return
-        self.pairs = []
-        for folder in [name for name in DRESS_CODE_FOLDERS if (root / name).is_dir()] or [split]:
-            for person, cloth, where in self.named_pairs(folder, split, paired):
-                self.pairs.append((f"{person} {cloth}", where, self.files(folder, person, cloth)))
+        self.pairs = self.listed_files(split, paired)
         self.pairs = self.pairs if limit is None else evenly(self.pairs, limit)
         self.check()
         if index is not None:
             self.write_index(index)
+
+    @property
+    def further_cloths(self) -> list[str]:
+        """The roles of a person's cloths beside the first."""
+        return [role for role in self.roles if is_cloth(role) and role != "cloth"]
+
+    def listed_files(self, split: str, paired: bool) -> list[tuple[str, str, dict[str, Path]]]:
+        """Name, list and line, and files of all pairs."""
+        found = []
+        for folder in [name for name in DRESS_CODE_FOLDERS if (self.root / name).is_dir()] or [split]:
+            for person, cloth, where in self.named_pairs(folder, split, paired):
+                found.append((f"{person} {cloth}", where, self.files(folder, person, cloth)))
+        for role in self.further_cloths:
+            if not any(role in files for *_, files in found):
+                raise FileNotFoundError(
+                    f"--num_cloths: nobody in {self.root} has a {role}: {split}/{role}/CLOTH holds them"
+                )
+        return found
 
     def named_pairs(self, folder: str, split: str, paired: bool) -> list[tuple[str, str, str]]:
         """Person, cloth, and list and line, of one folder."""
@@ -520,6 +558,9 @@ class TreePairs:
     def files(self, folder: str, person: str, cloth: str) -> dict[str, Path]:
         persons, masks = ("images", "agnostic_masks") if self.dress_code else ("image", "agnostic-mask")
         files = {"person": inside(self.root, folder, persons, person), "cloth": self.cloth_file(folder, cloth)}
+        for role in self.further_cloths:  # who has no such file wears fewer
+            if not self.dress_code and (file := inside(self.root, folder, role, cloth)).is_file():
+                files[role] = file
         if "mask" in self.roles:
             named = [inside(self.root, folder, masks, Path(person).stem + end) for end in ("_mask.png", ".png")]
             files["mask"] = named[1] if self.dress_code or named[1].is_file() else named[0]
@@ -528,7 +569,7 @@ class TreePairs:
         if "pose" in self.roles:
             places = [inside(self.root, folder, self.pose_folder, name) for name in self.pose_names(person)]
             files["pose"] = next((place for place in places if place.is_file()), places[0])
-        return {role: files[role] for role in self.roles}
+        return {role: files[role] for role in self.roles if role in files}
 
     def pose_names(self, person: str) -> list[str]:
         """What a person's pose may be called: NAME_rendered or NAME; DressCode's ID_5 (skeletons, dense) or ID_4 (label_maps)."""
@@ -587,7 +628,68 @@ class TreePairs:
     def identity(self) -> list:
         """What a cache of these pairs depends on: the files, their sizes and when they were written."""
         files = [(role, str(file)) for _, _, files in self.pairs for role, file in files.items()]
-        return [(file, *self.learnt[role, file][:2]) for role, file in files]
+        return self.further_cloths + [(file, *self.learnt[role, file][:2]) for role, file in files]
+
+
+class OutfitPairs(TreePairs):
+    """Persons and all their cloths, of a folder in DressCode-MR's layout.
+
+    `{train,test}.jsonl`, and `test_unpair.jsonl` with other cloths (else the next person's are taken), name the file of every person
+    in `person`, and of their cloths in `upper`, `lower` and `overall`, empty where there is none; shoes and bags are passed over. Masks, which are not shipped, and
+    poses lie in `annotations/agnostic-mask` and `annotations/dwpose`, beside the folder `person` and by its names, as PNG.
+
+    Args: as for `TreePairs`; its `pose_folder` is one of `annotations`.
+    """
+
+    CLOTHS: ClassVar[tuple[str, ...]] = ("upper", "lower", "overall")
+    POSES: ClassVar[str] = "dwpose"
+
+    @staticmethod
+    def list_of(root: Path, split: str, paired: bool = True) -> Path:
+        return root / f"{split}{'' if paired else '_unpair'}.jsonl"
+
+    def listed_files(self, split: str, paired: bool) -> list[tuple[str, str, dict[str, Path]]]:
+        found, file = [], self.list_of(self.root, split, paired)
+        shuffled = not paired and not file.is_file()
+        file = self.list_of(self.root, split) if shuffled else file
+        for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            if text.strip():
+                found.append((f"{file}, line {number}", *self.named_in(text, f"{file}, line {number}")))
+        if not found:
+            raise ValueError(f"{file} names no persons")
+        outfits = [cloths for _, _, *cloths in found]
+        outfits = outfits[1:] + outfits[:1] if shuffled else outfits
+        return [
+            (" ".join([person, *cloths]), where, self.outfit_files(person, cloths, where))
+            for (where, person, *_), cloths in zip(found, outfits)
+        ]
+
+    def named_in(self, text: str, where: str) -> list[str]:
+        """The files of a line's person and cloths."""
+        try:
+            row = json.loads(text)
+            names = [row["person"], *(row[kind] for kind in self.CLOTHS if row.get(kind))]
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            need = "must be a JSON object with the files of a person and their cloths"
+            raise ValueError(f"{where}: {need}, got {text.strip()!r}") from error
+        if not re.search("(^|/)person/", names[0]):
+            raise ValueError(f"{where}: the person must lie in a folder person, got {names[0]}")
+        return names
+
+    def outfit_files(self, person: str, cloths: list[str], where: str) -> dict[str, Path]:
+        roles = [role for role in self.roles if is_cloth(role)]
+        if not 1 <= len(cloths) <= len(roles):
+            raise ValueError(f"{where}: names {len(cloths)} cloths, and --num_cloths is {len(roles)}")
+        files = {role: inside(self.root, cloth) for role, cloth in zip(roles, cloths)}
+        files["person"] = inside(self.root, person)
+        for role, folder in (
+            ("mask", "agnostic-mask"),
+            ("pose", self.pose_folder),
+            ("condition", self.condition_folder),
+        ):
+            beside = re.sub(r"(^|/)person/", rf"\1annotations/{folder}/", person, count=1)
+            files[role] = inside(self.root, str(Path(beside).with_suffix(".png")))
+        return {role: files[role] for role in self.roles if role in files}
 
 
 def inside(root: Path, *parts: str) -> Path:
@@ -688,6 +790,11 @@ class StreamedPairs(IterableDataset):
                 raise ValueError("--dataset_name has no rows for this process")
 
 
+def column_of(args: argparse.Namespace, role: str) -> str:
+    """Named by the flag of a role; further cloths' are named after the first's."""
+    return args.cloth_column + role.removeprefix("cloth") if is_cloth(role) else getattr(args, f"{role}_column")
+
+
 def load_rows(args: argparse.Namespace, split: str, columns: dict[str, str]) -> Any:
     """A split of --dataset_name with its pictures undecoded."""
     datasets = optional("datasets", "dataset_name")
@@ -697,7 +804,8 @@ def load_rows(args: argparse.Namespace, split: str, columns: dict[str, str]) -> 
         raise ValueError(f"--streaming: {args.dataset_name} names no columns ahead, as parquet, JSON and pictures do")
     for role, column in {**columns, "caption": args.caption_column}.items():
         if column is not None and column not in known:
-            raise ValueError(f"--{role}_column: {args.dataset_name} has the columns {', '.join(known)}, not {column}")
+            flag = "num_cloths" if is_cloth(role) and role != "cloth" else f"{role}_column"
+            raise ValueError(f"--{flag}: {args.dataset_name} has the columns {', '.join(known)}, not {column}")
     for column in columns.values():
         rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows
@@ -719,6 +827,8 @@ def filled(cell: Any, what: str) -> Any:
 def row_pictures(row: dict[str, Any], columns: dict[str, str], name: str) -> dict[str, Image.Image]:
     opened, decode = {}, optional("datasets", "dataset_name").Image().decode_example
     for role, column in columns.items():
+        if row[column] is None and is_cloth(role) and role != "cloth":
+            continue  # who has none wears fewer
         cell = filled(row[column], f"{name}: the column {column}")
         opened[role] = open_picture(partial(decode, cell), f"{name}, column {column}", role)
     check_sizes({role: picture.size for role, picture in opened.items()}, name)
@@ -770,6 +880,11 @@ def cache_key(vae: AutoencoderKL, settings: AdapterSettings, pairs: TreePairs | 
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
+def tree_pairs(root: Path, split: str, *args: Any, **options: Any) -> TreePairs:
+    """A folder's pairs, in whichever layout it is."""
+    return (OutfitPairs if OutfitPairs.list_of(root, split).is_file() else TreePairs)(root, split, *args, **options)
+
+
 def load_pairs(
     args: argparse.Namespace, columns: dict[str, str], accelerator: accelerate.Accelerator
 ) -> TreePairs | RowPairs:
@@ -779,7 +894,7 @@ def load_pairs(
     looked_at = {"index": args.output_dir / "train_pairs.json", "checked": not accelerator.is_main_process}
     with accelerator.main_process_first():
         looked_at["pose_folder"] = args.pose_folder
-        return TreePairs(args.dataset_root, "train", True, tuple(columns), args.condition_column, **looked_at)
+        return tree_pairs(args.dataset_root, "train", True, tuple(columns), args.condition_column, **looked_at)
 
 
 def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -950,8 +1065,9 @@ class Trainer:
         self.step, self.losses, self.grad_norm, self.accumulated = 0, [], 0.0, 0
         self.stop, self.stopping = StopRequest(), False  # of this process; as all processes know
         self.load_base()
-        self.roles = ("person", "cloth", "condition" if args.mask_free else "mask", *(["pose"] if args.pose else []))
-        self.columns = {role: getattr(args, f"{role}_column") for role in self.roles}
+        shown = ["condition" if args.mask_free else "mask", *(["pose"] if args.pose else [])]
+        self.roles = ("person", *cloth_roles(args.num_cloths), *shown)
+        self.columns = {role: column_of(args, role) for role in self.roles}
         self.pairs = load_pairs(args, self.columns, self.accelerator)
         self.load_settings()
         self.checkpoints = Checkpoints(self)
@@ -1019,7 +1135,7 @@ class Trainer:
             width=self.width,
         )
         self.pipe.register_to_config(**asdict(self.settings))
-        self.prepare = Preparation(self.height, self.width, args.seed, args.augment)
+        self.prepare = Preparation(self.height, self.width, args.seed, args.augment, args.num_cloths)
 
     def load_data(self) -> None:
         args, captions = self.args, None
@@ -1099,15 +1215,20 @@ class Trainer:
         """What the VAE makes of a batch: the tensors of `TryOnLatents`, and the posterior of the person to paint; with `unposed`
         also the person without their pose.
         """
-        pictures = {name: batch[name].to(self.accelerator.device) for name in {*self.roles, "mask"}}
+        read = {role for role in self.roles if role == "cloth" or not is_cloth(role)} | {"mask"}
+        pictures = {name: batch[name].to(self.accelerator.device) for name in read}
         shown = pictures["condition" if self.args.mask_free else "person"], pictures["mask"]
         settings = {name: getattr(self.settings, name) for name in ("mask_free", "condition_latents")}
         settings["dtype"] = torch.float32
         options = {"pose": pictures.get("pose"), "channels": self.unet.config.in_channels} | settings
-        conditioning = TryOnLatents.encode(self.vae, *shown, pictures["cloth"], **options)
+        cloths = pictures["cloth"].flatten(0, -4)  # (C, 3, H, W)
+        conditioning = TryOnLatents.encode(self.vae, *shown, cloths, **options)
         posterior = self.vae.encode(pictures["person"].to(self.vae.dtype)).latent_dist
         encoded = {name: getattr(conditioning, name) for name in LATENTS}
         encoded |= {"mean": posterior.mean, "std": posterior.std}
+        if self.args.num_cloths > 1:  # a row for every pair, for the cache
+            outfits = {name: encoded[name].unflatten(0, (-1, self.args.num_cloths)) for name in CLOTH_LATENTS}
+            encoded |= outfits | {"worn": batch["worn"]}
         if unposed:
             encoded["unposed"] = TryOnLatents.encode_person(self.vae, *shown, **settings)["person"]
         return encoded
@@ -1122,9 +1243,14 @@ class Trainer:
             seen = pose_seen.to(batch["mask"].device).view(-1, 1, 1, 1)
             batch = batch | {name: torch.where(seen, batch[name], unseen) for name, unseen in grey.items()}
         encoded = batch if "mean" in batch else self.encode(batch)
-        encoded = {name: encoded[name].to(self.accelerator.device) for name in (*LATENTS, "mean", "std")}
+        wanted = (*LATENTS, "mean", "std", *(["worn"] if self.args.num_cloths > 1 else []))
+        encoded = {name: encoded[name].to(self.accelerator.device) for name in wanted}
         mean, std = encoded.pop("mean"), encoded.pop("std")
-        return TryOnLatents(**encoded, channels=self.unet.config.in_channels), mean, std
+        if self.args.num_cloths > 1:
+            encoded |= {name: encoded[name].flatten(0, 1) for name in CLOTH_LATENTS}
+            encoded["cloth_worn"] = encoded.pop("worn").flatten()
+        channels, num_cloths = self.unet.config.in_channels, self.args.num_cloths
+        return TryOnLatents(**encoded, channels=channels, num_cloths=num_cloths), mean, std
 
     def predict(
         self,
@@ -1137,20 +1263,22 @@ class Trainer:
         """What the UNet sees in `noisy` (B, 4, h, w) or a canvas, at timesteps (B,); where `cloth_seen` (B,) is 0, without
         cloth and text, as a call's unconditional branch.
 
-        Reference mode is one UNet call on `[person rows ; cloth rows]`, the cloth rows at timestep 0.
+        Reference mode is one UNet call on `[person rows ; cloth rows]`, the cloth rows at timestep 0, a person's together.
         """
         count = len(noisy)
         if self.args.cloth_conditioning == "joint":
             rows, seen = conditioning.canvas_rows(noisy, cloth_seen.view(-1, 1, 1, 1)), None
         else:
-            rows = torch.cat([conditioning.person_rows(noisy), conditioning.cloth_rows()])
-            timesteps = torch.cat([timesteps, torch.zeros_like(timesteps)])
-            seen = torch.cat([cloth_seen, torch.ones_like(cloth_seen)])[:, None]
+            cloths, worn = conditioning.cloth_rows(), conditioning.cloth_worn
+            rows = torch.cat([conditioning.person_rows(noisy), cloths])
+            timesteps = torch.cat([timesteps, timesteps.new_zeros(len(cloths))])
+            seen = torch.cat([cloth_seen, cloth_seen.new_ones(len(cloths)) if worn is None else worn])[:, None]
         embeds = self.prompt_embeds
         if embeds is not None:
             embeds = embeds.expand(count, -1, -1) if captions is None else self.embed(captions)
             of_persons = torch.where(cloth_seen.view(-1, 1, 1) > 0, embeds, self.empty_embeds)
-            embeds = torch.cat([of_persons, embeds]) if len(rows) > count else of_persons
+            of_cloths = embeds.repeat_interleave(conditioning.num_cloths, dim=0)
+            embeds = torch.cat([of_persons, of_cloths]) if len(rows) > count else of_persons
         with self.accelerator.autocast():
             return self.model(rows, timesteps, embeds, attention_mask=seen, return_dict=False)[0][:count].float()
 
@@ -1250,7 +1378,8 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the end, or until asked to stop; returns whether it came to the end."""
-        processor = ClothBesideAttnProcessor if self.args.cloth_conditioning == "reference" else None
+        processor = partial(ClothBesideAttnProcessor, self.args.num_cloths)
+        processor = processor if self.args.cloth_conditioning == "reference" else None
         self.checkpoints.resume()
         hidden = not self.accelerator.is_local_main_process
         bar = tqdm(total=self.total_steps, initial=self.step, desc="train", disable=hidden)
@@ -1319,7 +1448,7 @@ class Validation:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         pairs, self.tryons = self.test_rows() if self.args.dataset_name is not None else self.test_tree()
-        paired = PairDataset(pairs, Preparation(trainer.height, trainer.width, self.args.seed))
+        paired = PairDataset(pairs, replace(trainer.prepare, augment=()))
         self.paired = Subset(paired, range(min(PROBED_PAIRS, len(pairs))))
         self.probes = self.encode_probes()
         self.guidance_errors: dict[float, float] = {}
@@ -1327,11 +1456,11 @@ class Validation:
     def test_tree(self) -> tuple[TreePairs | list, list[tuple[str, dict]]]:
         args, root, roles, paired, tryons = self.args, self.args.dataset_root, self.trainer.roles, [], []
         lists = [*root.glob("test_pairs*.txt"), *root.glob("*/test_pairs*.txt")]
-        if not any(read_list(file) for file in lists):
+        if not any(read_list(file) for file in lists) and not OutfitPairs.list_of(root, "test").is_file():
             return [], []
         try:
             place = {"limit": PROBED_PAIRS, "pose_folder": args.pose_folder}
-            paired = TreePairs(root, "test", True, roles, args.condition_column, **place)
+            paired = tree_pairs(root, "test", True, roles, args.condition_column, **place)
         except FileNotFoundError as error:
             if not (args.mask_free or isinstance(error, NoOwnCloths)):
                 raise
@@ -1339,7 +1468,7 @@ class Validation:
         if args.num_validation_pairs:
             shown = [role for role in roles if role != "condition"]
             place = {"limit": args.num_validation_pairs, "pose_folder": args.pose_folder}
-            unpaired = TreePairs(root, "test", False, shown, **place)
+            unpaired = tree_pairs(root, "test", False, shown, **place)
             tryons = [(unpaired.name(i), unpaired.pictures(i)) for i in range(len(unpaired))]
         return paired, tryons
 
@@ -1350,12 +1479,25 @@ class Validation:
             return [], []
         pairs = RowPairs(list(load_rows(args, "test", columns).take(wanted)), columns, "test row")
         shown = range(min(args.num_validation_pairs, len(pairs)))
-        others = [pairs.pictures((i + 1) % len(pairs))["cloth"] for i in shown]
-        return pairs, [(pairs.name(i), pairs.pictures(i) | {"cloth": cloth}) for i, cloth in zip(shown, others)]
+        tryons = []
+        for i in shown:
+            own, other = (pairs.pictures(index % len(pairs)) for index in (i, i + 1))
+            person = {role: picture for role, picture in own.items() if not is_cloth(role)}
+            cloths = {role: picture for role, picture in other.items() if is_cloth(role)}
+            tryons.append((pairs.name(i), person | cloths))
+        return pairs, tryons
 
     def batches(self) -> DataLoader:
-        """The test persons in their own cloths, as many at a time as training takes."""
-        return DataLoader(self.paired, batch_size=self.args.train_batch_size)
+        """The test persons in their own cloths, as many at a time as training takes; one by one where they may wear unequally many."""
+        size = self.args.train_batch_size if self.args.num_cloths == 1 else 1
+        return DataLoader(self.paired, batch_size=size)
+
+    def shown_cloths(self, batch: dict[str, Any]) -> Tensor | list[list[Tensor]]:
+        """The cloths of a batch in [0, 1], as a call takes them."""
+        cloths = batch["cloth"] / 2 + 0.5
+        if self.args.num_cloths == 1:
+            return cloths
+        return [list(of_person[worn > 0]) for of_person, worn in zip(cloths, batch["worn"])]
 
     def encode_probes(self) -> dict[str, Tensor] | None:
         """Latents and seeds (N, ...) of `paired`; None for less than two, of whom none has a wrong cloth."""
@@ -1378,7 +1520,8 @@ class Validation:
         While the cloth is being read, right < none < wrong.
         """
         trainer, scheduler, errors, masked = self.trainer, self.trainer.noise_scheduler, defaultdict(float), 0.0
-        others = {name: self.probes[name].roll(1, 0) for name in ("cloth", "cloth_condition")}
+        of_cloths = {*CLOTH_LATENTS, "worn"} & self.probes.keys()
+        others = {name: self.probes[name].roll(1, 0) for name in of_cloths}
         for rows in torch.arange(len(self.probes["seed"])).split(self.args.train_batch_size):
             batch = {name: tensor[rows] for name, tensor in self.probes.items()}
             conditioning, mean, _ = trainer.latents(batch)
@@ -1417,17 +1560,19 @@ class Validation:
 
     def save_grid(self) -> None:
         size, tiles = {"height": self.trainer.height, "width": self.trainer.width}, []
+        roles = cloth_roles(self.args.num_cloths)
         for name, pictures in self.tryons:
-            person, cloth = pictures["person"], pictures["cloth"]
+            person, cloths = pictures["person"], [pictures[role] for role in roles if role in pictures]
             generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed)
             with forgiven(f"trying on {name}"):
                 options = {"pose_image": pictures.get("pose"), "generator": generator}
-                (result,) = self.try_on(person, cloth, pictures.get("mask"), **options)
-                shown = (person, fit_cloth(cloth, **size), result)
+                (result,) = self.try_on(person, [cloths], pictures.get("mask"), **options)
+                cloths += [Image.new("RGB", person.size, "white")] * (len(roles) - len(cloths))
+                shown = (person, *(fit_cloth(cloth, **size) for cloth in cloths), result)
                 tiles += [picture.resize((size["width"], size["height"])) for picture in shown]
         if not tiles:
             return
-        grid = make_image_grid(tiles, rows=len(tiles) // 3, cols=3)
+        grid = make_image_grid(tiles, rows=len(tiles) // (2 + len(roles)), cols=2 + len(roles))
         file = self.args.output_dir / "validation" / f"step-{self.trainer.step:06d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         grid.save(file)
@@ -1457,7 +1602,7 @@ class Validation:
             for batch in self.batches():
                 truth, mask = batch["person"] / 2 + 0.5, batch["mask"]
                 person = batch["condition"] / 2 + 0.5 if self.args.mask_free else truth
-                shown = (person, batch["cloth"] / 2 + 0.5, None if self.args.mask_free else mask)
+                shown = (person, self.shown_cloths(batch), None if self.args.mask_free else mask)
                 pose = batch["pose"] / 2 + 0.5 if self.args.pose else None
                 for scale in errors:
                     generators = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]

@@ -1433,7 +1433,7 @@ def test_arguments_that_are_wrong(capsys, changed, message):
 
 NUMBERS = {
     "a positive whole number": (
-        "height width lora_rank train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
+        "height width lora_rank num_cloths train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
         "checkpointing_steps validation_steps", "0 -1",
     ),
     "a whole number from 0": (
