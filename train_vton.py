@@ -1376,14 +1376,18 @@ class Trainer:
             yield from accelerate.skip_first_batches(self.loader, skip) if skip else self.loader
             epoch, skip = epoch + 1, 0
 
+    @property
+    def self_attention(self) -> Callable[[], ClothBesideAttnProcessor] | None:
+        """Makes the processors of every `attn1`; None leaves them, as joint mode does."""
+        reference = self.args.cloth_conditioning == "reference"
+        return partial(ClothBesideAttnProcessor, self.args.num_cloths) if reference else None
+
     def run(self) -> bool:
         """Train to the end, or until asked to stop; returns whether it came to the end."""
-        processor = partial(ClothBesideAttnProcessor, self.args.num_cloths)
-        processor = processor if self.args.cloth_conditioning == "reference" else None
         self.checkpoints.resume()
         hidden = not self.accelerator.is_local_main_process
         bar = tqdm(total=self.total_steps, initial=self.step, desc="train", disable=hidden)
-        with vton_attention(self.unet, processor, self.args.cross_attention):
+        with vton_attention(self.unet, self.self_attention, self.args.cross_attention):
             with bar, self.stop:
                 batches, losses, started = self.batches(), [], time.time()
                 while self.step < self.total_steps and not self.stopping:

@@ -203,7 +203,8 @@ class TryOn:
     def cloth(self, pair: Pair, person: PreparedPerson) -> PreparedCloth:
         key = (pair.cloth, person.height, person.width, person.profile)
         if key not in self.cloths:
-            prepared = self.pipe.prepare_cloth(open_picture(pair.cloth), *key[1:])
+            options = {"cloth_scale": self.args.cloth_scale, "trim_cloth": self.args.trim_cloth}
+            prepared = self.pipe.prepare_cloth(open_picture(pair.cloth), *key[1:], **options)
             keep(self.cloths, key, prepared, CLOTHS_KEPT)
         return self.cloths[key]
 
@@ -333,11 +334,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="size to work at (default: the person's aspect at the adapter's area)",
     )
     add("--width", type=positive, metavar="N", help="likewise")
+    add("--cloth_scale", type=float, default=1.0, metavar="X", help="read cloths at so many times the size, 1 to 2, for fine prints (default 1)")  # fmt: skip
+    add("--trim_cloth", action="store_true", help="cut the white around a cloth away, so that it fills its picture")
     add("--batch_size", type=positive, default=1, metavar="N", help="pairs at a time (default 1)")
     args = parser.parse_args(input_args)
     scheduler = getattr(diffusers, args.scheduler or "DDPMScheduler", None)
     if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
         parser.error(f"--scheduler must be the name of a diffusers scheduler, got {args.scheduler}")
+    if not 1 <= args.cloth_scale <= 2:
+        parser.error(f"--cloth_scale must be from 1 to 2, got {args.cloth_scale}")
     if args.mask is not None and not args.mask.exists():
         parser.error(f"--mask: there is no {args.mask}")
     if args.pose is not None and not args.pose.exists():

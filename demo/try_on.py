@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,9 +99,12 @@ def noises(seed: int, start: int, stop: int) -> list[torch.Generator]:
 
 
 def try_on(
-    pipe: DiffusionPipeline, lines: Sequence[Line], steps: int, seed: int, scale: float | None = None
+    pipe: DiffusionPipeline, lines: Sequence[Line], steps: int, seed: int, scale: float | None = None, **options: Any
 ) -> list[Image.Image]:
-    """Every cloth on its person, with the pose where the adapter reads poses; `scale` None is the adapter's own guidance."""
+    """Every cloth on its person, with the pose where the adapter reads poses; `scale` None is the adapter's own guidance.
+
+    `options` are a call's.
+    """
     results, posed = [], pipe.config.pose == "painted"
     for start in range(0, len(lines), BATCH_SIZE):
         batch = lines[start : start + BATCH_SIZE]
@@ -112,6 +116,7 @@ def try_on(
             num_inference_steps=steps,
             guidance_scale=scale,
             generator=noises(seed, start, start + len(batch)),
+            **options,
         ).images
     return results
 
