@@ -480,8 +480,8 @@ class TreeSource:
     def read(self, setting: str) -> EvaluatedPairs:
         roles = ["person", "cloth"] + ["mask"] * self.masked + ["pose"] * self.posed
         roles += ["condition"] * (self.conditioned and setting == "paired")
-        place = (self.root, self.split, setting == "paired", roles, self.condition_folder)
-        return EvaluatedPairs(self.frozen, *place, pose_folder=self.pose_folder)
+        folders = {"condition_folder": self.condition_folder, "pose_folder": self.pose_folder}
+        return EvaluatedPairs(self.frozen, self.root, self.split, setting == "paired", roles, **folders)
 
     def read_factors(self) -> dict[Line, dict[str, dict[str, str | None]]]:
         """Of every line that factors.jsonl has: `factors` and `attributes`."""

@@ -168,6 +168,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_name", help="or what datasets.load_dataset takes: a Hub repository, a folder of parquet files or pictures")  # fmt: skip
     add("--dataset_config_name", help="its configuration (default: its only one)")
     add("--streaming", action="store_true", help="read --dataset_name as it comes instead of downloading it first")
+    add("--category", choices=("all", *DRESS_CODE_FOLDERS), default="all", help="of DressCode's layout (default all)")
     add("--person_column", default="image", help="the person in the cloth (default image)")
     add("--cloth_column", default="cloth", help="the cloth alone (default cloth)")
     add("--num_cloths", type=POSITIVE_COUNT, default=1, help="of a person, at most; the others are in columns or folders cloth_2, cloth_3, where there are any, or in DressCode-MR's lists (default 1)")  # fmt: skip
@@ -250,6 +251,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--overwrite_output_dir would discard what --resume_from_checkpoint latest looks for: give one of them")  # fmt: skip
     if args.streaming and (args.dataset_name is None or args.max_train_steps is None):
         parser.error("--streaming needs --dataset_name and, its length being unknown, --max_train_steps")
+    if args.category != "all" and args.dataset_root is None:
+        parser.error(f"--category {args.category} needs --dataset_root in DressCode's layout")
     if args.caption_column and (args.dataset_name is None or args.cross_attention != "prompt"):
         parser.error(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
     if args.cache_latents and (args.augment or args.streaming or args.caption_column):
@@ -465,6 +468,7 @@ class TreePairs:
         split: `train` or `test`.
         paired: every person in a cloth that they wear; or, of `test`, with somebody else's.
         roles: which pictures to read; a mask-free `condition` is the person in another cloth.
+        category: of DressCode's layout `upper_body`, `lower_body` or `dresses`, or all that are there.
         condition_folder: where conditions lie, beside the persons' folder and by the persons' names.
         pose_folder: where poses lie, beside the persons' folder and by the names of `pose_names`; None is the layout's own.
         limit: take no more pairs than this, evenly spread; None takes all.
@@ -483,6 +487,7 @@ class TreePairs:
         split: str,
         paired: bool,
         roles: Collection[str] = ("person", "cloth", "mask"),
+        category: str = "all",
         condition_folder: str = "condition",
         limit: int | None = None,
         index: Path | None = None,
@@ -490,7 +495,8 @@ class TreePairs:
         pose_folder: str | None = None,
     ) -> None:
         self.root, self.roles, self.condition_folder = root, roles, condition_folder
-        self.dress_code = any((root / folder).is_dir() for folder in DRESS_CODE_FOLDERS)
+        folders = [folder for folder in DRESS_CODE_FOLDERS if (root / folder).is_dir()]
+        self.dress_code = bool(folders)
         self.pose_folder = pose_folder or ("skeletons" if self.dress_code else self.POSES)
         self.pairs: list[tuple[str, str, dict[str, Path]]] = []  # name, list and line, files
         self.learnt: dict[
@@ -500,7 +506,13 @@ class TreePairs:
             self.read_index(index)
         if checked:
             return
-        self.pairs = self.listed_files(split, paired)
+        if category != "all":
+            if category not in folders:
+                raise FileNotFoundError(
+                    f"category {category!r} needs the folder {root / category} of DressCode's layout"
+                )
+            folders = [category]
+        self.pairs = self.listed_files(folders or [split], split, paired)
         self.pairs = self.pairs if limit is None else evenly(self.pairs, limit)
         self.check()
         if index is not None:
@@ -511,10 +523,10 @@ class TreePairs:
         """The roles of a person's cloths beside the first."""
         return [role for role in self.roles if is_cloth(role) and role != "cloth"]
 
-    def listed_files(self, split: str, paired: bool) -> list[tuple[str, str, dict[str, Path]]]:
+    def listed_files(self, folders: list[str], split: str, paired: bool) -> list[tuple[str, str, dict[str, Path]]]:
         """Name, list and line, and files of all pairs."""
         found = []
-        for folder in [name for name in DRESS_CODE_FOLDERS if (self.root / name).is_dir()] or [split]:
+        for folder in folders:
             for person, cloth, where in self.named_pairs(folder, split, paired):
                 found.append((f"{person} {cloth}", where, self.files(folder, person, cloth)))
         for role in self.further_cloths:
@@ -648,7 +660,7 @@ class OutfitPairs(TreePairs):
     def list_of(root: Path, split: str, paired: bool = True) -> Path:
         return root / f"{split}{'' if paired else '_unpair'}.jsonl"
 
-    def listed_files(self, split: str, paired: bool) -> list[tuple[str, str, dict[str, Path]]]:
+    def listed_files(self, folders: list[str], split: str, paired: bool) -> list[tuple[str, str, dict[str, Path]]]:
         found, file = [], self.list_of(self.root, split, paired)
         shuffled = not paired and not file.is_file()
         file = self.list_of(self.root, split) if shuffled else file
@@ -893,8 +905,8 @@ def load_pairs(
         return RowPairs(load_rows(args, "train", columns), columns)
     looked_at = {"index": args.output_dir / "train_pairs.json", "checked": not accelerator.is_main_process}
     with accelerator.main_process_first():
-        looked_at["pose_folder"] = args.pose_folder
-        return tree_pairs(args.dataset_root, "train", True, tuple(columns), args.condition_column, **looked_at)
+        roles, looked_at["pose_folder"] = tuple(columns), args.pose_folder
+        return tree_pairs(args.dataset_root, "train", True, roles, args.category, args.condition_column, **looked_at)
 
 
 def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -1459,12 +1471,12 @@ class Validation:
 
     def test_tree(self) -> tuple[TreePairs | list, list[tuple[str, dict]]]:
         args, root, roles, paired, tryons = self.args, self.args.dataset_root, self.trainer.roles, [], []
-        lists = [*root.glob("test_pairs*.txt"), *root.glob("*/test_pairs*.txt")]
+        lists = [*root.glob("test_pairs*.txt"), *root.glob(f"{args.category.replace('all', '*')}/test_pairs*.txt")]
         if not any(read_list(file) for file in lists) and not OutfitPairs.list_of(root, "test").is_file():
             return [], []
         try:
             place = {"limit": PROBED_PAIRS, "pose_folder": args.pose_folder}
-            paired = tree_pairs(root, "test", True, roles, args.condition_column, **place)
+            paired = tree_pairs(root, "test", True, roles, args.category, args.condition_column, **place)
         except FileNotFoundError as error:
             if not (args.mask_free or isinstance(error, NoOwnCloths)):
                 raise
@@ -1472,7 +1484,7 @@ class Validation:
         if args.num_validation_pairs:
             shown = [role for role in roles if role != "condition"]
             place = {"limit": args.num_validation_pairs, "pose_folder": args.pose_folder}
-            unpaired = tree_pairs(root, "test", False, shown, **place)
+            unpaired = tree_pairs(root, "test", False, shown, args.category, **place)
             tryons = [(unpaired.name(i), unpaired.pictures(i)) for i in range(len(unpaired))]
         return paired, tryons
 

@@ -253,11 +253,10 @@ class VAETraining:
         self.vae.quant_conv.bias[4:] = -8.0  # the posterior starts almost without noise
 
     def draw(self) -> torch.Tensor:
-        """Half a batch (B / 2, 3, H, W) in [-1, 1]: three people to two cloths, one in six behind a mask."""
+        """A batch (B, 3, H, W) in [-1, 1]: three people to two cloths, one in six behind a mask."""
         batch = []
-        total = math.ceil(self.args.batch_size / 2)  # a picture here costs as much as two of the UNet's latents
-        people = round(total * PEOPLE_SHARE)
-        for name, count in (("person", people), ("cloth", total - people)):
+        people = round(self.args.batch_size * PEOPLE_SHARE)
+        for name, count in (("person", people), ("cloth", self.args.batch_size - people)):
             kind = self.pictures[name]
             chosen = torch.randint(len(kind.images), (count,))
             images = to_model(kind.images[chosen])

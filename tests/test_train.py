@@ -1124,6 +1124,18 @@ def test_a_limit_takes_pairs_of_all_lists(dress_code):
     assert {Path(files["person"]).parts[-3] for _, _, files in pairs.pairs} == {"upper_body", "lower_body", "dresses"}
 
 
+def test_one_category_alone_is_trained_and_tried_on(bases, dress_code, own_data, tmp_path):
+    trainer = trainer_of(bases[9], dress_code, tmp_path, category="upper_body", num_validation_pairs=2)
+    read = [files["person"] for _, _, files in trainer.pairs.pairs]
+    assert read and {file.parts[-3] for file in read} == {"upper_body"}
+    persons = {
+        line.split()[0] for line in (dress_code / "upper_body/test_pairs_unpaired.txt").read_text().splitlines()
+    }
+    assert {name.split()[0] for name, _ in trainer.validation.tryons} <= persons
+    with pytest.raises(FileNotFoundError, match="category 'lower_body' needs the folder"):
+        TreePairs(own_data, "train", True, category="lower_body")
+
+
 def test_cloths_are_trained_in_their_persons_colours(own_data):
     """As a call shows them to the UNet."""
     before, cloth = tree(own_data)[0], own_data / "train/cloth/00000_00.png"
