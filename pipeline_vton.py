@@ -360,7 +360,7 @@ def _cut(picture: torch.Tensor, region: tuple[int, int, int, int]) -> torch.Tens
 
 
 def trim_margins(cloth: Image.Image) -> Image.Image:
-    """A cloth without the white around it, but for a rim of 2 % of its larger side; white is 250 and more of 255 in all channels."""
+    """A cloth without the white around it, but for a rim of 2 % of its larger side; white is 250 to 255 in every channel."""
     coloured = torch.from_numpy(np.asarray(cloth.convert("RGB")).min(axis=-1) < 250)
     if not coloured.any():
         return cloth
@@ -868,9 +868,7 @@ class ClothCacheAttnProcessor(ClothAttnProcessor):
     """
 
     def __init__(self) -> None:
-        self.cloth: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # of each of P persons, (P, tokens, heads, head_dim)
-        )
+        self.cloth: tuple[torch.Tensor, torch.Tensor] | None = None  # of 1 or N persons, (P, tokens, heads, head_dim)
         self.rows = 0  # conditional rows of a denoising batch
         self.num_cloths = 1  # of a person
 
@@ -2445,8 +2443,8 @@ class VTONInputsMixin:
         pieces: list[PreparedCloth] | None,
         num_cloths: int,
     ) -> tuple[list, list, list, list | None, list, list | None]:
-        """Persons (N), cloths (1 or N, times `num_cloths`) in their persons' colours, masks and poses (N), the persons' ICC profiles, prepared
-        people (N).
+        """Persons (N), cloths (1 or N, times `num_cloths`) in their persons' colours, masks, poses and ICC profiles of the persons,
+        prepared people (N each).
         """
         if people:
             persons, profiles = [p.picture for p in people], [p.profile for p in people]

@@ -646,9 +646,10 @@ class TreePairs:
 class OutfitPairs(TreePairs):
     """Persons and all their cloths, of a folder in DressCode-MR's layout.
 
-    `{train,test}.jsonl`, and `test_unpair.jsonl` with other cloths (else the next person's are taken), name the file of every person
-    in `person`, and of their cloths in `upper`, `lower` and `overall`, empty where there is none; shoes and bags are passed over. Masks, which are not shipped, and
-    poses lie in `annotations/agnostic-mask` and `annotations/dwpose`, beside the folder `person` and by its names, as PNG.
+    `{train,test}.jsonl`, and `test_unpair.jsonl` with other cloths (without it, the next person's are taken), name the file of every
+    person in `person`, and of their cloths in `upper`, `lower` and `overall`, empty where there is none; shoes and bags are passed
+    over. Masks, which are not shipped, and poses lie in `annotations/agnostic-mask` and `annotations/dwpose`, beside the folder
+    `person` and by its names, as PNG.
 
     Args: as for `TreePairs`; its `pose_folder` is one of `annotations`.
     """
@@ -681,10 +682,12 @@ class OutfitPairs(TreePairs):
         try:
             row = json.loads(text)
             names = [row["person"], *(row[kind] for kind in self.CLOTHS if row.get(kind))]
+            inside_person = re.search("(^|/)person/", names[0])
+            " ".join(names)  # texts, all of them
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             need = "must be a JSON object with the files of a person and their cloths"
             raise ValueError(f"{where}: {need}, got {text.strip()!r}") from error
-        if not re.search("(^|/)person/", names[0]):
+        if not inside_person:
             raise ValueError(f"{where}: the person must lie in a folder person, got {names[0]}")
         return names
 
