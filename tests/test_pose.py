@@ -266,7 +266,7 @@ def test_flags_that_do_not_go_together(capsys, changed, message):
 
 
 def test_figures_are_measured_with_the_poses(base, trained, own, tmp_path):
-    options = {"setting": "paired", "metrics": ["psnr"]}
+    options = {"setting": "paired", "metrics": ["psnr"], "height": 32, "width": 24}
     report = evaluate(tmp_path / "posed", own, base, adapter=trained, **options)
     assert report["made"]["poses"] == "the layout's own"
     shutil.copytree(own / "test/openpose_img", own / "test/others")
