@@ -113,6 +113,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cloth_column", default="cloth", help="the cloth alone (default cloth)")
     add("--mask_column", default="mask", help="the agnostic mask (default mask)")
     add("--condition_column", default="condition", help="paired and mask-free: column, or folder beside the persons', of the person in another cloth (default condition)")  # fmt: skip
+    add("--pose_column", default="pose", help="of an adapter that reads poses: their column (default pose)")
+    add("--pose_folder", help="of an adapter that reads poses: their folder beside the persons' (default: openpose_img, DressCode's skeletons)")  # fmt: skip
     parser.set_defaults(caption_column=None)  # which load_rows asks for
     add("--split", default="test", help="whose pairs are taken (default test)")
     add("--setting", choices=(*SETTINGS, "both"), default="both", help="own cloths, other cloths, or both (default)")
@@ -410,9 +412,9 @@ class EvaluatedPairs(TreePairs):
     With `frozen` they are its lines, whatever lists the tree has.
     """
 
-    def __init__(self, frozen: Path | None, *args: Any) -> None:
+    def __init__(self, frozen: Path | None, *args: Any, **options: Any) -> None:
         self.frozen, self.names = frozen, []
-        super().__init__(*args)
+        super().__init__(*args, **options)
 
     def named_pairs(self, folder: str, split: str, paired: bool) -> list[tuple[str, str, str]]:
         named = super().named_pairs(folder, split, paired) if self.frozen is None else self.listed(folder, paired)
@@ -447,8 +449,8 @@ class TreeSource:
     Args:
         root, split: as in `TreePairs`.
         settings: of `paired` and `unpaired`.
-        masked, conditioned: whether masks are read, and in paired lines the person in another cloth.
-        condition_folder: where that lies, beside the persons' folder.
+        masked, conditioned, posed: whether masks are read, in paired lines the person in another cloth, and poses.
+        condition_folder, pose_folder: where these lie, as in `TreePairs`.
         frozen: a list that another run wrote, in place of the tree's own.
     """
 
@@ -459,6 +461,8 @@ class TreeSource:
     conditioned: bool = False
     condition_folder: str = "condition"
     frozen: Path | None = None
+    posed: bool = False
+    pose_folder: str | None = None
 
     def __post_init__(self) -> None:
         self.places: dict[Line, tuple[EvaluatedPairs, int]] = {}
@@ -474,10 +478,10 @@ class TreeSource:
         self.known = self.read_factors()
 
     def read(self, setting: str) -> EvaluatedPairs:
-        roles = (
-            ["person", "cloth"] + ["mask"] * self.masked + ["condition"] * (self.conditioned and setting == "paired")
-        )
-        return EvaluatedPairs(self.frozen, self.root, self.split, setting == "paired", roles, self.condition_folder)
+        roles = ["person", "cloth"] + ["mask"] * self.masked + ["pose"] * self.posed
+        roles += ["condition"] * (self.conditioned and setting == "paired")
+        folders = {"condition_folder": self.condition_folder, "pose_folder": self.pose_folder}
+        return EvaluatedPairs(self.frozen, self.root, self.split, setting == "paired", roles, **folders)
 
     def read_factors(self) -> dict[Line, dict[str, dict[str, str | None]]]:
         """Of every line that factors.jsonl has: `factors` and `attributes`."""
@@ -525,10 +529,11 @@ class RowSource:
     args: argparse.Namespace
     masked: bool = True
     conditioned: bool = False
+    posed: bool = False
 
     def __post_init__(self) -> None:
         args = self.args
-        roles = ["person", "cloth"] + ["mask"] * self.masked
+        roles = ["person", "cloth"] + ["mask"] * self.masked + ["pose"] * self.posed
         conditioned = ["condition"] * (self.conditioned and args.setting != "unpaired")
         columns = {role: getattr(args, f"{role}_column") for role in roles + conditioned}
         rows = load_rows(args, args.split, columns)
@@ -664,7 +669,7 @@ class Model:
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.pipe = args, load_pipeline(args, device)
-        self.mask_free = self.pipe.config.mask_free
+        self.mask_free, self.posed = self.pipe.config.mask_free, self.pipe.config.pose == "painted"
 
     def working_size(self, person: Image.Image) -> tuple[int, int]:
         return self.pipe.resolve_size(person.height, person.width, self.args.height, self.args.width)
@@ -672,7 +677,9 @@ class Model:
     def describe(self, size: tuple[int, int]) -> dict[str, Any]:
         """All that the pictures depend on, beside the lines."""
         args, pipe = self.args, self.pipe
-        eta = {} if args.eta is None else {"eta": args.eta}
+        said = {} if args.eta is None else {"eta": args.eta}
+        if self.posed:
+            said["poses"] = args.pose_folder or ("the layout's own" if args.dataset_root else args.pose_column)
         return {
             "model": args.model,
             "revision": args.revision,
@@ -683,7 +690,7 @@ class Model:
             "guidance_scale": pipe.config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
             "working_size": list(size),
             "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        } | eta
+        } | said
 
     def draw_mask(self, line: Line, person: Image.Image) -> Image.Image:
         kind = CLOTH_TYPES.get(line.category, self.args.cloth_type)
@@ -697,6 +704,7 @@ class Model:
             pictures.get("condition", pictures["person"]),
             pictures["cloth"],
             pictures.get("mask"),
+            pictures.get("pose"),
             height=size[0],
             width=size[1],
             num_inference_steps=args.num_inference_steps,
@@ -711,7 +719,7 @@ class Model:
 class Predictions:
     """Pictures that another model made, in [SETTING/][CATEGORY/], named PERSON__CLOTH or PERSON as the lists name them."""
 
-    mask_free = False
+    mask_free = posed = False
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.folder, self.both = args.pred_dir, args.setting == "both"
@@ -1194,9 +1202,9 @@ class Evaluation:
         self.failures: list[dict[str, str]] = []
         self.model = (Model if args.pred_dir is None else Predictions)(args, device)
         self.masks = args.masks or ("none" if self.model.mask_free else "files")
-        shown = {"masked": self.masks == "files", "conditioned": self.model.mask_free}
+        shown = {"masked": self.masks == "files", "conditioned": self.model.mask_free, "posed": self.model.posed}
         if args.dataset_root is not None:
-            shown |= {"condition_folder": args.condition_column, "frozen": args.list}
+            shown |= {"condition_folder": args.condition_column, "pose_folder": args.pose_folder, "frozen": args.list}
             self.source = TreeSource(args.dataset_root, args.split, settings_of(args), **shown)
         else:
             self.source = RowSource(args, **shown)

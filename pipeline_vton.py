@@ -221,6 +221,22 @@ def _listed(pictures: PictureInput, name: str) -> list[Image.Image | np.ndarray 
     return list(pictures)
 
 
+def as_outfits(cloths: Any) -> tuple[Any, int]:
+    """`cloth_image` without its nesting, where it has any, and how many cloths a person wears, whose pictures stand together.
+
+    Raises:
+        ValueError: one person's cloths are no list, or not as many as another's.
+    """
+    if not isinstance(cloths, (list, tuple)) or not any(isinstance(one, (list, tuple)) for one in cloths):
+        return cloths, 1
+    counts = [len(one) if isinstance(one, (list, tuple)) else "a single one" for one in cloths]
+    if counts[0] == 0 or len(set(counts)) > 1:
+        raise ValueError(
+            f"`cloth_image` must be pictures, or lists of equally many for every person, got {shown(counts)} cloths"
+        )
+    return [cloth for outfit in cloths for cloth in outfit], counts[0]
+
+
 def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, background: str) -> torch.Tensor:
     """One picture as (3, H, W) in [0, 1]; what is transparent shows the background."""
     picture = _as_array(picture, name, background) if isinstance(picture, Image.Image) else picture
@@ -343,8 +359,21 @@ def _cut(picture: torch.Tensor, region: tuple[int, int, int, int]) -> torch.Tens
     return picture[:, top:bottom, left:right]
 
 
-def fit_cloth(cloth: Image.Image, height: int, width: int) -> Image.Image:
-    """The whole cloth, centred on white, at height x width."""
+def trim_margins(cloth: Image.Image) -> Image.Image:
+    """A cloth without the white around it, but for a rim of 2 % of its larger side; white is 250 to 255 in every channel."""
+    coloured = torch.from_numpy(np.asarray(cloth.convert("RGB")).min(axis=-1) < 250)
+    if not coloured.any():
+        return cloth
+    top, bottom, left, right = _extent(coloured)
+    rim = round(0.02 * max(bottom - top, right - left))
+    return cloth.crop(
+        (max(0, left - rim), max(0, top - rim), min(cloth.width, right + rim), min(cloth.height, bottom + rim))
+    )
+
+
+def fit_cloth(cloth: Image.Image, height: int, width: int, trim: bool = False) -> Image.Image:
+    """The whole cloth, centred on white, at height x width; with `trim` as large as it can be (`trim_margins`)."""
+    cloth = trim_margins(cloth) if trim else cloth
     return ImageOps.pad(cloth, (width, height), method=Image.Resampling.LANCZOS, color="white")
 
 
@@ -695,10 +724,12 @@ class TryOnLatents:
 
     person: torch.Tensor  # (B, 4, h, w), what is kept of the person, in the condition slot
     mask: torch.Tensor  # (B, 1, h, w), 1 where the person is repainted
-    cloth: torch.Tensor  # (C, 4, h, w), scaled
+    cloth: torch.Tensor  # (C, 4, h, w), scaled; a person's cloths stand together
     cloth_condition: torch.Tensor  # (C, 4, h, w), in the condition slot
     channels: int  # of the UNet's input: 8 or 9
     canvas_dim: int = 2  # where a canvas puts the cloth: 2 below the person, 3 beside
+    num_cloths: int = 1  # of a person
+    cloth_worn: torch.Tensor | None = None  # (C,), 0 where a person has fewer cloths, in training; None: all are worn
 
     @classmethod
     def encode(
@@ -709,15 +740,16 @@ class TryOnLatents:
         cloth: torch.Tensor,
         *,
         channels: int,
+        pose: torch.Tensor | None = None,
         mask_free: bool = False,
         condition_latents: str = "scaled",
         canvas_axis: str = "height",
         dtype: torch.dtype | None = None,
     ) -> "TryOnLatents":
-        """Encode person (B, 3, H, W) and cloth (C, 3, H, W) in [-1, 1] and the binary mask (B, 1, H, W)."""
+        """Encode person, pose (B, 3, H, W) and cloth (C, 3, H, W) in [-1, 1] and the binary mask (B, 1, H, W)."""
         return cls(
             **cls.encode_person(
-                vae, person, mask, mask_free=mask_free, condition_latents=condition_latents, dtype=dtype
+                vae, person, mask, pose, mask_free=mask_free, condition_latents=condition_latents, dtype=dtype
             ),
             **cls.encode_cloth(vae, cloth, condition_latents=condition_latents, dtype=dtype),
             channels=channels,
@@ -729,13 +761,16 @@ class TryOnLatents:
         vae: AutoencoderKL,
         person: torch.Tensor,
         mask: torch.Tensor,
+        pose: torch.Tensor | None = None,
         *,
         mask_free: bool,
         condition_latents: str,
         dtype: torch.dtype | None,
     ) -> dict[str, torch.Tensor]:
-        """`person` and `mask` of the latents."""
+        """`person` and `mask` of the latents; the hole that the mask leaves shows the pose, or grey."""
         kept = person if mask_free else person * (mask < 0.5)
+        if pose is not None:
+            kept = torch.where(mask < 0.5, person, pose)
         scale = vae.config.scaling_factor if condition_latents == "scaled" else 1.0
         latents = encode_latents(vae, kept).to(dtype) * scale
         return {"person": latents, "mask": F.interpolate(mask.to(latents), size=latents.shape[-2:])}  # nearest
@@ -773,10 +808,11 @@ class TryOnLatents:
         return canvas.chunk(2, dim=self.canvas_dim)[0]
 
     def one_cloth_each(self) -> "TryOnLatents":
-        """The same, with a cloth for every person where one was for all."""
-        cloths = {
-            name: getattr(self, name).expand(len(self.person), -1, -1, -1) for name in ("cloth", "cloth_condition")
-        }
+        """The same, with a cloth (or several) for every person where one was for all."""
+        cloths = {}
+        for name in ("cloth", "cloth_condition"):
+            outfits = getattr(self, name).unflatten(0, (-1, self.num_cloths))
+            cloths[name] = outfits.expand(len(self.person), -1, -1, -1, -1).flatten(0, 1)
         return replace(self, **cloths)
 
     def repeat(self, times: int, cloth: bool) -> "TryOnLatents":
@@ -809,23 +845,36 @@ class ClothAttnProcessor:
     _attention_backend = None  # class attributes: diffusers looks for them, and sets them on an instance
     _parallel_config = None
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """(B, N, heads, head_dim), of as many tokens as the queries have."""
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shown: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, N, heads, head_dim), of as many tokens as the queries have; `shown` (B, keys) is false for keys to leave out."""
         return dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+            query, key, value, shown, backend=self._attention_backend, parallel_config=self._parallel_config
         )
+
+
+def side_by_side(tokens: torch.Tensor, num_cloths: int) -> torch.Tensor:
+    """Every person's cloths (P * num_cloths, N, heads, head_dim) as one row of tokens, (P, num_cloths * N, heads, head_dim)."""
+    return tokens.unflatten(0, (-1, num_cloths)).flatten(1, 2)
 
 
 class ClothCacheAttnProcessor(ClothAttnProcessor):
     """`attn1` at inference: the first call reads the cloths and keeps their keys and values, later ones look at them too.
 
-    In later calls the last rows are the conditional ones, a whole number for every cloth; rows before them (the
-    unconditional half) see no cloth. One instance lasts for one call of the pipeline.
+    Every cloth is read alone, and a person sees all of theirs. In later calls the last rows are the conditional ones, a whole
+    number for every set of cloths; rows before them (the unconditional half) see no cloth. One instance lasts for one call of the
+    pipeline.
     """
 
     def __init__(self) -> None:
-        self.cloth: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values, (C, N, heads, head_dim)
+        self.cloth: tuple[torch.Tensor, torch.Tensor] | None = None  # of 1 or N persons, (P, tokens, heads, head_dim)
         self.rows = 0  # conditional rows of a denoising batch
+        self.num_cloths = 1  # of a person
+
+    def keep(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keys and values of cloths, (P * num_cloths, N, heads, head_dim)."""
+        self.cloth = side_by_side(key, self.num_cloths), side_by_side(value, self.num_cloths)
 
     def __call__(
         self,
@@ -837,7 +886,7 @@ class ClothCacheAttnProcessor(ClothAttnProcessor):
     ) -> torch.Tensor:
         query, key, value = _project(attn, hidden_states)
         if self.cloth is None:
-            self.cloth = key, value
+            self.keep(key, value)
             return _output(attn, self.attend(query, key, value))
         cloth_key, cloth_value = (x.repeat_interleave(self.rows // len(x), dim=0) for x in self.cloth)
         without = len(query) - self.rows
@@ -854,10 +903,17 @@ class ClothCacheAttnProcessor(ClothAttnProcessor):
 class ClothBesideAttnProcessor(ClothAttnProcessor):
     """`attn1` in training: the batch is `[person rows ; cloth rows]`, and nothing is kept between calls.
 
-    Person queries see `[person ; cloth]`, cloth queries the cloth alone. A person row whose `attention_mask` is 0 (the UNet
-    makes a negative bias of it) sees no cloth: its own keys stand in the cloth's place, and attention to the same keys twice
-    is attention to them once.
+    Person queries see `[person ; cloth]`, or all their cloths, whose rows stand together; cloth queries see their cloth alone. A
+    person row whose `attention_mask` is 0 (the UNet makes a negative bias of it) sees no cloth: its own keys stand in the cloth's
+    place, and attention to the same keys twice is attention to them once. With several cloths it hides every one whose row is 0
+    too, and their keys are masked.
+
+    Args:
+        num_cloths: of a person.
     """
+
+    def __init__(self, num_cloths: int = 1) -> None:
+        self.num_cloths = num_cloths
 
     def __call__(
         self,
@@ -867,14 +923,25 @@ class ClothBesideAttnProcessor(ClothAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        persons, shown = len(hidden_states) // (1 + self.num_cloths), None
         (query, cloth_query), (key, cloth_key), (value, cloth_value) = (
-            x.chunk(2) for x in _project(attn, hidden_states)
+            (x[:persons], x[persons:]) for x in _project(attn, hidden_states)
         )
         cloth_attended = self.attend(cloth_query, cloth_key, cloth_value)
-        if attention_mask is not None:
-            hidden = (attention_mask.chunk(2)[0] < 0)[..., None]  # (B, 1, 1, 1)
+        tokens = cloth_key.shape[1]
+        cloth_key, cloth_value = (side_by_side(x, self.num_cloths) for x in (cloth_key, cloth_value))
+        if attention_mask is not None and self.num_cloths == 1:
+            hidden = (attention_mask[:persons] < 0)[..., None]  # (B, 1, 1, 1)
             cloth_key, cloth_value = torch.where(hidden, key, cloth_key), torch.where(hidden, value, cloth_value)
-        attended = self.attend(query, torch.cat([key, cloth_key], dim=1), torch.cat([value, cloth_value], dim=1))
+        elif attention_mask is not None:
+            seen = attention_mask.flatten() >= 0
+            worn = seen[:persons, None] & seen[persons:].unflatten(0, (persons, self.num_cloths))  # (B, num_cloths)
+            shown = torch.cat(
+                [torch.ones_like(worn[:, :1]).expand(-1, key.shape[1]), worn.repeat_interleave(tokens, 1)], dim=1
+            )
+        attended = self.attend(
+            query, torch.cat([key, cloth_key], dim=1), torch.cat([value, cloth_value], dim=1), shown
+        )
         return _output(attn, torch.cat([attended, cloth_attended]))
 
 
@@ -908,13 +975,13 @@ class IdentityAttnProcessor(SkipAttnProcessor):
 
 @contextmanager
 def vton_attention(
-    unet: UNet2DConditionModel, self_attention: type | None, cross_attention: str
+    unet: UNet2DConditionModel, self_attention: Callable[[], ClothAttnProcessor] | None, cross_attention: str
 ) -> Iterator[list[ClothCacheAttnProcessor | ClothBesideAttnProcessor]]:
     """Install the try-on processors and, at the end, whatever was there before.
 
     Args:
         unet: the UNet, compiled, wrapped by peft or plain.
-        self_attention: the class for every `attn1`, an instance each; None leaves them (joint mode).
+        self_attention: makes a processor for every `attn1`; None leaves them (joint mode).
         cross_attention: `"skip"` or `"identity"` for every `attn2`; `"prompt"` leaves them.
 
     Yields:
@@ -1033,6 +1100,7 @@ class AdapterSettings:
         cross_attention: `"skip"` (no text), `"prompt"` or `"identity"` (CatVTON's).
         condition_latents: `"scaled"` by the VAE's factor, or `"unscaled"`.
         mask_free: the condition is the whole person, and a mask is not needed.
+        pose: `"painted"` where a pose may be painted into the hole that the mask leaves; `"none"` leaves it grey.
         guidance_scale: what `guidance_scale=None` means in a call.
         scheduler_class: the diffusers scheduler to sample with; None leaves the base's.
         eta: what `eta=None` means in a call, 0 to 1; None is 0.
@@ -1051,6 +1119,7 @@ class AdapterSettings:
     cross_attention: str = _choice("skip", "prompt", "identity")
     condition_latents: str = _choice("scaled", "unscaled")
     mask_free: bool = _choice(False, True)
+    pose: str = _choice("none", "painted")
     guidance_scale: float = _number(7.5, float, "a finite number")
     scheduler_class: str | None = _free("the name of a diffusers scheduler", _is_scheduler)
     eta: float | None = _number(None, float, "a number from 0 to 1", low=0, high=1)
@@ -1068,6 +1137,10 @@ class AdapterSettings:
                 object.__setattr__(self, setting.name, self._check(setting, value))
             except ValueError as error:
                 raise ValueError(f"`{setting.name}` must be {error}, got {value!r}") from None
+        if self.pose == "painted" and self.mask_free:
+            raise ValueError(
+                "`pose` must be none where `mask_free` is true, since no mask leaves a hole to paint, got 'painted'"
+            )
 
     @staticmethod
     def _check(setting: Field, value: Any) -> Any:
@@ -2145,8 +2218,9 @@ class TryOnInputs:
     """What `check_inputs` learnt of a call: the pictures, where in them to work, at which size, and with which text."""
 
     persons: list[torch.Tensor]  # N of (3, H, W) in [0, 1]
-    cloths: list[torch.Tensor]  # 1 or N of (3, H, W)
+    cloths: list[torch.Tensor]  # 1 or N times `num_cloths` of (3, H, W), a person's together
     masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none (yet)
+    poses: list[torch.Tensor] | None  # N of (3, H, W)
     profiles: list[bytes | None]  # N ICC profiles of the persons, which the results carry
     height: int
     width: int
@@ -2155,7 +2229,10 @@ class TryOnInputs:
     prompts: dict[str, Any] | None  # `encode_prompt`'s arguments, for N; None where text is not used
 
     person_latents: list["PreparedPerson"] | None = None  # N, where the call was given them
-    cloth_latents: list["PreparedCloth"] | None = None  # 1 or N
+    cloth_latents: list["PreparedCloth"] | None = None  # as many as `cloths`
+    num_cloths: int = 1  # of a person
+    cloth_scale: float = 1.0
+    trim_cloth: bool = False
 
     @functools.cached_property
     def regions(self) -> list[tuple[int, int, int, int]]:
@@ -2230,13 +2307,16 @@ class VTONInputsMixin:
     def check_inputs(
         self,
         person_image: PictureInput | PreparedPerson | list[PreparedPerson],
-        cloth_image: PictureInput | PreparedCloth | list[PreparedCloth],
+        cloth_image: PictureInput | PreparedCloth | list[PreparedCloth] | list[list],
         mask_image: PictureInput | None = None,
         cloth_type: str | list[str] = "upper",
         height: int | None = None,
         width: int | None = None,
         padding_mask_crop: int | None = None,
         *,
+        pose_image: PictureInput | None = None,
+        cloth_scale: float = 1.0,
+        trim_cloth: bool = False,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -2267,10 +2347,17 @@ class VTONInputsMixin:
             raise ValueError(
                 f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {shown(padding_mask_crop)}"
             )
+        cloth_image, num_cloths = as_outfits(cloth_image)
+        if num_cloths > 1 and self.config.cloth_conditioning == "joint":
+            raise ValueError(
+                f"`cloth_image` must have one cloth for every person where `cloth_conditioning` is joint, got {num_cloths}"
+            )
         people = self._prepared(person_image, PreparedPerson, "person_image")
         pieces = self._prepared(cloth_image, PreparedCloth, "cloth_image")
+        self._check_cloth_scale(cloth_scale, trim_cloth, pieces)
         if people:
-            for name, value in (("mask_image", mask_image), ("padding_mask_crop", padding_mask_crop)):
+            brought = {"mask_image": mask_image, "pose_image": pose_image, "padding_mask_crop": padding_mask_crop}
+            for name, value in brought.items():
                 if value is not None:
                     raise ValueError(
                         f"`{name}` must be None with a prepared person, which brings its own, got {shown(value)}"
@@ -2294,8 +2381,13 @@ class VTONInputsMixin:
                 raise ValueError(
                     f"`padding_mask_crop` needs a `mask_image`, got {shown(padding_mask_crop)} without one"
                 )
-        persons, cloths, masks, profiles, people = self._check_pictures(
-            person_image, cloth_image, mask_image, people, pieces
+        if pose_image is not None and self.config.pose == "none":
+            raise ValueError(
+                "`pose_image` must be None with an adapter that has learnt without poses (its setting `pose` is none), got "
+                f"{shown(pose_image)}"
+            )
+        persons, cloths, masks, poses, profiles, people = self._check_pictures(
+            person_image, cloth_image, mask_image, pose_image, people, pieces, num_cloths
         )
         own_sizes = {tuple(person.shape[1:]) for person in persons}
         if composite and output_type in {"np", "pt"} and len(own_sizes) > 1:
@@ -2308,6 +2400,7 @@ class VTONInputsMixin:
             persons=persons,
             cloths=cloths,
             masks=masks,
+            poses=poses,
             profiles=profiles,
             height=height,
             width=width,
@@ -2318,17 +2411,41 @@ class VTONInputsMixin:
             ),
             person_latents=people,
             cloth_latents=pieces,
+            num_cloths=num_cloths,
+            cloth_scale=float(cloth_scale),
+            trim_cloth=bool(trim_cloth),
         )
+
+    def _check_cloth_scale(self, cloth_scale: float, trim_cloth: bool, pieces: list[PreparedCloth] | None) -> None:
+        if not is_number(cloth_scale) or not 1 <= cloth_scale <= 2:
+            raise ValueError(f"`cloth_scale` must be a number from 1 to 2, got {shown(cloth_scale)}")
+        if not isinstance(trim_cloth, (bool, np.bool_)):
+            raise TypeError(f"`trim_cloth` must be True or False, got {shown(trim_cloth)}")
+        if cloth_scale != 1 and self.config.cloth_conditioning == "joint":
+            raise ValueError(
+                f"`cloth_scale` must be 1 where `cloth_conditioning` is joint, whose canvas has one scale, got {cloth_scale}"
+            )
+        if pieces and (cloth_scale != 1 or trim_cloth):
+            name, value = ("cloth_scale", cloth_scale) if cloth_scale != 1 else ("trim_cloth", trim_cloth)
+            raise ValueError(f"`{name}` must be left out with a prepared cloth, which brings its own, got {value}")
+        if pieces and len({one.latents["cloth"].shape for one in pieces}) > 1:
+            raise ValueError(
+                "`cloth_image` must have been prepared with one `cloth_scale` for all of a call, got several"
+            )
 
     def _check_pictures(
         self,
         person_image: PictureInput | list[PreparedPerson],
         cloth_image: PictureInput | list[PreparedCloth],
         mask_image: PictureInput | None,
+        pose_image: PictureInput | None,
         people: list[PreparedPerson] | None,
         pieces: list[PreparedCloth] | None,
-    ) -> tuple[list, list, list, list, list | None]:
-        """Persons (N), cloths (1 or N) in their persons' colours, masks (N), the persons' ICC profiles, prepared people (N)."""
+        num_cloths: int,
+    ) -> tuple[list, list, list, list | None, list, list | None]:
+        """Persons (N), cloths (1 or N, times `num_cloths`) in their persons' colours, masks, poses and ICC profiles of the persons,
+        prepared people (N each).
+        """
         if people:
             persons, profiles = [p.picture for p in people], [p.profile for p in people]
             masks = [p.mask for p in people]
@@ -2339,29 +2456,34 @@ class VTONInputsMixin:
             cloths, cloth_profiles = [p.picture for p in pieces], [p.profile for p in pieces]
         else:
             cloths, cloth_profiles = as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image)
-        count = max(len(persons), len(cloths), len(masks))
-        for name, pictures in (("person_image", persons), ("cloth_image", cloths), ("mask_image", masks)):
+        poses = [None] if pose_image is None else as_tensors(pose_image, "pose_image")
+        outfits = cloths[::num_cloths]
+        given = {"person_image": persons, "cloth_image": outfits, "mask_image": masks, "pose_image": poses}
+        count = max(map(len, given.values()))
+        for name, pictures in given.items():
             if len(pictures) not in {1, count}:
                 raise ValueError(f"`{name}` must number 1 or {count}, as the other pictures do, got {len(pictures)}")
         if len(persons) == 1:
             persons, profiles = persons * count, profiles * count
             people = people and people * count
-        if len(cloths) == 1 and len(set(profiles)) > 1:  # one cloth, in the colours of each
+        if len(outfits) == 1 and len(set(profiles)) > 1:  # cloths of all, in the colours of each
             cloths, cloth_profiles = cloths * count, cloth_profiles * count
-        if pieces and any(before != after for before, after in zip(cloth_profiles, profiles)):
+        wearers = [profile for profile in profiles for _ in range(num_cloths)]
+        if pieces and any(before != after for before, after in zip(cloth_profiles, wearers)):
             raise ValueError(
                 "`cloth_image` was prepared for other colours than the person's: call prepare_cloth with the person's `profile`"
             )
         cloths = [
-            convert_profile(cloth, before, after) for cloth, before, after in zip(cloths, cloth_profiles, profiles)
+            convert_profile(cloth, before, after) for cloth, before, after in zip(cloths, cloth_profiles, wearers)
         ]
-        masks = masks * count if len(masks) == 1 else masks
-        for person, mask in zip(persons, masks):
-            if mask is not None and person.shape[1:] != mask.shape[1:]:
-                raise ValueError(
-                    f"`mask_image` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(mask.shape[1:])}"
-                )
-        return persons, cloths, masks, profiles, people
+        masks, poses = (pictures * count if len(pictures) == 1 else pictures for pictures in (masks, poses))
+        for name, pictures in (("mask_image", masks), ("pose_image", poses)):
+            for person, one in zip(persons, pictures):
+                if one is not None and person.shape[1:] != one.shape[1:]:
+                    raise ValueError(
+                        f"`{name}` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(one.shape[1:])}"
+                    )
+        return persons, cloths, masks, None if pose_image is None else poses, profiles, people
 
     def _check_size(
         self,
@@ -2448,7 +2570,7 @@ class VTONInputsMixin:
         """The weights and settings that a prepared person or cloth depends on."""
         settings = (self.config.mask_free, self.config.condition_latents, self.unet.dtype, self._execution_device)
         if kind is PreparedPerson:
-            return (weights_sum(self.vae), *settings)
+            return (weights_sum(self.vae), *settings, self.config.pose)
         attention = (self.config.cloth_conditioning, self.config.cross_attention, self.unet.config.in_channels)
         return (weights_sum(self.vae), weights_sum(self.unet), *settings, *attention)
 
@@ -2462,18 +2584,21 @@ class VTONInputsMixin:
         height: int | None = None,
         width: int | None = None,
         padding_mask_crop: int | None = None,
+        pose_image: PictureInput | None = None,
     ) -> PreparedPerson | list[PreparedPerson]:
         """Encode persons once, for many calls: what comes back is given to a call as `person_image`.
 
         Args:
-            person_image, mask_image, cloth_type, height, width, padding_mask_crop: as in a call, which then takes none of the
-                last five (a height and a width must be these).
+            person_image, mask_image, cloth_type, height, width, padding_mask_crop, pose_image: as in a call, which then takes
+                none of the last six (a height and a width must be these).
 
         Returns:
             One, or a list of them for a list or a batch. It holds for this VAE and these settings; a call says where not.
         """
         nothing = Image.new("RGB", (1, 1))
-        inputs = self.check_inputs(person_image, nothing, mask_image, cloth_type, height, width, padding_mask_crop)
+        inputs = self.check_inputs(
+            person_image, nothing, mask_image, cloth_type, height, width, padding_mask_crop, pose_image=pose_image
+        )
         inputs = self.draw_masks(inputs, cloth_type)
         latents, made_with = self._encode_persons(inputs), self._made_with(PreparedPerson)
         prepared = [
@@ -2488,7 +2613,13 @@ class VTONInputsMixin:
     @in_turn
     @torch.no_grad()
     def prepare_cloth(
-        self, cloth_image: PictureInput, height: int, width: int, profile: bytes | None = None
+        self,
+        cloth_image: PictureInput,
+        height: int,
+        width: int,
+        profile: bytes | None = None,
+        cloth_scale: float = 1.0,
+        trim_cloth: bool = False,
     ) -> PreparedCloth | list[PreparedCloth]:
         """Encode and read cloths once, for many calls: what comes back is given to a call as `cloth_image`.
 
@@ -2499,17 +2630,19 @@ class VTONInputsMixin:
             cloth_image: one or N cloths, as a call takes them.
             height, width: the size that the calls work at, such as a prepared person's.
             profile: the ICC profile of the persons (`PreparedPerson.profile`); None is sRGB.
+            cloth_scale, trim_cloth: as in a call, which then takes neither.
 
         Returns:
             One, or a list of them for a list or a batch. It holds for these weights and settings; a call says where not.
         """
         self._check_components()
+        self._check_cloth_scale(cloth_scale, trim_cloth, None)
         height, width = self.resolve_size(height or 1, width or 1, height, width)
         cloths = [
             convert_profile(cloth, before, profile)
             for cloth, before in zip(as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image))
         ]
-        latents, keys_values = self._encode_cloths(cloths, height, width), None
+        latents, keys_values = self._encode_cloths(cloths, height, width, float(cloth_scale), trim_cloth), None
         if self.config.cloth_conditioning == "reference" and self.config.cross_attention != "prompt":
             self._cross_attention_kwargs = None
             with vton_attention(self.unet, ClothCacheAttnProcessor, self.config.cross_attention) as processors:
@@ -2642,6 +2775,7 @@ class StableDiffusionVTONPipeline(
         cross_attention: str | None = None,
         condition_latents: str | None = None,
         mask_free: bool | None = None,
+        pose: str | None = None,
         guidance_scale: float | None = None,
         scheduler_class: str | None = None,
         eta: float | None = None,
@@ -2690,12 +2824,14 @@ class StableDiffusionVTONPipeline(
     def encode_pictures(self, inputs: TryOnInputs) -> TryOnLatents:
         """Stretch persons and masks to height x width, fit the cloths on white, and encode all that is not encoded yet."""
         persons, cloths = inputs.person_latents, inputs.cloth_latents
-        cloth = _joined(cloths) if cloths else self._encode_cloths(inputs.cloths, inputs.height, inputs.width)
+        sizes = (inputs.height, inputs.width, inputs.cloth_scale, inputs.trim_cloth)
+        cloth = _joined(cloths) if cloths else self._encode_cloths(inputs.cloths, *sizes)
         return TryOnLatents(
             **(_joined(persons) if persons else self._encode_persons(inputs)),
             **cloth,
             channels=self.unet.config.in_channels,
             canvas_dim=2 if self.config.canvas_axis == "height" else 3,
+            num_cloths=inputs.num_cloths,
         )
 
     def _encode_persons(self, inputs: TryOnInputs) -> dict[str, torch.Tensor]:
@@ -2706,10 +2842,15 @@ class StableDiffusionVTONPipeline(
         else:
             masks = [as_pil(_cut(mask, region)) for mask, region in zip(inputs.masks, inputs.regions)]
             mask = self.mask_processor.preprocess(masks, **size)
+        pose = None
+        if inputs.poses is not None:
+            poses = [as_pil(_cut(pose, region)) for pose, region in zip(inputs.poses, inputs.regions)]
+            pose = self.image_processor.preprocess(poses, **size).to(device)
         encoded = TryOnLatents.encode_person(
             self.vae,
             self.image_processor.preprocess(persons, **size).to(device),
             mask.to(device),
+            pose,
             mask_free=self.config.mask_free,
             condition_latents=self.config.condition_latents,
             dtype=self.unet.dtype,
@@ -2717,9 +2858,16 @@ class StableDiffusionVTONPipeline(
         check_finite(encoded["person"], "the VAE's encoder", self.vae.dtype)
         return encoded
 
-    def _encode_cloths(self, cloths: list[torch.Tensor], height: int, width: int) -> dict[str, torch.Tensor]:
-        size = {"height": height, "width": width}
-        pixels = self.image_processor.preprocess([fit_cloth(as_pil(cloth), **size) for cloth in cloths], **size)
+    def _encode_cloths(
+        self, cloths: list[torch.Tensor], height: int, width: int, scale: float, trim: bool
+    ) -> dict[str, torch.Tensor]:
+        multiple = self.size_multiple
+        sides = (
+            (height, width) if scale == 1 else (round(side * scale / multiple) * multiple for side in (height, width))
+        )
+        size = dict(zip(("height", "width"), sides))
+        fitted = [fit_cloth(as_pil(cloth), **size, trim=trim) for cloth in cloths]
+        pixels = self.image_processor.preprocess(fitted, **size)
         encoded = TryOnLatents.encode_cloth(
             self.vae,
             pixels.to(self._execution_device),
@@ -2749,12 +2897,14 @@ class StableDiffusionVTONPipeline(
     ) -> None:
         """One pass of the cloths at timestep 0, whose keys and values the processors keep, unless `prepared` brings them."""
         for processor in processors:
-            processor.rows = len(conditioning.person)
+            processor.rows, processor.num_cloths = len(conditioning.person), conditioning.num_cloths
         if prepared and prepared[0].keys_values and not self.cross_attention_kwargs:
             for processor, of_layer in zip(processors, zip(*(cloth.keys_values for cloth in prepared))):
-                processor.cloth = tuple(torch.cat(parts) for parts in zip(*of_layer))
+                processor.keep(*(torch.cat(parts) for parts in zip(*of_layer)))
             return
         rows = conditioning.cloth_rows()
+        if prompt_embeds is not None:  # a person's
+            prompt_embeds = prompt_embeds.repeat_interleave(conditioning.num_cloths, dim=0)
         timesteps = torch.zeros(len(rows), device=rows.device, dtype=torch.long)
         self.unet(
             rows, timesteps, prompt_embeds, cross_attention_kwargs=self.cross_attention_kwargs, return_dict=False
@@ -2844,8 +2994,9 @@ class StableDiffusionVTONPipeline(
     def __call__(
         self,
         person_image: PictureInput | PreparedPerson | list[PreparedPerson],
-        cloth_image: PictureInput | PreparedCloth | list[PreparedCloth],
+        cloth_image: PictureInput | PreparedCloth | list[PreparedCloth] | list[list],
         mask_image: PictureInput | None = None,
+        pose_image: PictureInput | None = None,
         cloth_type: str | list[str] = "upper",
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
@@ -2864,6 +3015,8 @@ class StableDiffusionVTONPipeline(
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         padding_mask_crop: int | None = None,
+        cloth_scale: float = 1.0,
+        trim_cloth: bool = False,
         composite: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -2875,9 +3028,12 @@ class StableDiffusionVTONPipeline(
         Args:
             person_image: one or N photographs: PIL images of any mode and size, arrays (H, W, 3), tensors (3, H, W), batches
                 or lists of them (uint8 is 0-255, floats are 0-1), or what `prepare_person` made of them, mask included.
-            cloth_image: one cloth, or N, in any size, fitted whole on white, or what `prepare_cloth` made of them.
+            cloth_image: one cloth, or N, in any size, fitted whole on white, or what `prepare_cloth` made of them. For several
+                cloths at once a list of lists, equally many for every person: `[[top, skirt]]`; reference mode only.
             mask_image: one mask or N, of their person's size: white (at least one half) where the picture may change. None
                 draws it with the human parser, or needs a mask-free adapter.
+            pose_image: one or N, each of its person's size and aligned with them: a skeleton, DensePose or a parse map, painted
+                into the hole that the mask leaves. For adapters that were trained so (setting `pose`); None leaves it grey.
             cloth_type: `"upper"`, `"lower"`, `"dress"` or a list of them, for the human parser.
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as in `StableDiffusionPipeline`; used by adapters
                 with `cross_attention="prompt"`, which may bring a prompt for calls that give none.
@@ -2897,6 +3053,9 @@ class StableDiffusionVTONPipeline(
             latents: the first noise (N * num_images_per_prompt, 4, h, w), before the scheduler's scale; the whole canvas in
                 joint mode.
             padding_mask_crop: work on the mask's surroundings alone, with so many pixels around it.
+            cloth_scale: read the cloth at so many times the size that is worked at, 1 to 2, for fine prints: at 2 it has four times
+                the tokens, read once but looked at in every step. Reference mode only; adapters are trained at 1.
+            trim_cloth: cut the white around the cloth away before it is fitted, so that it fills its picture.
             composite: lay the result into the photograph, at its own size and untouched outside the mask; False returns the
                 bare decode at height x width.
             output_type: `"pil"`, `"np"` (N, H, W, 3), `"pt"` (N, 3, H, W), both in [0, 1], or `"latent"` (N, 4, h, w).
@@ -2920,7 +3079,8 @@ class StableDiffusionVTONPipeline(
         if not isinstance(return_dict, (bool, np.bool_)):
             raise TypeError(f"`return_dict` must be True or False, got {shown(return_dict)}")
         inputs = self.check_inputs(
-            person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop,
+            person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop, pose_image=pose_image,
+            cloth_scale=cloth_scale, trim_cloth=trim_cloth,
             num_images_per_prompt=num_images_per_prompt, generator=generator, latents=latents, composite=composite,
             output_type=output_type, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps, timesteps=timesteps,

@@ -107,13 +107,15 @@ ASPECT_TOLERANCE = 1.1
 HULL_SIDES = 32  # of the polygon that stands for a convex hull
 PROBED_TIMESTEPS = (250, 500, 750)  # where the masked error without, with and with a wrong cloth is logged
 PROBED_PAIRS = 16
+UNLIT = {"mask", "pose", "worn"}  # whose values are no colours of things: neither a profile nor the light changes them
 READING = 2  # counts the changes of how pictures are read: latents cached before one are of other pictures
 SIZED_ROWS = 16  # of a table, whose persons' sizes are looked at
-LATENTS = ("person", "mask", "cloth", "cloth_condition")  # the tensors of `TryOnLatents`
+CLOTH_LATENTS = ("cloth", "cloth_condition")
+LATENTS = ("person", "mask", *CLOTH_LATENTS)  # the tensors of `TryOnLatents`
 GUIDANCE_SCALES, GUIDANCE_STEPS = (1, 1.5, 2, 2.5, 3.5, 5, 7.5), 25
 LOCAL_FLAGS = {"dataset_root", "output_dir", "cache_latents", "resume_from_checkpoint"}  # folders of this machine
 RESUMED_SETTINGS = (  # what a checkpoint's weights have learnt with
-    "base_in_channels", "cloth_conditioning", "canvas_axis", "cross_attention", "condition_latents", "mask_free",
+    "base_in_channels", "cloth_conditioning", "canvas_axis", "cross_attention", "condition_latents", "mask_free", "pose",
     "trainable", "lora_rank", "height", "width",
 )  # fmt: skip
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process looks at files or draws
@@ -169,9 +171,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--category", choices=("all", *DRESS_CODE_FOLDERS), default="all", help="of DressCode's layout (default all)")
     add("--person_column", default="image", help="the person in the cloth (default image)")
     add("--cloth_column", default="cloth", help="the cloth alone (default cloth)")
+    add("--num_cloths", type=POSITIVE_COUNT, default=1, help="of a person, at most; the others are in columns or folders cloth_2, cloth_3, where there are any, or in DressCode-MR's lists (default 1)")  # fmt: skip
     add("--mask_column", default="mask", help="the agnostic mask (default mask)")
     add("--caption_column", help="a text for every pair, with --cross_attention prompt (default: --prompt for all)")
     add("--condition_column", default="condition", help="--mask_free: column, or folder beside the persons', of the person in another cloth (default condition)")  # fmt: skip
+    add("--pose_column", default="pose", help="--pose: the column of poses (default pose)")
+    add("--pose_folder", help="--pose: the folder beside the persons', such as image-densepose (default: openpose_img, DressCode's skeletons)")  # fmt: skip
     add("--height", type=POSITIVE_COUNT, help="training height in pixels (default: the base's native area at the data's aspect)")  # fmt: skip
     add("--width", type=POSITIVE_COUNT, help="training width in pixels, at the data's aspect")
     add("--augment", nargs="*", default=[], choices=("flip", "crop", "color", "mask"), help="mirror, zoom in, recolour, loosen masks (default none)")  # fmt: skip
@@ -186,6 +191,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", default="", help="the text of every picture with --cross_attention prompt (default empty)")
     add("--condition_latents", choices=AdapterSettings.choices("condition_latents"), help="default: unscaled for 8-channel bases (instruct-pix2pix), else scaled")  # fmt: skip
     add("--mask_free", action="store_true", help="condition on the whole person, in another cloth, instead of a masked one")  # fmt: skip
+    add("--pose", action="store_true", help="paint a picture of the pose into the hole that the mask leaves")
+    add("--pose_dropout", type=SHARE, default=0.1, help="--pose: share of rows whose hole is grey, for calls without a pose (default 0.1)")  # fmt: skip
     add("--trainable", choices=AdapterSettings.choices("trainable"), default="self_attention", help="which UNet weights learn (default self_attention)")  # fmt: skip
     add("--lora_rank", type=POSITIVE_COUNT, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
     add("--cloth_dropout", type=SHARE, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
@@ -252,6 +259,14 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--cache_latents would freeze --augment, and knows neither --streaming nor --caption_column")
     if args.mask_free and "mask" in args.augment:
         parser.error("--augment mask loosens masks, and --mask_free has none")
+    if args.num_cloths > 1 and args.cloth_conditioning == "joint":
+        parser.error(
+            f"--num_cloths {args.num_cloths} needs --cloth_conditioning reference: a joint canvas holds one cloth"
+        )
+    if args.pose and args.mask_free:
+        parser.error("--pose paints into the hole that a mask leaves, and --mask_free has none")
+    if args.pose_folder and not (args.pose and args.dataset_root):
+        parser.error(f"--pose_folder {args.pose_folder} needs --pose and --dataset_root")
     if args.lora_rank and args.trainable not in {"self_attention", "attention"}:
         parser.error(f"--lora_rank needs --trainable self_attention or attention, got {args.trainable}")
     if args.lora_rank and args.push_to_hub:
@@ -261,19 +276,30 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
+def cloth_roles(num_cloths: int) -> list[str]:
+    """What the pictures of a person's cloths are called: cloth, cloth_2, and so on."""
+    return ["cloth", *(f"cloth_{number}" for number in range(2, num_cloths + 1))]
+
+
+def is_cloth(role: str) -> bool:
+    return role.partition("_")[0] == "cloth"
+
+
 @dataclass
 class Preparation:
     """Makes of a pair's pictures what a step reads, and of its place in the run the seed of all that is random about it.
 
-    An item holds `person` and `cloth` (3, H, W) in [-1, 1], `mask` (1, H, W) 0 or 1, mask-free `condition` (3, H, W), its
-    `name`, and a `seed`, so that neither workers nor processes nor a resumed run change what is drawn. Persons, masks and
-    conditions are stretched, cloths are fitted on white, as in the pipeline.
+    An item holds `person` and `cloth` (3, H, W) in [-1, 1], `mask` (1, H, W) 0 or 1, mask-free `condition` and, where asked for,
+    `pose` (3, H, W), its `name`, and a `seed`, so that neither workers nor processes nor a resumed run change what is drawn.
+    Persons, masks, conditions and poses are stretched, cloths are fitted on white, as in the pipeline. Of several cloths, `cloth`
+    is (num_cloths, 3, H, W), and `worn` (num_cloths,) is 0 for those that a person has not, which are white.
     """
 
     height: int
     width: int
     seed: int = 0
     augment: Collection[str] = ()
+    num_cloths: int = 1
 
     def __post_init__(self) -> None:
         self.image_processor = VaeImageProcessor()
@@ -286,11 +312,15 @@ class Preparation:
         rng = np.random.default_rng([self.seed, epoch, index, 1])
         pictures = self.move(pictures, rng)
         size = {"height": self.height, "width": self.width}
-        pictures["cloth"] = fit_cloth(pictures["cloth"], **size)
+        pictures |= {role: fit_cloth(pictures[role], **size) for role in pictures if is_cloth(role)}
         item = {"mask": torch.ones(1, self.height, self.width)}  # mask-free
         for role, picture in pictures.items():
             processor = self.mask_processor if role == "mask" else self.image_processor
             item[role] = processor.preprocess(picture, **size)[0]
+        if self.num_cloths > 1:
+            roles, white = cloth_roles(self.num_cloths), torch.ones_like(item["cloth"])
+            worn = torch.tensor([float(role in item) for role in roles])
+            item |= {"cloth": torch.stack([item.pop(role, white) for role in roles]), "worn": worn}
         item = self.recolor(item, rng)
         if "mask" in self.augment:
             item["mask"] = loosen(item["mask"], rng)
@@ -304,7 +334,7 @@ class Preparation:
         if "crop" in self.augment:
             side = rng.uniform(0.8, 1)
             left, top = rng.uniform(0, 1 - side, 2)
-            for role in pictures.keys() - {"cloth"}:
+            for role in [role for role in pictures if not is_cloth(role)]:
                 width, height = pictures[role].size
                 box = (left * width, top * height, (left + side) * width, (top + side) * height)
                 pictures[role] = pictures[role].crop(tuple(round(edge) for edge in box))
@@ -314,7 +344,7 @@ class Preparation:
         """One gamma a channel, alike on person, condition and cloth: another light in which black and white stay."""
         if "color" in self.augment:
             gamma = torch.tensor(2 ** rng.uniform(-0.4, 0.4, (3, 1, 1)), dtype=torch.float32)
-            item |= {k: 2 * (v / 2 + 0.5).clamp(0, 1) ** gamma - 1 for k, v in item.items() if k != "mask"}
+            item |= {k: 2 * (v / 2 + 0.5).clamp(0, 1) ** gamma - 1 for k, v in item.items() if k not in UNLIT}
         return item
 
 
@@ -352,7 +382,7 @@ def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> 
 def in_persons_colours(pictures: dict[str, Image.Image]) -> dict[str, Image.Image]:
     """The same pictures by role, all in the colour profile of the person, as a call has them."""
     profile = pictures["person"].info.get("icc_profile")
-    for role in pictures.keys() - {"person", "mask"}:
+    for role in pictures.keys() - {"person", *UNLIT}:
         before = pictures[role].info.get("icc_profile")
         if before != profile:
             converted = convert_profile(as_tensors(pictures[role], role)[0], before, profile)
@@ -371,9 +401,9 @@ def picture_size(file: Path, where: str) -> tuple[int, int]:
 
 
 def check_sizes(sizes: dict[str, tuple[int, int]], where: str) -> None:
-    """Mask and condition have their person's size, or one sentence says which has not."""
-    for role in sizes.keys() - {"person", "cloth"}:
-        if sizes[role] != sizes["person"]:
+    """Mask, condition and pose have their person's size, or one sentence says which has not."""
+    for role in sizes:
+        if not is_cloth(role) and sizes[role] != sizes["person"]:
             raise ValueError(f"{where}: the {role} has size {sizes[role]}, its person {sizes['person']}")
 
 
@@ -440,6 +470,7 @@ class TreePairs:
         roles: which pictures to read; a mask-free `condition` is the person in another cloth.
         category: of DressCode's layout `upper_body`, `lower_body` or `dresses`, or all that are there.
         condition_folder: where conditions lie, beside the persons' folder and by the persons' names.
+        pose_folder: where poses lie, beside the persons' folder and by the names of `pose_names`; None is the layout's own.
         limit: take no more pairs than this, evenly spread; None takes all.
         index: keep here what is learnt of the files: only those that were written since are opened again.
         checked: another process has just checked these pairs, and its `index` is believed.
@@ -447,6 +478,8 @@ class TreePairs:
     Raises:
         FileNotFoundError, ValueError: a list or a picture is missing or wrong; the sentence names list and line.
     """
+
+    POSES: ClassVar[str] = "openpose_img"
 
     def __init__(
         self,
@@ -459,10 +492,12 @@ class TreePairs:
         limit: int | None = None,
         index: Path | None = None,
         checked: bool = False,
+        pose_folder: str | None = None,
     ) -> None:
         self.root, self.roles, self.condition_folder = root, roles, condition_folder
         folders = [folder for folder in DRESS_CODE_FOLDERS if (root / folder).is_dir()]
         self.dress_code = bool(folders)
+        self.pose_folder = pose_folder or ("skeletons" if self.dress_code else self.POSES)
         self.pairs: list[tuple[str, str, dict[str, Path]]] = []  # name, list and line, files
         self.learnt: dict[
             tuple[str, str], list[int]
@@ -473,16 +508,33 @@ class TreePairs:
             return
         if category != "all":
             if category not in folders:
-                raise FileNotFoundError(f"category {category!r} needs the folder {root / category} of DressCode's layout")
+                raise FileNotFoundError(
+                    f"category {category!r} needs the folder {root / category} of DressCode's layout"
+                )
             folders = [category]
-        self.pairs = []
-        for folder in folders or [split]:
-            for person, cloth, where in self.named_pairs(folder, split, paired):
-                self.pairs.append((f"{person} {cloth}", where, self.files(folder, person, cloth)))
+        self.pairs = self.listed_files(folders or [split], split, paired)
         self.pairs = self.pairs if limit is None else evenly(self.pairs, limit)
         self.check()
         if index is not None:
             self.write_index(index)
+
+    @property
+    def further_cloths(self) -> list[str]:
+        """The roles of a person's cloths beside the first."""
+        return [role for role in self.roles if is_cloth(role) and role != "cloth"]
+
+    def listed_files(self, folders: list[str], split: str, paired: bool) -> list[tuple[str, str, dict[str, Path]]]:
+        """Name, list and line, and files of all pairs."""
+        found = []
+        for folder in folders:
+            for person, cloth, where in self.named_pairs(folder, split, paired):
+                found.append((f"{person} {cloth}", where, self.files(folder, person, cloth)))
+        for role in self.further_cloths:
+            if not any(role in files for *_, files in found):
+                raise FileNotFoundError(
+                    f"--num_cloths: nobody in {self.root} has a {role}: {split}/{role}/CLOTH holds them"
+                )
+        return found
 
     def named_pairs(self, folder: str, split: str, paired: bool) -> list[tuple[str, str, str]]:
         """Person, cloth, and list and line, of one folder."""
@@ -518,12 +570,24 @@ class TreePairs:
     def files(self, folder: str, person: str, cloth: str) -> dict[str, Path]:
         persons, masks = ("images", "agnostic_masks") if self.dress_code else ("image", "agnostic-mask")
         files = {"person": inside(self.root, folder, persons, person), "cloth": self.cloth_file(folder, cloth)}
+        for role in self.further_cloths:  # who has no such file wears fewer
+            if not self.dress_code and (file := inside(self.root, folder, role, cloth)).is_file():
+                files[role] = file
         if "mask" in self.roles:
             named = [inside(self.root, folder, masks, Path(person).stem + end) for end in ("_mask.png", ".png")]
             files["mask"] = named[1] if self.dress_code or named[1].is_file() else named[0]
         if "condition" in self.roles:
             files["condition"] = inside(self.root, folder, self.condition_folder, person)
-        return {role: files[role] for role in self.roles}
+        if "pose" in self.roles:
+            places = [inside(self.root, folder, self.pose_folder, name) for name in self.pose_names(person)]
+            files["pose"] = next((place for place in places if place.is_file()), places[0])
+        return {role: files[role] for role in self.roles if role in files}
+
+    def pose_names(self, person: str) -> list[str]:
+        """What a person's pose may be called: NAME_rendered or NAME; DressCode's ID_5 (skeletons, dense) or ID_4 (label_maps)."""
+        stem, suffix = Path(person).stem, Path(person).suffix
+        stems = [re.sub("_0$", end, stem) for end in ("_5", "_4")] if self.dress_code else [f"{stem}_rendered"]
+        return [name + end for name in (*stems, stem) for end in dict.fromkeys((".png", suffix, ".jpg"))]
 
     def check(self) -> None:
         """Every file is there and can be read, the masks are masks; those known already are not opened again."""
@@ -576,7 +640,71 @@ class TreePairs:
     def identity(self) -> list:
         """What a cache of these pairs depends on: the files, their sizes and when they were written."""
         files = [(role, str(file)) for _, _, files in self.pairs for role, file in files.items()]
-        return [(file, *self.learnt[role, file][:2]) for role, file in files]
+        return self.further_cloths + [(file, *self.learnt[role, file][:2]) for role, file in files]
+
+
+class OutfitPairs(TreePairs):
+    """Persons and all their cloths, of a folder in DressCode-MR's layout.
+
+    `{train,test}.jsonl`, and `test_unpair.jsonl` with other cloths (without it, the next person's are taken), name the file of every
+    person in `person`, and of their cloths in `upper`, `lower` and `overall`, empty where there is none; shoes and bags are passed
+    over. Masks, which are not shipped, and poses lie in `annotations/agnostic-mask` and `annotations/dwpose`, beside the folder
+    `person` and by its names, as PNG.
+
+    Args: as for `TreePairs`; its `pose_folder` is one of `annotations`.
+    """
+
+    CLOTHS: ClassVar[tuple[str, ...]] = ("upper", "lower", "overall")
+    POSES: ClassVar[str] = "dwpose"
+
+    @staticmethod
+    def list_of(root: Path, split: str, paired: bool = True) -> Path:
+        return root / f"{split}{'' if paired else '_unpair'}.jsonl"
+
+    def listed_files(self, folders: list[str], split: str, paired: bool) -> list[tuple[str, str, dict[str, Path]]]:
+        found, file = [], self.list_of(self.root, split, paired)
+        shuffled = not paired and not file.is_file()
+        file = self.list_of(self.root, split) if shuffled else file
+        for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            if text.strip():
+                found.append((f"{file}, line {number}", *self.named_in(text, f"{file}, line {number}")))
+        if not found:
+            raise ValueError(f"{file} names no persons")
+        outfits = [cloths for _, _, *cloths in found]
+        outfits = outfits[1:] + outfits[:1] if shuffled else outfits
+        return [
+            (" ".join([person, *cloths]), where, self.outfit_files(person, cloths, where))
+            for (where, person, *_), cloths in zip(found, outfits)
+        ]
+
+    def named_in(self, text: str, where: str) -> list[str]:
+        """The files of a line's person and cloths."""
+        try:
+            row = json.loads(text)
+            names = [row["person"], *(row[kind] for kind in self.CLOTHS if row.get(kind))]
+            inside_person = re.search("(^|/)person/", names[0])
+            " ".join(names)  # texts, all of them
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            need = "must be a JSON object with the files of a person and their cloths"
+            raise ValueError(f"{where}: {need}, got {text.strip()!r}") from error
+        if not inside_person:
+            raise ValueError(f"{where}: the person must lie in a folder person, got {names[0]}")
+        return names
+
+    def outfit_files(self, person: str, cloths: list[str], where: str) -> dict[str, Path]:
+        roles = [role for role in self.roles if is_cloth(role)]
+        if not 1 <= len(cloths) <= len(roles):
+            raise ValueError(f"{where}: names {len(cloths)} cloths, and --num_cloths is {len(roles)}")
+        files = {role: inside(self.root, cloth) for role, cloth in zip(roles, cloths)}
+        files["person"] = inside(self.root, person)
+        for role, folder in (
+            ("mask", "agnostic-mask"),
+            ("pose", self.pose_folder),
+            ("condition", self.condition_folder),
+        ):
+            beside = re.sub(r"(^|/)person/", rf"\1annotations/{folder}/", person, count=1)
+            files[role] = inside(self.root, str(Path(beside).with_suffix(".png")))
+        return {role: files[role] for role in self.roles if role in files}
 
 
 def inside(root: Path, *parts: str) -> Path:
@@ -677,6 +805,11 @@ class StreamedPairs(IterableDataset):
                 raise ValueError("--dataset_name has no rows for this process")
 
 
+def column_of(args: argparse.Namespace, role: str) -> str:
+    """Named by the flag of a role; further cloths' are named after the first's."""
+    return args.cloth_column + role.removeprefix("cloth") if is_cloth(role) else getattr(args, f"{role}_column")
+
+
 def load_rows(args: argparse.Namespace, split: str, columns: dict[str, str]) -> Any:
     """A split of --dataset_name with its pictures undecoded."""
     datasets = optional("datasets", "dataset_name")
@@ -686,7 +819,8 @@ def load_rows(args: argparse.Namespace, split: str, columns: dict[str, str]) -> 
         raise ValueError(f"--streaming: {args.dataset_name} names no columns ahead, as parquet, JSON and pictures do")
     for role, column in {**columns, "caption": args.caption_column}.items():
         if column is not None and column not in known:
-            raise ValueError(f"--{role}_column: {args.dataset_name} has the columns {', '.join(known)}, not {column}")
+            flag = "num_cloths" if is_cloth(role) and role != "cloth" else f"{role}_column"
+            raise ValueError(f"--{flag}: {args.dataset_name} has the columns {', '.join(known)}, not {column}")
     for column in columns.values():
         rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows
@@ -708,6 +842,8 @@ def filled(cell: Any, what: str) -> Any:
 def row_pictures(row: dict[str, Any], columns: dict[str, str], name: str) -> dict[str, Image.Image]:
     opened, decode = {}, optional("datasets", "dataset_name").Image().decode_example
     for role, column in columns.items():
+        if row[column] is None and is_cloth(role) and role != "cloth":
+            continue  # who has none wears fewer
         cell = filled(row[column], f"{name}: the column {column}")
         opened[role] = open_picture(partial(decode, cell), f"{name}, column {column}", role)
     check_sizes({role: picture.size for role, picture in opened.items()}, name)
@@ -759,6 +895,11 @@ def cache_key(vae: AutoencoderKL, settings: AdapterSettings, pairs: TreePairs | 
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
+def tree_pairs(root: Path, split: str, *args: Any, **options: Any) -> TreePairs:
+    """A folder's pairs, in whichever layout it is."""
+    return (OutfitPairs if OutfitPairs.list_of(root, split).is_file() else TreePairs)(root, split, *args, **options)
+
+
 def load_pairs(
     args: argparse.Namespace, columns: dict[str, str], accelerator: accelerate.Accelerator
 ) -> TreePairs | RowPairs:
@@ -767,8 +908,8 @@ def load_pairs(
         return RowPairs(load_rows(args, "train", columns), columns)
     looked_at = {"index": args.output_dir / "train_pairs.json", "checked": not accelerator.is_main_process}
     with accelerator.main_process_first():
-        roles = tuple(columns)
-        return TreePairs(args.dataset_root, "train", True, roles, args.category, args.condition_column, **looked_at)
+        roles, looked_at["pose_folder"] = tuple(columns), args.pose_folder
+        return tree_pairs(args.dataset_root, "train", True, roles, args.category, args.condition_column, **looked_at)
 
 
 def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -779,6 +920,11 @@ def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
         row = {name: torch.randn(shape, generator=generator) for name in ("noise", "cloth_noise", "posterior")}
         rows.append(row | {name: torch.rand((), generator=generator) for name in ("time", "dropout")})
     return default_collate(rows)
+
+
+def draw_share(seeds: Iterable[int], share: float) -> Tensor:
+    """False in a share of the rows (B,), each from its own seed, apart from what else is drawn of it."""
+    return torch.tensor([np.random.default_rng([int(seed), 1]).random() >= share for seed in seeds])
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
@@ -934,8 +1080,9 @@ class Trainer:
         self.step, self.losses, self.grad_norm, self.accumulated = 0, [], 0.0, 0
         self.stop, self.stopping = StopRequest(), False  # of this process; as all processes know
         self.load_base()
-        self.roles = ("person", "cloth", "condition" if args.mask_free else "mask")
-        self.columns = {role: getattr(args, f"{role}_column") for role in self.roles}
+        shown = ["condition" if args.mask_free else "mask", *(["pose"] if args.pose else [])]
+        self.roles = ("person", *cloth_roles(args.num_cloths), *shown)
+        self.columns = {role: column_of(args, role) for role in self.roles}
         self.pairs = load_pairs(args, self.columns, self.accelerator)
         self.load_settings()
         self.checkpoints = Checkpoints(self)
@@ -993,6 +1140,7 @@ class Trainer:
             cross_attention=args.cross_attention,
             condition_latents=args.condition_latents or ("unscaled" if self.in_channels == 8 else "scaled"),
             mask_free=args.mask_free,
+            pose="painted" if args.pose else "none",
             trainable=args.trainable,
             guidance_scale=SEED_GUIDANCE if args.guidance_scale is None else args.guidance_scale,
             scheduler_class="DDPMScheduler",
@@ -1002,7 +1150,7 @@ class Trainer:
             width=self.width,
         )
         self.pipe.register_to_config(**asdict(self.settings))
-        self.prepare = Preparation(self.height, self.width, args.seed, args.augment)
+        self.prepare = Preparation(self.height, self.width, args.seed, args.augment, args.num_cloths)
 
     def load_data(self) -> None:
         args, captions = self.args, None
@@ -1019,7 +1167,7 @@ class Trainer:
         if args.cache_latents is not None:
             folder = args.cache_latents / cache_key(self.vae, self.settings, self.pairs)
             self.dataset = LatentCache(self.pairs, self.prepare, folder=folder)
-            self.dataset.fill(self.encode, self.accelerator, **loading)
+            self.dataset.fill(partial(self.encode, unposed=args.pose), self.accelerator, **loading)
         self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
 
     def load_stream(self) -> None:
@@ -1078,22 +1226,46 @@ class Trainer:
     # ---- one step
 
     @torch.no_grad()
-    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What the VAE makes of a batch: the tensors of `TryOnLatents`, and the posterior of the person to paint."""
-        pictures = {name: batch[name].to(self.accelerator.device) for name in {*self.roles, "mask"}}
-        shown = pictures["condition" if self.args.mask_free else "person"], pictures["mask"], pictures["cloth"]
+    def encode(self, batch: dict[str, Any], unposed: bool = False) -> dict[str, Tensor]:
+        """What the VAE makes of a batch: the tensors of `TryOnLatents`, and the posterior of the person to paint; with `unposed`
+        also the person without their pose.
+        """
+        read = {role for role in self.roles if role == "cloth" or not is_cloth(role)} | {"mask"}
+        pictures = {name: batch[name].to(self.accelerator.device) for name in read}
+        shown = pictures["condition" if self.args.mask_free else "person"], pictures["mask"]
         settings = {name: getattr(self.settings, name) for name in ("mask_free", "condition_latents")}
-        channels = self.unet.config.in_channels
-        conditioning = TryOnLatents.encode(self.vae, *shown, channels=channels, **settings, dtype=torch.float32)
+        settings["dtype"] = torch.float32
+        options = {"pose": pictures.get("pose"), "channels": self.unet.config.in_channels} | settings
+        cloths = pictures["cloth"].flatten(0, -4)  # (C, 3, H, W)
+        conditioning = TryOnLatents.encode(self.vae, *shown, cloths, **options)
         posterior = self.vae.encode(pictures["person"].to(self.vae.dtype)).latent_dist
-        return {name: getattr(conditioning, name) for name in LATENTS} | {"mean": posterior.mean, "std": posterior.std}
+        encoded = {name: getattr(conditioning, name) for name in LATENTS}
+        encoded |= {"mean": posterior.mean, "std": posterior.std}
+        if self.args.num_cloths > 1:  # a row for every pair, for the cache
+            outfits = {name: encoded[name].unflatten(0, (-1, self.args.num_cloths)) for name in CLOTH_LATENTS}
+            encoded |= outfits | {"worn": batch["worn"]}
+        if unposed:
+            encoded["unposed"] = TryOnLatents.encode_person(self.vae, *shown, **settings)["person"]
+        return encoded
 
-    def latents(self, batch: dict[str, Any]) -> tuple[TryOnLatents, Tensor, Tensor]:
-        """A batch's conditioning, and mean and deviation of the latents to paint, unscaled; cached or made now."""
+    def latents(self, batch: dict[str, Any], pose_seen: Tensor | None = None) -> tuple[TryOnLatents, Tensor, Tensor]:
+        """A batch's conditioning, and mean and deviation of the latents to paint, unscaled; cached or made now.
+
+        Where `pose_seen` (B,) is false, the hole that the mask leaves is grey; None shows every pose.
+        """
+        if pose_seen is not None:
+            grey = {"person": batch["unposed"]} if "mean" in batch else {"pose": torch.zeros_like(batch["pose"])}
+            seen = pose_seen.to(batch["mask"].device).view(-1, 1, 1, 1)
+            batch = batch | {name: torch.where(seen, batch[name], unseen) for name, unseen in grey.items()}
         encoded = batch if "mean" in batch else self.encode(batch)
-        encoded = {name: encoded[name].to(self.accelerator.device) for name in (*LATENTS, "mean", "std")}
+        wanted = (*LATENTS, "mean", "std", *(["worn"] if self.args.num_cloths > 1 else []))
+        encoded = {name: encoded[name].to(self.accelerator.device) for name in wanted}
         mean, std = encoded.pop("mean"), encoded.pop("std")
-        return TryOnLatents(**encoded, channels=self.unet.config.in_channels), mean, std
+        if self.args.num_cloths > 1:
+            encoded |= {name: encoded[name].flatten(0, 1) for name in CLOTH_LATENTS}
+            encoded["cloth_worn"] = encoded.pop("worn").flatten()
+        channels, num_cloths = self.unet.config.in_channels, self.args.num_cloths
+        return TryOnLatents(**encoded, channels=channels, num_cloths=num_cloths), mean, std
 
     def predict(
         self,
@@ -1106,20 +1278,22 @@ class Trainer:
         """What the UNet sees in `noisy` (B, 4, h, w) or a canvas, at timesteps (B,); where `cloth_seen` (B,) is 0, without
         cloth and text, as a call's unconditional branch.
 
-        Reference mode is one UNet call on `[person rows ; cloth rows]`, the cloth rows at timestep 0.
+        Reference mode is one UNet call on `[person rows ; cloth rows]`, the cloth rows at timestep 0, a person's together.
         """
         count = len(noisy)
         if self.args.cloth_conditioning == "joint":
             rows, seen = conditioning.canvas_rows(noisy, cloth_seen.view(-1, 1, 1, 1)), None
         else:
-            rows = torch.cat([conditioning.person_rows(noisy), conditioning.cloth_rows()])
-            timesteps = torch.cat([timesteps, torch.zeros_like(timesteps)])
-            seen = torch.cat([cloth_seen, torch.ones_like(cloth_seen)])[:, None]
+            cloths, worn = conditioning.cloth_rows(), conditioning.cloth_worn
+            rows = torch.cat([conditioning.person_rows(noisy), cloths])
+            timesteps = torch.cat([timesteps, timesteps.new_zeros(len(cloths))])
+            seen = torch.cat([cloth_seen, cloth_seen.new_ones(len(cloths)) if worn is None else worn])[:, None]
         embeds = self.prompt_embeds
         if embeds is not None:
             embeds = embeds.expand(count, -1, -1) if captions is None else self.embed(captions)
             of_persons = torch.where(cloth_seen.view(-1, 1, 1) > 0, embeds, self.empty_embeds)
-            embeds = torch.cat([of_persons, embeds]) if len(rows) > count else of_persons
+            of_cloths = embeds.repeat_interleave(conditioning.num_cloths, dim=0)
+            embeds = torch.cat([of_persons, of_cloths]) if len(rows) > count else of_persons
         with self.accelerator.autocast():
             return self.model(rows, timesteps, embeds, attention_mask=seen, return_dict=False)[0][:count].float()
 
@@ -1133,7 +1307,8 @@ class Trainer:
     def train_step(self, batch: dict[str, Any]) -> Tensor:
         """MSE between the predicted and the actual noise, over the person (joint: over the canvas)."""
         with torch.no_grad():
-            conditioning, mean, std = self.latents(batch)
+            pose_seen = draw_share(batch["seed"], self.args.pose_dropout) if self.args.pose else None
+            conditioning, mean, std = self.latents(batch, pose_seen)
             drawn = {k: v.to(mean.device) for k, v in draw(batch["seed"], mean.shape[1:]).items()}
             clean = (mean + std * drawn["posterior"]).float() * self.vae.config.scaling_factor
         clean, noise = self.on_canvas(conditioning, clean, drawn)
@@ -1216,13 +1391,18 @@ class Trainer:
             yield from accelerate.skip_first_batches(self.loader, skip) if skip else self.loader
             epoch, skip = epoch + 1, 0
 
+    @property
+    def self_attention(self) -> Callable[[], ClothBesideAttnProcessor] | None:
+        """Makes the processors of every `attn1`; None leaves them, as joint mode does."""
+        reference = self.args.cloth_conditioning == "reference"
+        return partial(ClothBesideAttnProcessor, self.args.num_cloths) if reference else None
+
     def run(self) -> bool:
         """Train to the end, or until asked to stop; returns whether it came to the end."""
-        processor = ClothBesideAttnProcessor if self.args.cloth_conditioning == "reference" else None
         self.checkpoints.resume()
         hidden = not self.accelerator.is_local_main_process
         bar = tqdm(total=self.total_steps, initial=self.step, desc="train", disable=hidden)
-        with vton_attention(self.unet, processor, self.args.cross_attention):
+        with vton_attention(self.unet, self.self_attention, self.args.cross_attention):
             with bar, self.stop:
                 batches, losses, started = self.batches(), [], time.time()
                 while self.step < self.total_steps and not self.stopping:
@@ -1287,7 +1467,7 @@ class Validation:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         pairs, self.tryons = self.test_rows() if self.args.dataset_name is not None else self.test_tree()
-        paired = PairDataset(pairs, Preparation(trainer.height, trainer.width, self.args.seed))
+        paired = PairDataset(pairs, replace(trainer.prepare, augment=()))
         self.paired = Subset(paired, range(min(PROBED_PAIRS, len(pairs))))
         self.probes = self.encode_probes()
         self.guidance_errors: dict[float, float] = {}
@@ -1295,17 +1475,19 @@ class Validation:
     def test_tree(self) -> tuple[TreePairs | list, list[tuple[str, dict]]]:
         args, root, roles, paired, tryons = self.args, self.args.dataset_root, self.trainer.roles, [], []
         lists = [*root.glob("test_pairs*.txt"), *root.glob(f"{args.category.replace('all', '*')}/test_pairs*.txt")]
-        if not any(read_list(file) for file in lists):
+        if not any(read_list(file) for file in lists) and not OutfitPairs.list_of(root, "test").is_file():
             return [], []
         try:
-            paired = TreePairs(root, "test", True, roles, args.category, args.condition_column, limit=PROBED_PAIRS)
+            place = {"limit": PROBED_PAIRS, "pose_folder": args.pose_folder}
+            paired = tree_pairs(root, "test", True, roles, args.category, args.condition_column, **place)
         except FileNotFoundError as error:
             if not (args.mask_free or isinstance(error, NoOwnCloths)):
                 raise
             logger.info("nothing is probed: %s", error)
         if args.num_validation_pairs:
             shown = [role for role in roles if role != "condition"]
-            unpaired = TreePairs(root, "test", False, shown, args.category, limit=args.num_validation_pairs)
+            place = {"limit": args.num_validation_pairs, "pose_folder": args.pose_folder}
+            unpaired = tree_pairs(root, "test", False, shown, args.category, **place)
             tryons = [(unpaired.name(i), unpaired.pictures(i)) for i in range(len(unpaired))]
         return paired, tryons
 
@@ -1316,12 +1498,25 @@ class Validation:
             return [], []
         pairs = RowPairs(list(load_rows(args, "test", columns).take(wanted)), columns, "test row")
         shown = range(min(args.num_validation_pairs, len(pairs)))
-        others = [pairs.pictures((i + 1) % len(pairs))["cloth"] for i in shown]
-        return pairs, [(pairs.name(i), pairs.pictures(i) | {"cloth": cloth}) for i, cloth in zip(shown, others)]
+        tryons = []
+        for i in shown:
+            own, other = (pairs.pictures(index % len(pairs)) for index in (i, i + 1))
+            person = {role: picture for role, picture in own.items() if not is_cloth(role)}
+            cloths = {role: picture for role, picture in other.items() if is_cloth(role)}
+            tryons.append((pairs.name(i), person | cloths))
+        return pairs, tryons
 
     def batches(self) -> DataLoader:
-        """The test persons in their own cloths, as many at a time as training takes."""
-        return DataLoader(self.paired, batch_size=self.args.train_batch_size)
+        """The test persons in their own cloths, as many at a time as training takes; one by one where they may wear unequally many."""
+        size = self.args.train_batch_size if self.args.num_cloths == 1 else 1
+        return DataLoader(self.paired, batch_size=size)
+
+    def shown_cloths(self, batch: dict[str, Any]) -> Tensor | list[list[Tensor]]:
+        """The cloths of a batch in [0, 1], as a call takes them."""
+        cloths = batch["cloth"] / 2 + 0.5
+        if self.args.num_cloths == 1:
+            return cloths
+        return [list(of_person[worn > 0]) for of_person, worn in zip(cloths, batch["worn"])]
 
     def encode_probes(self) -> dict[str, Tensor] | None:
         """Latents and seeds (N, ...) of `paired`; None for less than two, of whom none has a wrong cloth."""
@@ -1344,7 +1539,8 @@ class Validation:
         While the cloth is being read, right < none < wrong.
         """
         trainer, scheduler, errors, masked = self.trainer, self.trainer.noise_scheduler, defaultdict(float), 0.0
-        others = {name: self.probes[name].roll(1, 0) for name in ("cloth", "cloth_condition")}
+        of_cloths = {*CLOTH_LATENTS, "worn"} & self.probes.keys()
+        others = {name: self.probes[name].roll(1, 0) for name in of_cloths}
         for rows in torch.arange(len(self.probes["seed"])).split(self.args.train_batch_size):
             batch = {name: tensor[rows] for name, tensor in self.probes.items()}
             conditioning, mean, _ = trainer.latents(batch)
@@ -1383,16 +1579,19 @@ class Validation:
 
     def save_grid(self) -> None:
         size, tiles = {"height": self.trainer.height, "width": self.trainer.width}, []
+        roles = cloth_roles(self.args.num_cloths)
         for name, pictures in self.tryons:
-            person, cloth = pictures["person"], pictures["cloth"]
+            person, cloths = pictures["person"], [pictures[role] for role in roles if role in pictures]
             generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed)
             with forgiven(f"trying on {name}"):
-                (result,) = self.try_on(person, cloth, pictures.get("mask"), generator=generator)
-                shown = (person, fit_cloth(cloth, **size), result)
+                options = {"pose_image": pictures.get("pose"), "generator": generator}
+                (result,) = self.try_on(person, [cloths], pictures.get("mask"), **options)
+                cloths += [Image.new("RGB", person.size, "white")] * (len(roles) - len(cloths))
+                shown = (person, *(fit_cloth(cloth, **size) for cloth in cloths), result)
                 tiles += [picture.resize((size["width"], size["height"])) for picture in shown]
         if not tiles:
             return
-        grid = make_image_grid(tiles, rows=len(tiles) // 3, cols=3)
+        grid = make_image_grid(tiles, rows=len(tiles) // (2 + len(roles)), cols=2 + len(roles))
         file = self.args.output_dir / "validation" / f"step-{self.trainer.step:06d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         grid.save(file)
@@ -1422,10 +1621,12 @@ class Validation:
             for batch in self.batches():
                 truth, mask = batch["person"] / 2 + 0.5, batch["mask"]
                 person = batch["condition"] / 2 + 0.5 if self.args.mask_free else truth
-                shown = (person, batch["cloth"] / 2 + 0.5, None if self.args.mask_free else mask)
+                shown = (person, self.shown_cloths(batch), None if self.args.mask_free else mask)
+                pose = batch["pose"] / 2 + 0.5 if self.args.pose else None
                 for scale in errors:
                     generators = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
                     options = {"num_inference_steps": GUIDANCE_STEPS, "composite": False, "output_type": "pt"}
+                    options["pose_image"] = pose
                     result = self.try_on(*shown, guidance_scale=scale, generator=generators, **size, **options)
                     errors[scale] += ((result - truth).square() * mask).sum().item()
                     bar.update(len(truth))

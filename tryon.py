@@ -51,6 +51,7 @@ class Pair:
     cloth: Path
     mask: Path | None
     output: Path
+    pose: Path | None = None
 
 
 # --------------------------------------------------------------------------------------------------------------- pairs
@@ -68,12 +69,17 @@ def pictures_in(place: Path, flag: str) -> list[Path]:
     return [place]
 
 
-def find_mask(place: Path | None, person: Path) -> Path | None:
-    """The mask of a person: the file given, or the one of that name in a folder, with `_mask` behind it or not."""
+def find_beside(place: Path | None, person: Path, end: str) -> Path | None:
+    """The mask or the pose of a person: the file given, or the one of that name in a folder, with `end` behind it or not."""
     if place is None or place.is_file():
         return place
-    names = [stem + suffix for stem in (person.stem, f"{person.stem}_mask") for suffix in sorted(SUFFIXES)]
+    names = [stem + suffix for stem in (person.stem, person.stem + end) for suffix in sorted(SUFFIXES)]
     return next((place / name for name in names if (place / name).is_file()), place / f"{person.stem}.png")
+
+
+def pair_of(args: argparse.Namespace, person: Path, cloth: Path, output: Path) -> Pair:
+    beside = (find_beside(args.mask, person, "_mask"), output, find_beside(args.pose, person, "_rendered"))
+    return Pair(person, cloth, *beside)
 
 
 def find_pairs(args: argparse.Namespace) -> list[Pair]:
@@ -84,7 +90,7 @@ def find_pairs(args: argparse.Namespace) -> list[Pair]:
         people, cloths = pictures_in(args.person, "--person"), pictures_in(args.cloth, "--cloth")
         pairs = [(person, cloth) for person in people for cloth in cloths]
     if args.pairs is None and args.person.is_file() and args.cloth.is_file() and args.output.suffix.lower() in WRITTEN:
-        return [Pair(*pairs[0], find_mask(args.mask, args.person), args.output)]
+        return [pair_of(args, *pairs[0], args.output)]
     ends = {person: person.suffix if person.suffix.lower() in WRITTEN else ".png" for person, _ in pairs}
     found: dict[Path, Pair] = {}
     for person, cloth in dict.fromkeys(pairs):
@@ -94,7 +100,7 @@ def find_pairs(args: argparse.Namespace) -> list[Pair]:
             raise ValueError(
                 f"{person} with {cloth} and {other.person} with {other.cloth} would both be written to {output}: rename one"
             )
-        found[output] = Pair(person, cloth, find_mask(args.mask, person), output)
+        found[output] = pair_of(args, person, cloth, output)
     order = {cloth: i // CLOTHS_KEPT for i, cloth in enumerate(dict.fromkeys(pair.cloth for pair in found.values()))}
     return sorted(found.values(), key=lambda pair: order[pair.cloth])  # stable: persons stay together
 
@@ -187,14 +193,18 @@ class TryOn:
                 mask = None
             else:
                 mask = self.pipe.predict_mask(picture, self.args.cloth_type, self.args.looseness)
-            prepared = self.pipe.prepare_person(picture, mask, self.args.cloth_type, self.args.height, self.args.width)
+            options = {} if pair.pose is None else {"pose_image": open_picture(pair.pose)}
+            prepared = self.pipe.prepare_person(
+                picture, mask, self.args.cloth_type, self.args.height, self.args.width, **options
+            )
             keep(self.persons, (pair.person, pair.mask), prepared, 1)
         return self.persons[pair.person, pair.mask]
 
     def cloth(self, pair: Pair, person: PreparedPerson) -> PreparedCloth:
         key = (pair.cloth, person.height, person.width, person.profile)
         if key not in self.cloths:
-            prepared = self.pipe.prepare_cloth(open_picture(pair.cloth), *key[1:])
+            options = {"cloth_scale": self.args.cloth_scale, "trim_cloth": self.args.trim_cloth}
+            prepared = self.pipe.prepare_cloth(open_picture(pair.cloth), *key[1:], **options)
             keep(self.cloths, key, prepared, CLOTHS_KEPT)
         return self.cloths[key]
 
@@ -202,7 +212,7 @@ class TryOn:
         """Pairs that can be tried on together: of one size, at most `--batch_size`."""
         batch: list[tuple[Pair, PreparedPerson, PreparedCloth]] = []
         for pair in pairs:
-            if self.bad_files & {pair.person, pair.cloth, pair.mask}:
+            if self.bad_files & {pair.person, pair.cloth, pair.mask, pair.pose}:
                 continue
             file = pair.person
             try:
@@ -281,6 +291,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="a file for one pair, else a folder: PERSON__CLOTH.EXT",
     )
     add("--mask", type=Path, metavar="PATH", help="white where to repaint: a file, or a folder with the persons' names (default: drawn by the human parser)")  # fmt: skip
+    add("--pose", type=Path, metavar="PATH", help="skeletons or the like, for an adapter that reads poses: a file, or a folder with the persons' names")  # fmt: skip
     add("--overwrite", action="store_true", help="make results anew that are there already")
     add("--contact_sheet", type=Path, metavar="FILE", help=f"persons, cloths and results of the first {SHEET_PAIRS} pairs on one picture")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
@@ -323,13 +334,19 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="size to work at (default: the person's aspect at the adapter's area)",
     )
     add("--width", type=positive, metavar="N", help="likewise")
+    add("--cloth_scale", type=float, default=1.0, metavar="X", help="read cloths at so many times the size, 1 to 2, for fine prints (default 1)")  # fmt: skip
+    add("--trim_cloth", action="store_true", help="cut the white around a cloth away, so that it fills its picture")
     add("--batch_size", type=positive, default=1, metavar="N", help="pairs at a time (default 1)")
     args = parser.parse_args(input_args)
     scheduler = getattr(diffusers, args.scheduler or "DDPMScheduler", None)
     if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
         parser.error(f"--scheduler must be the name of a diffusers scheduler, got {args.scheduler}")
+    if not 1 <= args.cloth_scale <= 2:
+        parser.error(f"--cloth_scale must be from 1 to 2, got {args.cloth_scale}")
     if args.mask is not None and not args.mask.exists():
         parser.error(f"--mask: there is no {args.mask}")
+    if args.pose is not None and not args.pose.exists():
+        parser.error(f"--pose: there is no {args.pose}")
     return args
 
 
@@ -355,6 +372,9 @@ def main(args: argparse.Namespace) -> int:
         try_on = TryOn(load_pipeline(args, device), args)
         if args.mask is None and try_on.pipe.human_parser is None and not try_on.pipe.config.mask_free:
             print("tryon.py: this model has no human parser: give --human_parser, or --mask", file=sys.stderr)
+            return 2
+        if args.pose is not None and try_on.pipe.config.pose == "none":
+            print("tryon.py: this model's adapter has learnt without poses: leave out --pose", file=sys.stderr)
             return 2
         try_on.pipe.set_progress_bar_config(disable=len(missing) > 1 or not state.is_main_process)
         with (

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from benchmarks import sd15
 from demo.make_dataset import make_dataset
-from pipeline_vton import ClothBesideAttnProcessor, vton_attention
+from pipeline_vton import vton_attention
 from train_vton import Trainer
 from train_vton import parse_args as training_args
 
@@ -28,6 +28,7 @@ ROWS = {
     "reference, cached latents": "--cache_latents",
     "reference, gradient checkpointing": "--gradient_checkpointing",
     "reference, both": "--cache_latents --gradient_checkpointing",
+    "reference, two cloths": "--num_cloths 2",
     "joint": "--cloth_conditioning joint",
     "joint, both": "--cloth_conditioning joint --cache_latents --gradient_checkpointing",
     "the whole UNet, reference": "--trainable all",
@@ -66,9 +67,8 @@ class PeakMemory:
 def measure(line: list[str], updates: int) -> tuple[float, float]:
     """Seconds of the fastest update, and GiB at the peak."""
     trainer = Trainer(training_args(line))
-    processor = ClothBesideAttnProcessor if trainer.args.cloth_conditioning == "reference" else None
     batches, seconds = trainer.batches(), []
-    with PeakMemory() as peak, vton_attention(trainer.unet, processor, trainer.args.cross_attention):
+    with PeakMemory() as peak, vton_attention(trainer.unet, trainer.self_attention, trainer.args.cross_attention):
         for _ in range(1 + updates):
             started = time.time()
             trainer.update(next(batches))
@@ -91,7 +91,8 @@ def main(args: argparse.Namespace) -> None:
     print("| what is trained | seconds an update | peak memory |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         write_base(Path(folder) / "base")
-        make_dataset(Path(folder) / "data", train=args.train_batch_size * (1 + args.updates), test=0, seed=0)
+        pairs = args.train_batch_size * (1 + args.updates)
+        make_dataset(Path(folder) / "data", train=pairs, test=0, seed=0, category="outfit")
         where = ["--pretrained_model_name_or_path", f"{folder}/base", "--dataset_root", f"{folder}/data"]
         where += ["--output_dir", f"{folder}/out", "--dataloader_num_workers", "0", "--report_to", "none"]
         for name in args.rows:

@@ -59,6 +59,8 @@ METHODS = [
     Method("joint canvas, another seed", JOINT, seed=1),
     Method("reference, another seed", seed=1),
     Method("reference, the whole UNet, another seed", EVERYTHING, seed=1),
+    Method("reference, with the pose", "--pose", by_default=False),
+    Method("reference, with the pose, another seed", "--pose", seed=1, by_default=False),
     Method("reference, with the prompt", "--cross_attention prompt", by_default=False),
     Method("reference, LoRA rank 4", "--lora_rank 4", by_default=False),
     Method("reference, conv_in widened from 4 channels", channels=4, by_default=False),

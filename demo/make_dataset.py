@@ -1,5 +1,7 @@
 """Draw a dataset of people and cloths in VITON-HD's layout, or with `--category all` in DressCode's.
 
+With `--category outfit` everybody wears a top (`cloth`) with trousers or a skirt (`cloth_2`), and tries on both of somebody else's.
+
 Photograph sets never show the same person, in the same pose, in another cloth. This drawn world does: for every unpaired line of
 the test list, `tryon/PERSON__CLOTH.png` is the true picture, so a try-on can be measured pixel by pixel. `factors.jsonl` says of
 every line of the lists, and of every test person in their own cloth, by what it varies and what can be recognised.
@@ -12,7 +14,7 @@ import argparse
 import json
 from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from demo.world import (
     Cloth,
     Person,
     draw_cloth,
+    draw_outfit,
     draw_person,
     draw_sample,
     draw_skeleton,
@@ -74,7 +77,7 @@ class World:
     Args:
         seed: of the whole set.
         height: of a picture in pixels, a multiple of 64; the width is three quarters of it.
-        category: `upper`, `lower`, `dress`, or `all` in turn.
+        category: `upper`, `lower`, `dress`, or `all` in turn; or `outfit`, of two cloths.
         factors: which of `FACTORS` vary.
     """
 
@@ -91,6 +94,8 @@ class World:
         return CATEGORIES[index % len(CATEGORIES)] if self.category == "all" else self.category
 
     def sample(self, split: str, index: int) -> tuple[Person, Cloth]:
+        if self.category == "outfit":
+            return draw_outfit(self.seed, split, index, self.factors)
         return draw_sample(self.seed, split, index, self.category_of(index), self.factors)
 
     def partner(self, index: int, count: int) -> int:
@@ -127,6 +132,9 @@ class VitonHD:
         place, name = self.root / split, Path(self.person(split, index)).stem
         save(pictures["person"], place / "image" / f"{name}.png")
         save(pictures["cloth"], place / "cloth" / f"{name}.png")
+        if "cloth_2" in pictures:
+            (place / "cloth_2").mkdir(exist_ok=True)
+            save(pictures["cloth_2"], place / "cloth_2" / f"{name}.png")
         save(pictures["mask"], place / "agnostic-mask" / f"{name}_mask.png")
         save(pictures["skeleton"], place / "openpose_img" / f"{name}_rendered.png")
         save(with_palette(labels), place / "image-parse-v3" / f"{name}.png")
@@ -216,11 +224,14 @@ def write_sample(index: int, root: Path, split: str, world: World) -> None:
         "mask": mask,
         "skeleton": draw_skeleton(points, *world.size),
     }
+    if world.category == "outfit":
+        pictures["cloth_2"] = draw_cloth(person.other, *world.size)
     layout(root, world.category).write(split, index, world.category_of(index), pictures, labels, points)
 
 
 def write_truth(pair: tuple[int, int], root: Path, world: World) -> None:
-    (person, _), (_, cloth) = (world.sample("test", index) for index in pair)
+    (person, _), (wearer, cloth) = (world.sample("test", index) for index in pair)
+    person = replace(person, other=wearer.other) if world.category == "outfit" else person
     files = layout(root, world.category)
     file = files.truth(world.category_of(pair[0]), files.person("test", pair[0]), files.cloth("test", pair[1]))
     save(draw_person(person, cloth, *world.size)[0], file)
@@ -283,7 +294,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--test", type=int, default=64, help="test samples and unpaired lines (default 64, 0 for none)")
     add("--seed", type=int, default=0, help="seed of the whole set (default 0)")
     add("--height", type=int, default=UNIT_HEIGHT, help=f"picture height, a multiple of 64 (default {UNIT_HEIGHT})")
-    add("--category", choices=(*CATEGORIES, "all"), default="upper", help="cloths; all in turn (default upper)")
+    add(
+        "--category",
+        choices=(*CATEGORIES, "all", "outfit"),
+        default="upper",
+        help="cloths; all in turn; or outfits of two (default upper)",
+    )
     add("--factors", nargs="*", choices=FACTORS, default=FACTORS, metavar="FACTOR", help=f"those that vary, of {', '.join(FACTORS)} (default all)")  # fmt: skip
     args = parser.parse_args(input_args)
     categories = len(CATEGORIES) if args.category == "all" else 1

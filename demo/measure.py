@@ -7,6 +7,7 @@ denoising steps. `--output_dir` receives the tables (report.md) and their plots.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -200,6 +201,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=1, help="seed of people, cloths and noise (default 1)")
     add("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
     add("--guidance_scale", type=float, nargs="+", default=[None], help="one row each (default: the adapter's own)")
+    add("--cloth_scale", type=float, nargs="+", default=[1.0], help="how large the cloth is read, 1 to 2, one row each (default 1)")  # fmt: skip
+    add("--trim_cloth", action="store_true", help="without the white around the cloth, in rows of their own")
     add("--by", nargs="*", choices=GROUPS, metavar="FACTOR", help=f"break down by these, all if none is named: {', '.join(GROUPS)}")  # fmt: skip
     add(
         "--steps", type=int, nargs="+", default=[], help="the adapter's figures after each number of steps, as a curve"
@@ -209,6 +212,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     for steps in (args.num_inference_steps, *args.steps):
         if steps < 1:
             parser.error(f"--num_inference_steps and --steps must be positive, got {steps}")
+    if not all(1 <= size <= 2 for size in args.cloth_scale):
+        parser.error(f"--cloth_scale must be from 1 to 2, got {' '.join(map(str, args.cloth_scale))}")
     args.by = [] if args.by is None else args.by or list(GROUPS)
     return args
 
@@ -218,9 +223,11 @@ def compare(
 ) -> dict[str, list[Parts]]:
     """The adapter and what it has to beat; it is unloaded on the way."""
     rows, run = {}, (args.num_inference_steps, args.seed)
-    for scale in args.guidance_scale:
-        results = try_on(pipe, lines, *run, scale)
-        rows[f"(a) the adapter, guidance {pipe.guidance_scale:g}"] = score(results)
+    trims = (False, True) if args.trim_cloth else (False,)
+    for scale, size, trim in itertools.product(args.guidance_scale, args.cloth_scale, trims):
+        results = try_on(pipe, lines, *run, scale, cloth_scale=size, trim_cloth=trim)
+        read = (f", the cloth at {size:g}" if size != 1 else "") + (", trimmed" if trim else "")
+        rows[f"(a) the adapter, guidance {pipe.guidance_scale:g}{read}"] = score(results)
     pipe.unload_vton_adapter()
     return rows | {
         "(b) the base without a cloth": score(without_cloth(pipe, lines, *run)),

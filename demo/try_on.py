@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
 from demo.make_dataset import World, describe
-from demo.world import CATEGORIES, LIP, draw_cloth, draw_person
+from demo.world import CATEGORIES, LIP, draw_cloth, draw_person, draw_skeleton, keypoints
 
 
 DEMO = Path(__file__).resolve().parent
@@ -28,7 +29,7 @@ class Line:
 
     Args:
         category: one of `CATEGORIES`.
-        person, cloth, mask: what a try-on is given.
+        person, cloth, mask, pose: what a try-on is given; the pose where the adapter reads poses.
         truth: what it should give.
         worn: where the truth shows the cloth, booleans (H, W).
         factors: the level of every factor by which the truth varies.
@@ -39,6 +40,7 @@ class Line:
     person: Image.Image
     cloth: Image.Image
     mask: Image.Image
+    pose: Image.Image
     truth: Image.Image
     worn: np.ndarray
     factors: dict[str, str]
@@ -55,6 +57,7 @@ def draw_line(world: World, index: int, partner: int) -> Line:
         person=before,
         cloth=draw_cloth(cloth, *world.size),
         mask=mask,
+        pose=draw_skeleton(keypoints(person, *world.size), *world.size),
         truth=truth,
         worn=labels == LIP[cloth.kind],
         **described,
@@ -96,19 +99,24 @@ def noises(seed: int, start: int, stop: int) -> list[torch.Generator]:
 
 
 def try_on(
-    pipe: DiffusionPipeline, lines: Sequence[Line], steps: int, seed: int, scale: float | None = None
+    pipe: DiffusionPipeline, lines: Sequence[Line], steps: int, seed: int, scale: float | None = None, **options: Any
 ) -> list[Image.Image]:
-    """Every cloth on its person; `scale` None is the adapter's own guidance."""
-    results = []
+    """Every cloth on its person, with the pose where the adapter reads poses; `scale` None is the adapter's own guidance.
+
+    `options` are a call's.
+    """
+    results, posed = [], pipe.config.pose == "painted"
     for start in range(0, len(lines), BATCH_SIZE):
         batch = lines[start : start + BATCH_SIZE]
         results += pipe(
             person_image=[line.person for line in batch],
             cloth_image=[line.cloth for line in batch],
             mask_image=[line.mask for line in batch],
+            pose_image=[line.pose for line in batch] if posed else None,
             num_inference_steps=steps,
             guidance_scale=scale,
             generator=noises(seed, start, start + len(batch)),
+            **options,
         ).images
     return results
 

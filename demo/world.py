@@ -89,6 +89,7 @@ FRAMES = {
     "lower": {"near": (1.08, -4.0), "far": (0.82, 26.5)},
     "dress": {"near": (0.81, 29.0), "far": (0.66, 36.0)},
 }
+FRAMES["outfit"] = FRAMES["dress"]  # a top with trousers or a skirt
 FLAT_SCALES = {"top": 1.16, "trousers": 1.25, "skirt": 1.25, "dress": 1.08}
 PERIODS = {"coarse": 11.0, "fine": 5.6}  # pixels of a pattern's repeat on a near person
 
@@ -215,6 +216,14 @@ def draw_sample(
         np.random.default_rng([seed, SPLITS.index(split), CATEGORIES.index(category), index, part]) for part in (0, 1)
     )
     return random_person(people, category, factors), random_cloth(cloths, category, factors)
+
+
+def draw_outfit(seed: int, split: str, index: int, factors: Collection[str] = FACTORS) -> tuple[Person, Cloth]:
+    """A person seen from head to foot whose two cloths both vary: the trousers or skirt is the person's `other`, the top the cloth."""
+    (person, _), (_, top), (_, bottom) = (
+        draw_sample(seed, split, index, category, factors) for category in ("dress", "upper", "lower")
+    )
+    return replace(person, category="outfit", other=bottom), top
 
 
 def choose(rng: np.random.Generator, names: tuple[str, ...], odds: tuple[float, ...] | None = None) -> str:
@@ -568,8 +577,9 @@ def draw_cloth(cloth: Cloth, height: int, width: int) -> Image.Image:
 @cache
 def envelopes(category: str) -> list[Cloth]:
     """The largest cloths of a category: together they reach wherever any of it may."""
-    anything = random_cloth(np.random.default_rng(0), category, ())
-    kinds = {"upper": ("top",), "lower": ("trousers", "skirt"), "dress": ("dress",)}[category]
+    anything = random_cloth(np.random.default_rng(0), "upper" if category == "outfit" else category, ())
+    kinds = {"upper": ("top",), "lower": ("trousers", "skirt"), "dress": ("dress",)}
+    kinds = (kinds | {"outfit": kinds["upper"] + kinds["lower"]})[category]
     return [replace(anything, kind=kind, sleeve="long", length="long", fit="loose") for kind in kinds]
 
 

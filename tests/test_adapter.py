@@ -152,6 +152,7 @@ def test_an_adapter_file_holds_the_trainable_weights_and_the_settings_as_text(tm
         "cross_attention": "skip",
         "condition_latents": "scaled",
         "mask_free": "true",
+        "pose": "none",
         "guidance_scale": "7.5",
         "trainable": "self_attention",
     }

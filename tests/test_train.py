@@ -1128,7 +1128,9 @@ def test_one_category_alone_is_trained_and_tried_on(bases, dress_code, own_data,
     trainer = trainer_of(bases[9], dress_code, tmp_path, category="upper_body", num_validation_pairs=2)
     read = [files["person"] for _, _, files in trainer.pairs.pairs]
     assert read and {file.parts[-3] for file in read} == {"upper_body"}
-    persons = {line.split()[0] for line in (dress_code / "upper_body/test_pairs_unpaired.txt").read_text().splitlines()}
+    persons = {
+        line.split()[0] for line in (dress_code / "upper_body/test_pairs_unpaired.txt").read_text().splitlines()
+    }
     assert {name.split()[0] for name, _ in trainer.validation.tryons} <= persons
     with pytest.raises(FileNotFoundError, match="category 'lower_body' needs the folder"):
         TreePairs(own_data, "train", True, category="lower_body")
@@ -1443,7 +1445,7 @@ def test_arguments_that_are_wrong(capsys, changed, message):
 
 NUMBERS = {
     "a positive whole number": (
-        "height width lora_rank train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
+        "height width lora_rank num_cloths train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
         "checkpointing_steps validation_steps", "0 -1",
     ),
     "a whole number from 0": (
@@ -1452,7 +1454,7 @@ NUMBERS = {
     "a whole number from 0 to 4294967295": ("seed", "-1 4294967296"),
     "a positive number": ("learning_rate max_grad_norm snr_gamma dream_detail_preservation", "0 -1 nan inf"),
     "a number from 0": ("guidance_scale adam_weight_decay", "-1 nan inf -inf"),
-    "at least 0 and at most 1": ("cloth_dropout", "-0.1 1.1 nan"),
+    "at least 0 and at most 1": ("cloth_dropout pose_dropout", "-0.1 1.1 nan"),
     "at least 0 and less than 1": ("ema_decay", "-0.1 1 nan"),
 }  # fmt: skip
 

@@ -72,7 +72,9 @@ def test_every_cloth_is_tried_on_every_person_and_each_is_encoded_once(shop, mod
     for name in ("prepare_person", "prepare_cloth"):
         method = getattr(tryon.StableDiffusionVTONPipeline, name)
         monkeypatch.setattr(
-            tryon.StableDiffusionVTONPipeline, name, lambda *args, m=method, n=name: encoded.append(n) or m(*args)
+            tryon.StableDiffusionVTONPipeline,
+            name,
+            lambda *args, m=method, n=name, **options: encoded.append(n) or m(*args, **options),
         )
     assert run(shop, model, "--batch_size", "3", "--contact_sheet", str(shop / "sheet.png")) == 0
     names = ["ann__red.png", "ann__tee.png", "bob__red.png", "bob__tee.png"]
