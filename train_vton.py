@@ -59,7 +59,6 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
 from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
@@ -86,10 +85,10 @@ from pipeline_vton import (
     StableDiffusionVTONPipeline,
     TryOnLatents,
     adapter_parameters,
-    as_masks,
+    as_image,
+    as_mask_image,
     as_pil,
     as_tensors,
-    colour_profiles,
     convert_profile,
     fit_cloth,
     fit_size,
@@ -109,6 +108,7 @@ PROBED_TIMESTEPS = (250, 500, 750)  # where the masked error without, with and w
 PROBED_PAIRS = 16
 READING = 2  # counts the changes of how pictures are read: latents cached before one are of other pictures
 SIZED_ROWS = 16  # of a table, whose persons' sizes are looked at
+HOST_VALUES = ("seed", "place")  # of an item
 LATENTS = ("person", "mask", "cloth", "cloth_condition")  # the tensors of `TryOnLatents`
 GUIDANCE_SCALES, GUIDANCE_STEPS = (1, 1.5, 2, 2.5, 3.5, 5, 7.5), 25
 LOCAL_FLAGS = {"dataset_root", "output_dir", "cache_latents", "resume_from_checkpoint"}  # folders of this machine
@@ -272,10 +272,6 @@ class Preparation:
     seed: int = 0
     augment: Collection[str] = ()
 
-    def __post_init__(self) -> None:
-        self.image_processor = VaeImageProcessor()
-        self.mask_processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
-
     def tag(self, name: str, epoch: int, index: int) -> dict[str, Any]:
         return {"name": name, "seed": int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])}
 
@@ -284,10 +280,9 @@ class Preparation:
         pictures = self.move(pictures, rng)
         size = {"height": self.height, "width": self.width}
         pictures["cloth"] = fit_cloth(pictures["cloth"], **size)
-        item = {"mask": torch.ones(1, self.height, self.width)}  # mask-free
-        for role, picture in pictures.items():
-            processor = self.mask_processor if role == "mask" else self.image_processor
-            item[role] = processor.preprocess(picture, **size)[0]
+        item = {role: to_pixels(picture, **size) for role, picture in pictures.items()}
+        if "mask" not in item:  # mask-free
+            item["mask"] = torch.ones(1, self.height, self.width)
         item = self.recolor(item, rng)
         if "mask" in self.augment:
             item["mask"] = loosen(item["mask"], rng)
@@ -315,6 +310,21 @@ class Preparation:
         return item
 
 
+def to_pixels(picture: Image.Image, height: int, width: int) -> Tensor:
+    """An RGB image as (3, height, width) in [-1, 1], or a grey one as a mask (1, height, width) of 0 and 1, by PIL's LANCZOS.
+
+    Bit for bit what `VaeImageProcessor.preprocess` makes of it, with a third of the work.
+    """
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    if picture.mode == "L":
+        return (torch.from_numpy(np.array(picture))[None] >= 128).float()
+    pixels = torch.empty(3, height, width)
+    for channel, band in zip(pixels, picture.split()):
+        channel.copy_(torch.from_numpy(np.array(band))).div_(255).mul_(2).sub_(1)
+    return pixels
+
+
 def loosen(mask: Tensor, rng: np.random.Generator) -> Tensor:
     """A mask (1, H, W) that tells less of the cloth that is worn: itself, its hull or its box, grown by up to H/16 pixels."""
     margin, sides = rng.uniform(0, mask.shape[1] / 16), rng.choice([0, HULL_SIDES, 4])
@@ -339,9 +349,7 @@ def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> 
     """A whole picture, with its colour profile; ValueError where it cannot be read, or should be a mask and is none."""
     try:
         picture = open_file()
-        if role == "mask":
-            return as_pil(as_masks(picture, name)[0])
-        return as_pil(as_tensors(picture, name)[0], colour_profiles(picture)[0])
+        return as_mask_image(picture, name) if role == "mask" else as_image(picture, name)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: some broken PNGs
         raise ValueError(f"{name} cannot be read: {error}") from error
 
@@ -622,10 +630,12 @@ class PairDataset(Dataset):
     pairs: TreePairs | RowPairs
     prepare: Preparation
     captions: Sequence[str] | None = None
-    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # reading processes outlast an epoch
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -633,15 +643,19 @@ class PairDataset(Dataset):
     def tag(self, index: int) -> dict[str, Any]:
         name = self.pairs.name(index)
         caption = {} if self.captions is None else {"caption": filled(self.captions[index], f"{name}: the caption")}
-        return self.prepare.tag(name, self.epoch, index) | caption
+        return self.prepare.tag(name, int(self.epoch), index) | caption
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.prepare(self.pairs.pictures(index), self.epoch, index) | self.tag(index)
+        return self.prepare(self.pairs.pictures(index), int(self.epoch), index) | self.tag(index)
 
 
 @dataclass(eq=False)
 class StreamedPairs(IterableDataset):
-    """The same of process `rank`'s part of a streamed dataset, epoch after epoch; `skip` pairs are passed over, undecoded."""
+    """The same of process `rank`'s part of a streamed dataset, epoch after epoch.
+
+    An item's `place` is its epoch and how many of the part's rows were read by then; `start` is one to go on from: earlier
+    epochs are not read again, earlier rows of that epoch are passed over, undecoded, since a shuffled stream draws from them.
+    """
 
     rows: Any
     columns: dict[str, str]
@@ -649,20 +663,23 @@ class StreamedPairs(IterableDataset):
     rank: int
     processes: int
     caption_column: str | None = None
-    skip: int = 0
+    start: tuple[int, int] = (0, 0)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        place = 0
-        for epoch in itertools.count():
+        first, skip = self.start
+        for epoch in itertools.count(first):
             self.rows.set_epoch(epoch)
-            for index, row in zip(itertools.count(self.rank, self.processes), self.rows):
-                place += 1
-                if place > self.skip:
-                    name = f"row {index} of the stream"
-                    item = self.prepare(row_pictures(row, self.columns, name), epoch, index)
-                    if self.caption_column:
-                        item["caption"] = filled(row[self.caption_column], f"{name}: the caption")
-                    yield item | self.prepare.tag(name, epoch, index)
+            place = 0
+            for place, row in enumerate(self.rows, start=1):
+                if skip > 0:
+                    skip -= 1
+                    continue
+                index = self.rank + (place - 1) * self.processes
+                name = f"row {index} of the stream"
+                item = self.prepare(row_pictures(row, self.columns, name), epoch, index)
+                if self.caption_column:
+                    item["caption"] = filled(row[self.caption_column], f"{name}: the caption")
+                yield item | self.prepare.tag(name, epoch, index) | {"place": (epoch, place)}
             if place == 0:
                 raise ValueError("--dataset_name has no rows for this process")
 
@@ -730,7 +747,7 @@ class LatentCache(PairDataset):
         missing = [start for start in starts if not self.shard(start).is_file()]
         for start in tqdm(missing, desc="encode", disable=not accelerator.is_local_main_process or not missing):
             part = Subset(PairDataset(self.pairs, self.prepare), range(start, min(start + self.SHARD, len(self))))
-            encoded = [encode(batch) for batch in DataLoader(part, **loading)]
+            encoded = [encode(batch) for batch in DataLoader(part, collate_fn=collate, **loading)]
             tensors = {name: torch.cat([batch[name].cpu() for batch in encoded]).contiguous() for name in encoded[0]}
             temporary = self.shard(start).with_suffix(f".{os.getpid()}")
             save_file(tensors, temporary)
@@ -760,11 +777,17 @@ def load_pairs(
         return TreePairs(args.dataset_root, "train", True, tuple(columns), args.condition_column, **looked_at)
 
 
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Items to a batch; seeds and places stay numbers of the host, as names do, and wait for no device."""
+    kept = {name: [item[name] for item in items] for name in HOST_VALUES if name in items[0]}
+    return default_collate([{k: v for k, v in item.items() if k not in kept} for item in items]) | kept
+
+
 def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
     """What is random in a step, each row from its own seed: three noises (B, *shape) and two numbers (B,) in [0, 1)."""
     rows = []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(int(seed))
+        generator = torch.Generator().manual_seed(seed)
         row = {name: torch.randn(shape, generator=generator) for name in ("noise", "cloth_noise", "posterior")}
         rows.append(row | {name: torch.rand((), generator=generator) for name in ("time", "dropout")})
     return default_collate(rows)
@@ -908,7 +931,9 @@ class Trainer:
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / "logs"),
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True, data_seed=args.seed, non_blocking=True
+            ),
             dynamo_backend="inductor" if args.torch_compile else None,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused), PATIENCE],
         )
@@ -920,7 +945,9 @@ class Trainer:
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         set_seed(args.seed)
-        self.step, self.losses, self.grad_norm, self.accumulated = 0, [], 0.0, 0
+        self.step, self.losses, self.grad_norm = 0, [], 0.0
+        self.pending: list[tuple[Tensor, list[str]]] = []  # the losses, and the names, of an update's batches so far
+        self.place = (0, 0)  # of the stream
         self.stop, self.stopping = StopRequest(), False  # of this process; as all processes know
         self.load_base()
         self.roles = ("person", "cloth", "condition" if args.mask_free else "mask")
@@ -1009,6 +1036,7 @@ class Trainer:
             folder = args.cache_latents / cache_key(self.vae, self.settings, self.pairs)
             self.dataset = LatentCache(self.pairs, self.prepare, folder=folder)
             self.dataset.fill(self.encode, self.accelerator, **loading)
+        loading |= self.reading(args.dataloader_num_workers)
         self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
 
     def load_stream(self) -> None:
@@ -1018,7 +1046,13 @@ class Trainer:
         rows = importlib.import_module("datasets.distributed").split_dataset_by_node(rows, *place)
         self.dataset = StreamedPairs(rows, self.columns, self.prepare, *place, args.caption_column)
         workers = min(1, args.dataloader_num_workers)
-        self.loader = DataLoader(self.dataset, batch_size=args.train_batch_size, num_workers=workers)
+        loading = {"batch_size": args.train_batch_size, "num_workers": workers}
+        self.loader = DataLoader(self.dataset, **loading, **self.reading(workers))
+
+    def reading(self, workers: int) -> dict[str, Any]:
+        """How training is fed: by processes that outlast an epoch, from memory that a GPU copies without waiting."""
+        pinned = self.accelerator.device.type == "cuda"
+        return {"collate_fn": collate, "persistent_workers": workers > 0, "pin_memory": pinned}
 
     def prepare_parameters(self) -> None:
         """What learns, in float32: the adapter's weights, or a LoRA of the same modules."""
@@ -1069,7 +1103,8 @@ class Trainer:
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What the VAE makes of a batch: the tensors of `TryOnLatents`, and the posterior of the person to paint."""
-        pictures = {name: batch[name].to(self.accelerator.device) for name in {*self.roles, "mask"}}
+        device = self.accelerator.device
+        pictures = {name: batch[name].to(device, non_blocking=True) for name in {*self.roles, "mask"}}
         shown = pictures["condition" if self.args.mask_free else "person"], pictures["mask"], pictures["cloth"]
         settings = {name: getattr(self.settings, name) for name in ("mask_free", "condition_latents")}
         channels = self.unet.config.in_channels
@@ -1139,42 +1174,53 @@ class Trainer:
         target = unet_target(scheduler, clean, noise, timesteps)
         return noise_loss(scheduler, predicted, target, timesteps, self.args.snr_gamma)
 
-    def update(self, batch: dict[str, Any]) -> float:
-        """Forward, backward and, every `gradient_accumulation_steps` batches, one update; returns this batch's loss."""
-        accelerator = self.accelerator
+    def update(self, batch: dict[str, Any]) -> list[float]:
+        """Forward, backward and, every `gradient_accumulation_steps` batches, one update; returns its batches' losses then.
+
+        Processes wait for one another, and for their devices, once an update, after backward.
+        """
+        accelerator, losses = self.accelerator, []
         with accelerator.accumulate(self.model):
             loss = self.train_step(batch)
-            both = torch.stack([loss.detach(), loss.new_tensor(float(self.stop.made))])
-            mean, stopping = accelerator.reduce(both, reduction="mean").tolist()
-            self.stopping = stopping > 0
-            self.require_finite("loss", mean, batch)
             accelerator.backward(loss)
-            self.accumulated += 1
+            self.pending.append((loss.detach(), list(batch["name"])))
             if accelerator.sync_gradients:
                 self.average_gradients()
-                self.grad_norm = accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm).item()
-                if accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-                    self.require_finite("gradient norm", self.grad_norm, batch)
+                norm = accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+                losses = self.agree(norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
         if accelerator.sync_gradients:
             self.schedule.step()
             self.ema.step(self.trained)
-            self.step += 1
-        return mean
+            self.step, self.pending = self.step + 1, []
+            self.place = batch["place"][-1] if "place" in batch else self.place
+        return losses
+
+    def agree(self, norm: Tensor) -> list[float]:
+        """The losses of an update's batches, of all processes, and whether one of them is to stop: one exchange, one wait."""
+        of_batches = torch.stack([loss for loss, _ in self.pending])
+        asked = of_batches.new_tensor([float(self.stop.made)])
+        means = self.accelerator.reduce(torch.cat([of_batches, asked]), reduction="mean")
+        *losses, stopping, self.grad_norm = torch.cat([means, norm.reshape(1).to(means)]).tolist()
+        self.stopping = stopping > 0
+        for loss, (_, names) in zip(losses, self.pending):
+            self.require_finite("loss", loss, names)
+        if self.accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+            self.require_finite("gradient norm", self.grad_norm, self.pending[-1][1])
+        return losses
 
     def average_gradients(self) -> None:
         """accelerate divides by `gradient_accumulation_steps`; an epoch's last update may have had fewer batches."""
-        missing = self.args.gradient_accumulation_steps / self.accumulated
+        missing = self.args.gradient_accumulation_steps / len(self.pending)
         if missing > 1:
             for gradient in (p.grad for p in self.trained if p.grad is not None):
                 gradient.mul_(missing)
-        self.accumulated = 0
 
-    def require_finite(self, what: str, value: float, batch: dict[str, Any]) -> None:
+    def require_finite(self, what: str, value: float, names: list[str]) -> None:
         if not math.isfinite(value):
-            names = ", ".join(gather_object(list(batch["name"])))
-            raise FloatingPointError(f"the {what} is {value} at step {self.step + 1}; the pairs are {names}")
+            everyone = ", ".join(gather_object(names))
+            raise FloatingPointError(f"the {what} is {value} at step {self.step + 1}; the pairs are {everyone}")
 
     @contextlib.contextmanager
     def published_weights(self) -> Iterator[None]:
@@ -1195,7 +1241,7 @@ class Trainer:
         """Batches from where the run stands, epoch after epoch, in the order that an uninterrupted run would see."""
         accumulated = self.args.gradient_accumulation_steps
         if self.args.streaming:
-            self.dataset.skip = self.step * accumulated * self.args.train_batch_size
+            self.dataset.start = self.place
             yield from self.loader
         epoch, done = divmod(self.step, self.steps_per_epoch)
         skip = done * accumulated
@@ -1213,14 +1259,12 @@ class Trainer:
         bar = tqdm(total=self.total_steps, initial=self.step, desc="train", disable=hidden)
         with vton_attention(self.unet, processor, self.args.cross_attention):
             with bar, self.stop:
-                batches, losses, started = self.batches(), [], time.time()
+                batches, started = self.batches(), time.time()
                 while self.step < self.total_steps and not self.stopping:
-                    before = self.step
-                    losses.append(self.update(next(batches)))
-                    if self.step > before:
+                    if losses := self.update(next(batches)):
                         bar.update()
                         self.after_update(bar, losses, time.time() - started)
-                        losses, started = [], time.time()
+                        started = time.time()
             if self.step >= self.total_steps:
                 self.finish()
         return self.step >= self.total_steps
@@ -1310,13 +1354,13 @@ class Validation:
 
     def batches(self) -> DataLoader:
         """The test persons in their own cloths, as many at a time as training takes."""
-        return DataLoader(self.paired, batch_size=self.args.train_batch_size)
+        return DataLoader(self.paired, batch_size=self.args.train_batch_size, collate_fn=collate)
 
     def encode_probes(self) -> dict[str, Tensor] | None:
         """Latents and seeds (N, ...) of `paired`; None for less than two, of whom none has a wrong cloth."""
         encoded = []
         for batch in self.batches():
-            latents = self.trainer.encode(batch) | {"seed": batch["seed"]}
+            latents = self.trainer.encode(batch) | {"seed": torch.tensor(batch["seed"])}
             vanished = ~latents["mask"].flatten(1).any(dim=1).cpu()
             if vanished.any():
                 names = ", ".join(name for name, gone in zip(batch["name"], vanished) if gone)
@@ -1339,7 +1383,8 @@ class Validation:
             conditioning, mean, _ = trainer.latents(batch)
             wrong, *_ = trainer.latents(batch | {name: cloths[rows] for name, cloths in others.items()})
             mean = mean.float() * trainer.vae.config.scaling_factor
-            drawn = {name: noise.to(mean.device) for name, noise in draw(batch["seed"], mean.shape[1:]).items()}
+            drawn = draw(batch["seed"].tolist(), mean.shape[1:])
+            drawn = {name: noise.to(mean.device) for name, noise in drawn.items()}
             seen = torch.ones(len(mean), device=mean.device)
             cloths = (("none", conditioning, 0 * seen), ("right", conditioning, seen), ("wrong", wrong, seen))
             for t, (name, shown, visible) in itertools.product(PROBED_TIMESTEPS, cloths):
@@ -1413,7 +1458,7 @@ class Validation:
                 person = batch["condition"] / 2 + 0.5 if self.args.mask_free else truth
                 shown = (person, batch["cloth"] / 2 + 0.5, None if self.args.mask_free else mask)
                 for scale in errors:
-                    generators = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
+                    generators = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
                     options = {"num_inference_steps": GUIDANCE_STEPS, "composite": False, "output_type": "pt"}
                     result = self.try_on(*shown, guidance_scale=scale, generator=generators, **size, **options)
                     errors[scale] += ((result - truth).square() * mask).sum().item()
@@ -1473,11 +1518,20 @@ class Checkpoints:
         trainer, progress = self.trainer, self.progress()
         self.accelerator.load_state(str(self.resumed))
         trainer.step, trainer.losses, trainer.ema.decay = progress["step"], progress["losses"], self.args.ema_decay
+        if self.args.streaming:
+            trainer.place = self.stream_place(progress)
         trainer.schedule.base_lrs = [self.args.learning_rate] * len(trainer.optimizer.param_groups)
         for group, factor in zip(trainer.optimizer.param_groups, trainer.schedule.lr_lambdas, strict=True):
             group["initial_lr"], group["weight_decay"] = self.args.learning_rate, self.args.adam_weight_decay
             group["lr"] = self.args.learning_rate * factor(trainer.schedule.last_epoch)
         logger.info("resumed from %s", self.resumed)
+
+    def stream_place(self, progress: dict[str, Any]) -> tuple[int, int]:
+        """Where this process goes on in its part of the stream: as noted, or counted by those who shared it otherwise."""
+        places, rank = progress.get("places", []), self.accelerator.process_index
+        if len(places) == self.accelerator.num_processes:
+            return tuple(places[rank])
+        return 0, progress["step"] * self.args.gradient_accumulation_steps * self.args.train_batch_size
 
     def save_weights(self, models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         """accelerate's hook: a checkpoint holds the trained weights in fp32, not the whole UNet."""
@@ -1503,10 +1557,11 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(unfinished))
-        self.accelerator.wait_for_everyone()
+        places = gather_object([self.trainer.place])
         if self.accelerator.is_main_process:
             trainer = self.trainer
             progress = {"step": trainer.step, "losses": trainer.losses, "lora_rank": self.args.lora_rank}
+            progress |= {"places": places} if self.args.streaming else {}
             write_text(unfinished / "progress.json", json.dumps(progress))
             if final.exists():  # a run that was resumed from an earlier one
                 discard(final)
