@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,9 +97,9 @@ def noises(seed: int, start: int, stop: int) -> list[torch.Generator]:
 
 
 def try_on(
-    pipe: DiffusionPipeline, lines: Sequence[Line], steps: int, seed: int, scale: float | None = None
+    pipe: DiffusionPipeline, lines: Sequence[Line], steps: int, seed: int, scale: float | None = None, **options: Any
 ) -> list[Image.Image]:
-    """Every cloth on its person; `scale` None is the adapter's own guidance."""
+    """Every cloth on its person; `scale` None is the adapter's own guidance, `options` are a call's."""
     results = []
     for start in range(0, len(lines), BATCH_SIZE):
         batch = lines[start : start + BATCH_SIZE]
@@ -109,6 +110,7 @@ def try_on(
             num_inference_steps=steps,
             guidance_scale=scale,
             generator=noises(seed, start, start + len(batch)),
+            **options,
         ).images
     return results
 
