@@ -2108,11 +2108,62 @@ def call_back(
 # What a UNet's config may ask for beside latents, a timestep and text.
 OTHER_INPUTS = {
     "encoder_hid_dim_type": "the pictures of an IP-Adapter, or other features",
-    "addition_embed_type": "SDXL's sizes and pooled text, or other embeddings",
+    "addition_embed_type": "embeddings that are not SDXL's sizes and pooled text",
     "class_embed_type": "class labels",
     "num_class_embeds": "class labels",
     "time_cond_proj_dim": "an embedding of the guidance scale",
 }
+
+
+def is_sdxl(unet: UNet2DConditionModel) -> bool:
+    """Whether a UNet is conditioned on sizes and pooled text, as SDXL's are (arXiv:2307.01952)."""
+    return unet.config.get("addition_embed_type") == "text_time"
+
+
+def added_conditions(unet: UNet2DConditionModel, rows: torch.Tensor, scale: int) -> dict[str, torch.Tensor] | None:
+    """What SDXL's UNets are given beside latents, timesteps and text: no pooled text, a picture of the rows' size, uncropped.
+
+    Args:
+        unet: the UNet, whose config says how wide pooled text is.
+        rows: (B, c, h, w), its input.
+        scale: pixels a latent's side.
+
+    Returns:
+        `text_embeds` (B, pooled) and `time_ids` (B, 6): height and width before, top and left of the crop, height and width; None
+        for other UNets.
+    """
+    if not is_sdxl(unet):
+        return None
+    height, width = (side * scale for side in rows.shape[-2:])
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    sizes = [rows.new_full((len(rows), 1), side) for side in (height, width, 0, 0, height, width)]  # waits for no copy
+    return {"text_embeds": rows.new_zeros(len(rows), pooled), "time_ids": torch.cat(sizes, dim=1)}
+
+
+def refuse_sdxl_text(unet: UNet2DConditionModel, cross_attention: str) -> None:
+    """ValueError where SDXL is to read a prompt, for which it has two text encoders."""
+    if cross_attention == "prompt" and is_sdxl(unet):
+        raise ValueError(
+            "`cross_attention` 'prompt' needs one text encoder, and SDXL's UNets read two: use 'skip', the default, got 'prompt'"
+        )
+
+
+@contextmanager
+def within_range(vae: AutoencoderKL, unet: UNet2DConditionModel) -> Iterator[None]:
+    """The VAE in float32 for as long as the context lasts, where it is SDXL's own in float16, which overflows there.
+
+    `force_upcast` in a VAE's config says so; it is true by default, and means something beside SDXL's UNets alone.
+    """
+    before = vae.dtype
+    upcast = before == torch.float16 and vae.config.force_upcast and is_sdxl(unet)
+    if not upcast:
+        yield
+        return
+    vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(before)
 
 
 def check_unet(unet: UNet2DConditionModel, reference: bool) -> None:
@@ -2123,7 +2174,7 @@ def check_unet(unet: UNet2DConditionModel, reference: bool) -> None:
         reference: whether the cloth is read in a pass of its own.
     """
     for name, what in OTHER_INPUTS.items():
-        if (asked := unet.config.get(name)) is not None:
+        if (asked := unet.config.get(name)) is not None and not (name == "addition_embed_type" and is_sdxl(unet)):
             raise ValueError(f"the UNet asks for {what}, which try-on does not give: its `{name}` is {asked!r}")
     if not reference:
         return
@@ -2460,6 +2511,7 @@ class VTONInputsMixin:
             if getattr(self, name) is None:
                 raise ValueError(f"a call needs the component `{name}`, got None")
         check_unet(self.unet, self.config.cloth_conditioning == "reference")
+        refuse_sdxl_text(self.unet, self.config.cross_attention)
         check_scheduler(self.scheduler)
         if self.unet.config.in_channels not in {8, 9}:
             raise ValueError(
@@ -2642,7 +2694,8 @@ class StableDiffusionVTONPipeline(
 
     Args:
         vae: encodes and decodes pictures.
-        unet: an SD1.5-shaped UNet with 9 input channels (inpainting), 8 (instruct-pix2pix) or 4 (widened by the adapter).
+        unet: the UNet of an SD1.5, SD2 or SDXL, with 9 input channels (inpainting), 8 (instruct-pix2pix) or 4 (widened by the
+            adapter).
         scheduler: any diffusers scheduler; `DDPMScheduler` is the one that the figures are measured with.
         text_encoder, tokenizer: used where `cross_attention` is `"prompt"`.
         safety_checker, feature_extractor: looks at the finished pictures, if there is one.
@@ -2772,26 +2825,28 @@ class StableDiffusionVTONPipeline(
         else:
             masks = [as_pil(_cut(mask, region)) for mask, region in zip(inputs.masks, inputs.regions)]
             mask = self.mask_processor.preprocess(masks, **size)
-        encoded = TryOnLatents.encode_person(
-            self.vae,
-            self.image_processor.preprocess(persons, **size).to(device),
-            mask.to(device),
-            mask_free=self.config.mask_free,
-            condition_latents=self.config.condition_latents,
-            dtype=self.unet.dtype,
-        )
+        with within_range(self.vae, self.unet):
+            encoded = TryOnLatents.encode_person(
+                self.vae,
+                self.image_processor.preprocess(persons, **size).to(device),
+                mask.to(device),
+                mask_free=self.config.mask_free,
+                condition_latents=self.config.condition_latents,
+                dtype=self.unet.dtype,
+            )
         check_finite(encoded["person"], "the VAE's encoder", self.vae.dtype)
         return encoded
 
     def _encode_cloths(self, cloths: list[torch.Tensor], height: int, width: int) -> dict[str, torch.Tensor]:
         size = {"height": height, "width": width}
         pixels = self.image_processor.preprocess([fit_cloth(as_pil(cloth), **size) for cloth in cloths], **size)
-        encoded = TryOnLatents.encode_cloth(
-            self.vae,
-            pixels.to(self._execution_device),
-            condition_latents=self.config.condition_latents,
-            dtype=self.unet.dtype,
-        )
+        with within_range(self.vae, self.unet):
+            encoded = TryOnLatents.encode_cloth(
+                self.vae,
+                pixels.to(self._execution_device),
+                condition_latents=self.config.condition_latents,
+                dtype=self.unet.dtype,
+            )
         check_finite(encoded["cloth"], "the VAE's encoder", self.vae.dtype)
         return encoded
 
@@ -2823,14 +2878,23 @@ class StableDiffusionVTONPipeline(
         else:
             rows = conditioning.cloth_rows()
             timesteps = torch.zeros(len(rows), device=rows.device, dtype=torch.long)
-            self.unet(
-                rows, timesteps, prompt_embeds, cross_attention_kwargs=self.cross_attention_kwargs, return_dict=False
-            )
+            self._run_unet(rows, timesteps, prompt_embeds)
         if not len(conditioning.person):
             return
         person, cloth = (latents.shape[-2:].numel() for latents in (conditioning.person, conditioning.cloth))
         for processor in processors:
             processor.make_room(len(conditioning.person), processor.cloth[0].shape[1] * person // cloth)
+
+    def _run_unet(self, rows: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor | None) -> torch.Tensor:
+        """(B, 8 or 9, h, w) to (B, 4, h, w)."""
+        return self.unet(
+            rows,
+            t,
+            prompt_embeds,
+            cross_attention_kwargs=self.cross_attention_kwargs,
+            added_cond_kwargs=added_conditions(self.unet, rows, self.vae_scale_factor),
+            return_dict=False,
+        )[0]
 
     def predict_noise(
         self,
@@ -2859,9 +2923,7 @@ class StableDiffusionVTONPipeline(
                     "begin above 1, with a `guidance_interval`"
                 )
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        noise_pred = self.unet(
-            rows, t, prompt_embeds, cross_attention_kwargs=self.cross_attention_kwargs, return_dict=False
-        )[0]
+        noise_pred = self._run_unet(rows, t, prompt_embeds)
         if not guided:
             return noise_pred
         uncond, cond = noise_pred.chunk(2)
@@ -2870,7 +2932,9 @@ class StableDiffusionVTONPipeline(
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, 4, h, w) to pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
-        decoded = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
+        with within_range(self.vae, self.unet):
+            unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+            decoded = self.vae.decode(unscaled, return_dict=False)[0]
         check_finite(decoded, "the VAE's decoder", self.vae.dtype)
         return self.image_processor.postprocess(decoded, output_type="pt").float().cpu()
 

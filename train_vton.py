@@ -85,15 +85,19 @@ from pipeline_vton import (
     StableDiffusionVTONPipeline,
     TryOnLatents,
     adapter_parameters,
+    added_conditions,
     as_image,
     as_mask_image,
     as_pil,
     as_tensors,
+    check_unet,
     convert_profile,
     fit_cloth,
     fit_size,
+    is_sdxl,
     read_adapter,
     read_safetensors,
+    refuse_sdxl_text,
     vton_attention,
     widen_conv_in,
     write_adapter,
@@ -161,6 +165,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what goes in and comes out").add_argument
     add("--pretrained_model_name_or_path", required=True, help="the base: a Hub repository or a folder")
     add("--revision", help="the base's revision on the Hub (default main)")
+    add("--vae_name_or_path", help="another VAE for the base, such as SDXL's for fp16 (default: the base's own)")
     add("--output_dir", type=Path, required=True, help="for adapter, checkpoints, logs and validation pictures")
     add("--dataset_root", type=Path, help="a folder in VITON-HD's or DressCode's layout")
     add("--dataset_name", help="or what datasets.load_dataset takes: a Hub repository, a folder of parquet files or pictures")  # fmt: skip
@@ -189,6 +194,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora_rank", type=POSITIVE_COUNT, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
     add("--cloth_dropout", type=SHARE, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
     add("--guidance_scale", type=NOT_NEGATIVE, help="recommended in the adapter (default: the best of seven on the test persons, else 7.5)")  # fmt: skip
+    add("--guidance_distillation", type=POSITIVE, metavar="W", help="learn what the weights that the run begins from see with guidance W, arXiv:2210.03142: half the work of a call (default off)")  # fmt: skip
     add("--snr_gamma", type=POSITIVE, help="Min-SNR weighting of the loss, arXiv:2303.09556; 5 is usual (default off)")
     add("--dream_detail_preservation", type=POSITIVE, help="DREAM's p, arXiv:2312.00210; CatVTON trained with 10 (default off)")  # fmt: skip
 
@@ -247,6 +253,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
     if args.cache_latents and (args.augment or args.streaming or args.caption_column):
         parser.error("--cache_latents would freeze --augment, and knows neither --streaming nor --caption_column")
+    if args.guidance_distillation and args.dream_detail_preservation:
+        parser.error("--dream_detail_preservation moves the noise that --guidance_distillation does not learn: give one of them")  # fmt: skip
+    if args.guidance_distillation and args.guidance_scale is None:
+        args.guidance_scale = 1.0  # what is learnt needs no guidance
     if args.mask_free and "mask" in args.augment:
         parser.error("--augment mask loosens masks, and --mask_free has none")
     if args.lora_rank and args.trainable not in {"self_attention", "attention"}:
@@ -816,6 +826,11 @@ def refuse_sharding(kind: DistributedType) -> None:
         raise ValueError(f"accelerate is configured for {kind.value}, whose shards an adapter cannot hold: {enough}")
 
 
+def lora_modules(trainable: str) -> str:
+    """The layers that a LoRA of `--trainable` goes on, as a pattern of their names."""
+    return rf".*\.({'|'.join(sorted(TRAINABLE_PARTS[trainable]))})\.(to_q|to_k|to_v|to_out\.0)"
+
+
 def unet_target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """What the UNet is to see, by the base's scheduler: the noise, or the velocity."""
     if scheduler.config.prediction_type == "epsilon":
@@ -961,16 +976,30 @@ class Trainer:
         self.prepare_training()
         self.checkpoints.register()
 
-    def load(self, cls: type, subfolder: str) -> torch.nn.Module:
-        """A frozen model of the base, in the mixed precision's dtype."""
+    def load(self, cls: type, subfolder: str, **instead: Any) -> torch.nn.Module:
+        """A frozen model of the base, in the mixed precision's dtype; or with other arguments of `from_pretrained`."""
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
-        model = cls.from_pretrained(**self.base, subfolder=subfolder, use_safetensors=True, dtype=dtype)
+        options = {**self.base, "subfolder": subfolder, "dtype": dtype} | instead
+        model = cls.from_pretrained(**options, use_safetensors=True)
         return model.to(self.accelerator.device).eval().requires_grad_(False)
+
+    def load_vae(self) -> AutoencoderKL:
+        """The base's VAE or --vae_name_or_path; SDXL's own overflows in fp16, and works in float32 there."""
+        place = {}
+        if self.args.vae_name_or_path is not None:
+            place = {"pretrained_model_name_or_path": self.args.vae_name_or_path, "revision": None, "subfolder": None}
+        vae = self.load(AutoencoderKL, "vae", **place)
+        if vae.dtype == torch.float16 and vae.config.force_upcast and is_sdxl(self.unet):
+            vae = self.load(AutoencoderKL, "vae", **place, dtype=torch.float32)
+        return vae
 
     def load_base(self) -> None:
         args = self.args
         self.base = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision")}
-        self.vae, self.unet = self.load(AutoencoderKL, "vae"), self.load(UNet2DConditionModel, "unet")
+        self.unet = self.load(UNet2DConditionModel, "unet")
+        check_unet(self.unet, args.cloth_conditioning == "reference")
+        refuse_sdxl_text(self.unet, args.cross_attention)
+        self.vae = self.load_vae()
         self.noise_scheduler = DDPMScheduler.from_pretrained(**self.base, subfolder="scheduler", clip_sample=False)
         kind = self.noise_scheduler.config.prediction_type
         if kind not in {"epsilon", "v_prediction"}:
@@ -1058,8 +1087,7 @@ class Trainer:
         """What learns, in float32: the adapter's weights, or a LoRA of the same modules."""
         args = self.args
         if args.lora_rank:
-            parts = sorted(TRAINABLE_PARTS[args.trainable])
-            modules = rf".*\.({'|'.join(parts)})\.(to_q|to_k|to_v|to_out\.0)"
+            modules = lora_modules(args.trainable)
             self.unet.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=modules))
             self.parameters = {name: p for name, p in self.unet.named_parameters() if ".lora_" in name}
         else:
@@ -1068,6 +1096,7 @@ class Trainer:
         for parameter in self.trained:
             parameter.requires_grad_(True)
         cast_training_params(self.unet, dtype=torch.float32)
+        self.teacher = [p.detach().clone() for p in self.trained] if args.guidance_distillation else None
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.unet.train()
@@ -1144,8 +1173,12 @@ class Trainer:
             embeds = embeds.expand(count, -1, -1) if captions is None else self.embed(captions)
             of_persons = torch.where(cloth_seen.view(-1, 1, 1) > 0, embeds, self.empty_embeds)
             embeds = torch.cat([of_persons, embeds]) if len(rows) > count else of_persons
+        options = {
+            "attention_mask": seen,
+            "added_cond_kwargs": added_conditions(self.unet, rows, self.pipe.vae_scale_factor),
+        }
         with self.accelerator.autocast():
-            return self.model(rows, timesteps, embeds, attention_mask=seen, return_dict=False)[0][:count].float()
+            return self.model(rows, timesteps, embeds, **options, return_dict=False)[0][:count].float()
 
     def on_canvas(self, conditioning: TryOnLatents, clean: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Clean latents and noise of the person alone; in joint mode of the whole canvas."""
@@ -1164,15 +1197,25 @@ class Trainer:
         timesteps = (drawn["time"] * self.noise_scheduler.config.num_train_timesteps).long()
         seen = (drawn["dropout"] >= self.args.cloth_dropout).float()
 
-        def predict(noisy: Tensor) -> Tensor:
+        def predict(noisy: Tensor, seen: Tensor = seen) -> Tensor:
             return self.predict(conditioning, noisy, timesteps, seen, batch.get("caption"))
 
         scheduler, p = self.noise_scheduler, self.args.dream_detail_preservation
         if p:
             noise = dream_noise(scheduler, predict, clean, noise, timesteps, p)
-        predicted = predict(scheduler.add_noise(clean, noise, timesteps))
+        noisy = scheduler.add_noise(clean, noise, timesteps)
         target = unet_target(scheduler, clean, noise, timesteps)
+        if self.teacher is not None:
+            target = self.guided(predict, noisy, seen)
+        predicted = predict(noisy)
         return noise_loss(scheduler, predicted, target, timesteps, self.args.snr_gamma)
+
+    @torch.no_grad()
+    def guided(self, predict: Callable[[Tensor, Tensor], Tensor], noisy: Tensor, seen: Tensor) -> Tensor:
+        """What the weights that the run began from see in `noisy` (B, 4, h, w) with guidance; rows without a cloth have none."""
+        with self.weights(self.teacher):
+            without, with_cloth = predict(noisy, 0 * seen), predict(noisy, seen)
+        return without + self.args.guidance_distillation * (with_cloth - without)
 
     def update(self, batch: dict[str, Any]) -> list[float]:
         """Forward, backward and, every `gradient_accumulation_steps` batches, one update; returns its batches' losses then.
@@ -1223,16 +1266,24 @@ class Trainer:
             raise FloatingPointError(f"the {what} is {value} at step {self.step + 1}; the pairs are {everyone}")
 
     @contextlib.contextmanager
-    def published_weights(self) -> Iterator[None]:
-        """In the UNet, for as long as the context lasts: the averaged weights, rounded to fp16 as they are published."""
-        before, was_training = [parameter.detach().clone() for parameter in self.trained], self.unet.training
-        average = self.ema.shadow_params if self.args.ema_decay else before
+    def weights(self, values: list[Tensor]) -> Iterator[None]:
+        """These in the UNet, in the place of what learns, for as long as the context lasts."""
+        before = [parameter.detach().clone() for parameter in self.trained]
         try:
-            self.unet.eval()
-            assign(self.trained, [weight.half() for weight in average])
+            assign(self.trained, values)
             yield
         finally:
             assign(self.trained, before)
+
+    @contextlib.contextmanager
+    def published_weights(self) -> Iterator[None]:
+        """In the UNet, for as long as the context lasts: the averaged weights, rounded to fp16 as they are published."""
+        average, was_training = self.ema.shadow_params if self.args.ema_decay else self.trained, self.unet.training
+        try:
+            self.unet.eval()
+            with self.weights([weight.detach().half() for weight in average]):
+                yield
+        finally:
             self.unet.train(was_training)
 
     # ---- the loop
@@ -1632,7 +1683,7 @@ def training_card(
     part = math.ceil(len(losses) / 10)
     curve = [(i + part, losses[i : i + part]) for i in range(0, len(losses), part)]
     flags = {name: value for name, value in vars(args).items() if value is not None and name not in LOCAL_FLAGS}
-    for name in ("pretrained_model_name_or_path", "dataset_name"):
+    for name in ("pretrained_model_name_or_path", "vae_name_or_path", "dataset_name"):
         if name in flags and Path(flags[name]).exists():
             flags[name] = "a local folder"
     tables = {

@@ -1029,6 +1029,46 @@ def test_half_precision_trains_whole_weights(bases, tested, tmp_path):
     tiny_pipe(9).load_vton_adapter(tmp_path)
 
 
+@pytest.mark.parametrize("mode", ["reference", "joint"])
+def test_distillation_learns_the_guided_noise_of_where_it_began(bases, data, tmp_path, mode):
+    options = {"cloth_conditioning": mode, "cloth_dropout": 0, "learning_rate": 1e-3, "guidance_scale": None}
+    losses, trainers = {}, {}
+    for scale in (1, 3):
+        trainer = trainers[scale] = trainer_of(bases[9], data, tmp_path, guidance_distillation=scale, **options)
+        assert trainer.settings.guidance_scale == 1
+        batch = next(trainer.batches())
+        processor = ClothBesideAttnProcessor if mode == "reference" else None
+        with vton_attention(trainer.unet, processor, "skip"):
+            with torch.no_grad():
+                losses[scale] = trainer.train_step(batch).item()
+            if scale == 3:
+                begun = [weight.clone() for weight in trainer.teacher]
+                (first,), (again,) = trainer.update(batch), trainer.update(batch)
+                assert first == losses[3] and again < first  # the same noise, once learnt
+                assert all(map(torch.equal, trainer.teacher, begun))
+                assert not all(map(torch.equal, trainer.trained, begun))
+    assert losses[1] < 1e-9  # guidance 1 is what it sees already
+    trainer = trainers[1]  # nothing has moved
+    with torch.no_grad(), vton_attention(trainer.unet, processor, "skip"):
+        conditioning, mean, std = trainer.latents(batch)
+        drawn = draw(batch["seed"], mean.shape[1:])
+        clean = (mean + std * drawn["posterior"]) * trainer.vae.config.scaling_factor
+        clean, noise = trainer.on_canvas(conditioning, clean, drawn)
+        timesteps = (drawn["time"] * 1000).long()
+        noisy, seen = trainer.noise_scheduler.add_noise(clean, noise, timesteps), torch.ones(len(mean))
+        without, with_cloth = (trainer.predict(conditioning, noisy, timesteps, s) for s in (0 * seen, seen))
+        # u + 3 (c - u), learnt by c, is off by 2 (c - u)
+        assert losses[3] == pytest.approx((2 * (with_cloth - without)).square().mean().item(), rel=1e-4)
+
+
+def test_a_distillation_goes_on_with_the_teacher_that_it_had(bases, data, tmp_path):
+    options = {"guidance_distillation": 2, "max_train_steps": 4, "checkpointing_steps": 2, "cloth_dropout": 0.4}
+    main(parse_args(flags(bases[9], data, tmp_path / "whole", **options)))
+    begun = tmp_path / "whole" / "checkpoint-2"
+    main(parse_args(flags(bases[9], data, tmp_path / "again", resume_from_checkpoint=begun, **options)))
+    assert equal(load_file(tmp_path / "whole" / ADAPTER_NAME), load_file(tmp_path / "again" / ADAPTER_NAME))
+
+
 def test_lora_has_no_widened_conv_in(bases, data, tmp_path):
     with pytest.raises(ValueError, match="--lora_rank cannot train the conv_in"):
         trainer_of(bases[4], data, tmp_path, lora_rank=4)
