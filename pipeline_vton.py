@@ -216,9 +216,10 @@ def _check_mask(name: str, between: float, white: bool) -> None:
 def as_image(picture: Image.Image, name: str) -> Image.Image:
     """A PIL image as `as_tensors` reads it, in RGB, with its ICC profile; eight bits stay eight bits on the way."""
     seen = _opened(picture, name, "white")
+    (profile,) = colour_profiles(picture)
     if not isinstance(seen, Image.Image):
-        return as_pil(_as_tensor(seen, name, "white"))
-    image, (profile,) = seen.convert("RGB"), colour_profiles(picture)
+        return as_pil(_as_tensor(seen, name, "white"), profile)
+    image = seen.convert("RGB")
     image.info = {} if profile is None else {"icc_profile": profile}
     return image
 

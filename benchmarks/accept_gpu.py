@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import load_image
 from safetensors.torch import load_file
 
@@ -121,9 +121,11 @@ class Acceptance:
     def latents(
         self, pipe: StableDiffusionVTONPipeline, size: tuple[int, int] | None = None, batch: int = 1
     ) -> torch.Tensor:
-        """Of four steps, from the same noise on any device, in float32 on the CPU."""
-        noise = [torch.Generator().manual_seed(i) for i in range(batch)]
-        options = {"generator": noise, "output_type": "latent"}
+        """Of four DDIM steps, from the same noise in any dtype and on any device; in float32 on the CPU."""
+        height, width = (side // pipe.vae_scale_factor for side in size or self.size)
+        noise = [torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(i)) for i in range(batch)]
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        options = {"latents": torch.cat(noise), "output_type": "latent"}
         return speed.try_on(pipe, size or self.size, batch, 4, **options).float().cpu()
 
     def picture(self, pipe: StableDiffusionVTONPipeline, name: str, size: tuple[int, int]) -> torch.Tensor:
@@ -236,7 +238,9 @@ class Acceptance:
             raise RuntimeError(done.stderr[-800:])
         if not all(torch.isfinite(weight).all() for weight in load_file(out / ADAPTER_NAME).values()):
             raise RuntimeError("the adapter is not finite")
-        losses = json.loads((out / f"checkpoint-{self.args.updates}" / "progress.json").read_text())["losses"]
+        losses = json.loads((out / f"checkpoint-{self.args.updates}" / "progress.json").read_text(encoding="utf-8"))[
+            "losses"
+        ]
         part = max(1, len(losses) // 4)
         return sum(losses[-part:]) / sum(losses[:part])
 

@@ -51,15 +51,15 @@ TINY_VAE = {
 def random_pipe(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, tiny: bool = False, seed: int = 0
 ) -> StableDiffusionVTONPipeline:
-    """SD1.5-inpainting with random weights, without text; on the meta device, with none."""
+    """SD1.5-inpainting with random weights, the same on every device, without text; on the meta device, with none."""
     torch.manual_seed(seed)
     unet, vae = (TINY_UNET, TINY_VAE) if tiny else (UNET, VAE)
-    with torch.device(device):
+    with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
         models = UNet2DConditionModel(**unet | {"in_channels": 9}), AutoencoderKL(**vae)
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
-    unet, vae = (model.to(dtype).eval().requires_grad_(False) for model in models)
+    unet, vae = (model.to(device, dtype).eval().requires_grad_(False) for model in models)
     pipe = StableDiffusionVTONPipeline(vae, unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
