@@ -219,7 +219,7 @@ def as_image(picture: Image.Image, name: str) -> Image.Image:
     (profile,) = colour_profiles(picture)
     if not isinstance(seen, Image.Image):
         return as_pil(_as_tensor(seen, name, "white"), profile)
-    image = seen.convert("RGB")
+    image = seen if seen.mode == "RGB" else seen.convert("RGB")
     image.info = {} if profile is None else {"icc_profile": profile}
     return image
 
@@ -314,7 +314,9 @@ def _opened(picture: Image.Image, name: str, background: str) -> Image.Image | n
     if space in PROFILE_SPACES:  # the result, an RGB picture, could not carry it
         picture = picture.convert("L" if space == "GRAY" else space)
         return ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    return picture if picture.mode == "L" else picture.convert("RGB")
+    return (
+        picture if picture.mode in {"L", "RGB"} else picture.convert("RGB")
+    )  # a copy already, as exif_transpose makes
 
 
 def _read_profile(picture: Image.Image) -> tuple[ImageCms.ImageCmsProfile | None, str | None]:
