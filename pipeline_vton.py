@@ -41,6 +41,7 @@ from diffusers import (
     SchedulerMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
     __version__,
 )
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
@@ -122,6 +123,7 @@ REPAINTED = {
 REPAINTED["dress"] = REPAINTED["upper"] | REPAINTED["lower"]
 KEPT = {"head", "hands", "feet", "bag"}
 LOOSENESS = ("tight", "loose", "box")
+FAST_STEPS, FAST_GUIDED = 8, 0.75  # of `fast`: how many steps, and the share of them that is guided
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -195,15 +197,43 @@ def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
                 None
             ]  # luma (ITU-R 601), as PIL's "L"
         between = ((mask[:1] > 0.1) & (mask[:1] < 0.9)).float().mean().item()
-        if between > 0.2:
-            raise ValueError(
-                f"`{name}` must be a black and white mask, got a picture of which {between:.1%} lies between 0.1 and 0.9"
-            )
         mask = (mask[:1] >= 0.5 - 1e-6).float()  # the luma of one half is one half, rounding aside
-        if not mask.any():
-            raise ValueError(f"`{name}` must be white where the cloth goes, got a mask that is black everywhere")
+        _check_mask(name, between, bool(mask.any()))
         masks.append(mask)
     return masks
+
+
+def _check_mask(name: str, between: float, white: bool) -> None:
+    """ValueError where too large a share of a mask is grey, or nothing of it white."""
+    if between > 0.2:
+        raise ValueError(
+            f"`{name}` must be a black and white mask, got a picture of which {between:.1%} lies between 0.1 and 0.9"
+        )
+    if not white:
+        raise ValueError(f"`{name}` must be white where the cloth goes, got a mask that is black everywhere")
+
+
+def as_image(picture: Image.Image, name: str) -> Image.Image:
+    """A PIL image as `as_tensors` reads it, in RGB, with its ICC profile; eight bits stay eight bits on the way."""
+    seen = _opened(picture, name, "white")
+    (profile,) = colour_profiles(picture)
+    if not isinstance(seen, Image.Image):
+        return as_pil(_as_tensor(seen, name, "white"), profile)
+    image = seen if seen.mode == "RGB" else seen.convert("RGB")
+    image.info = {} if profile is None else {"icc_profile": profile}
+    return image
+
+
+def as_mask_image(picture: Image.Image, name: str) -> Image.Image:
+    """A PIL image as `as_masks` reads it, black and white; grey of eight bits is looked at by its histogram alone."""
+    seen = _opened(picture, name, "black")
+    if not isinstance(seen, Image.Image) or seen.mode != "L":
+        return as_pil(as_masks(picture, name)[0])
+    levels = seen.histogram()
+    _check_mask(name, sum(levels[26:230]) / sum(levels), any(levels[128:]))  # 0.1 and 0.9 of 255 lie outside
+    mask = seen.point([255 * (level >= 128) for level in range(256)])
+    mask.info = {}
+    return mask
 
 
 def _is_many(pictures: PictureInput) -> bool:
@@ -273,6 +303,11 @@ def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, back
 
 def _as_array(picture: Image.Image, name: str, background: str) -> np.ndarray:
     """A PIL image as (H, W, 3) or (H, W), uint8 or floats in [0, 1]; what is transparent shows the background."""
+    return np.asarray(_opened(picture, name, background))
+
+
+def _opened(picture: Image.Image, name: str, background: str) -> Image.Image | np.ndarray:
+    """A PIL image in RGB or L, or floats (H, W) in [0, 1] of one with more than eight bits; transparency shows the background."""
     try:
         picture = ImageOps.exif_transpose(picture)
     except (OSError, ValueError, SyntaxError, AssertionError) as error:  # opened, but not read until now
@@ -294,10 +329,10 @@ def _as_array(picture: Image.Image, name: str, background: str) -> np.ndarray:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
     if space in PROFILE_SPACES:  # the result, an RGB picture, could not carry it
         picture = picture.convert("L" if space == "GRAY" else space)
-        return np.asarray(
-            ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        )
-    return np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
+        return ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return (
+        picture if picture.mode in {"L", "RGB"} else picture.convert("RGB")
+    )  # a copy already, as exif_transpose makes
 
 
 def _read_profile(picture: Image.Image) -> tuple[ImageCms.ImageCmsProfile | None, str | None]:
@@ -862,19 +897,30 @@ def side_by_side(tokens: torch.Tensor, num_cloths: int) -> torch.Tensor:
 class ClothCacheAttnProcessor(ClothAttnProcessor):
     """`attn1` at inference: the first call reads the cloths and keeps their keys and values, later ones look at them too.
 
-    Every cloth is read alone, and a person sees all of theirs. In later calls the last rows are the conditional ones, a whole
-    number for every set of cloths; rows before them (the unconditional half) see no cloth. One instance lasts for one call of the
-    pipeline.
+    Every cloth is read alone, and a person sees all of theirs. Denoising begins with `make_room`. From then on the last rows are
+    the conditional ones, a whole number for every set of cloths; rows before them (the unconditional half) see no cloth. One
+    instance lasts for one call of the pipeline.
     """
 
     def __init__(self) -> None:
         self.cloth: tuple[torch.Tensor, torch.Tensor] | None = None  # of 1 or N persons, (P, tokens, heads, head_dim)
-        self.rows = 0  # conditional rows of a denoising batch
+        self.beside: tuple[torch.Tensor, torch.Tensor] | None = (
+            None  # `[person ; cloth]`, (B, n + tokens, heads, head_dim)
+        )
         self.num_cloths = 1  # of a person
 
     def keep(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keys and values of cloths, (P * num_cloths, N, heads, head_dim)."""
         self.cloth = side_by_side(key, self.num_cloths), side_by_side(value, self.num_cloths)
+
+    def make_room(self, rows: int, tokens: int) -> None:
+        """Lay the cloths, once and for all steps, beside room for the `tokens` of as many persons as there are `rows`."""
+        beside, repeats = [], rows // len(self.cloth[0])
+        for cloth in self.cloth:
+            cloth = cloth.repeat_interleave(repeats, dim=0)
+            beside.append(torch.cat([cloth.new_zeros(rows, tokens, *cloth.shape[2:]), cloth], dim=1))
+        self.beside = tuple(beside)
+        self.cloth = tuple(both[::repeats, tokens:] for both in beside)  # views: nothing is kept twice
 
     def __call__(
         self,
@@ -885,16 +931,13 @@ class ClothCacheAttnProcessor(ClothAttnProcessor):
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
         query, key, value = _project(attn, hidden_states)
-        if self.cloth is None:
+        if self.beside is None:
             self.keep(key, value)
             return _output(attn, self.attend(query, key, value))
-        cloth_key, cloth_value = (x.repeat_interleave(self.rows // len(x), dim=0) for x in self.cloth)
-        without = len(query) - self.rows
-        attended = self.attend(
-            query[without:],
-            torch.cat([key[without:], cloth_key], dim=1),
-            torch.cat([value[without:], cloth_value], dim=1),
-        )
+        without = len(query) - len(self.beside[0])
+        for both, of_person in zip(self.beside, (key, value)):
+            both[:, : of_person.shape[1]] = of_person[without:]
+        attended = self.attend(query[without:], *self.beside)
         if without:
             attended = torch.cat([self.attend(query[:without], key[:without], value[:without]), attended])
         return _output(attn, attended)
@@ -2143,11 +2186,62 @@ def call_back(
 # What a UNet's config may ask for beside latents, a timestep and text.
 OTHER_INPUTS = {
     "encoder_hid_dim_type": "the pictures of an IP-Adapter, or other features",
-    "addition_embed_type": "SDXL's sizes and pooled text, or other embeddings",
+    "addition_embed_type": "embeddings that are not SDXL's sizes and pooled text",
     "class_embed_type": "class labels",
     "num_class_embeds": "class labels",
     "time_cond_proj_dim": "an embedding of the guidance scale",
 }
+
+
+def is_sdxl(unet: UNet2DConditionModel) -> bool:
+    """Whether a UNet is conditioned on sizes and pooled text, as SDXL's are (arXiv:2307.01952)."""
+    return unet.config.get("addition_embed_type") == "text_time"
+
+
+def added_conditions(unet: UNet2DConditionModel, rows: torch.Tensor, scale: int) -> dict[str, torch.Tensor] | None:
+    """What SDXL's UNets are given beside latents, timesteps and text: no pooled text, a picture of the rows' size, uncropped.
+
+    Args:
+        unet: the UNet, whose config says how wide pooled text is.
+        rows: (B, c, h, w), its input.
+        scale: pixels a latent's side.
+
+    Returns:
+        `text_embeds` (B, pooled) and `time_ids` (B, 6): height and width before, top and left of the crop, height and width; None
+        for other UNets.
+    """
+    if not is_sdxl(unet):
+        return None
+    height, width = (side * scale for side in rows.shape[-2:])
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    sizes = [rows.new_full((len(rows), 1), side) for side in (height, width, 0, 0, height, width)]  # waits for no copy
+    return {"text_embeds": rows.new_zeros(len(rows), pooled), "time_ids": torch.cat(sizes, dim=1)}
+
+
+def refuse_sdxl_text(unet: UNet2DConditionModel, cross_attention: str) -> None:
+    """ValueError where SDXL is to read a prompt, for which it has two text encoders."""
+    if cross_attention == "prompt" and is_sdxl(unet):
+        raise ValueError(
+            "`cross_attention` 'prompt' needs one text encoder, and SDXL's UNets read two: use 'skip', the default, got 'prompt'"
+        )
+
+
+@contextmanager
+def within_range(vae: AutoencoderKL, unet: UNet2DConditionModel) -> Iterator[None]:
+    """The VAE in float32 for as long as the context lasts, where it is SDXL's own in float16, which overflows there.
+
+    `force_upcast` in a VAE's config says so; it is true by default, and means something beside SDXL's UNets alone.
+    """
+    before = vae.dtype
+    upcast = before == torch.float16 and vae.config.force_upcast and is_sdxl(unet)
+    if not upcast:
+        yield
+        return
+    vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(before)
 
 
 def check_unet(unet: UNet2DConditionModel, reference: bool) -> None:
@@ -2158,7 +2252,7 @@ def check_unet(unet: UNet2DConditionModel, reference: bool) -> None:
         reference: whether the cloth is read in a pass of its own.
     """
     for name, what in OTHER_INPUTS.items():
-        if (asked := unet.config.get(name)) is not None:
+        if (asked := unet.config.get(name)) is not None and not (name == "addition_embed_type" and is_sdxl(unet)):
             raise ValueError(f"the UNet asks for {what}, which try-on does not give: its `{name}` is {asked!r}")
     if not reference:
         return
@@ -2544,6 +2638,7 @@ class VTONInputsMixin:
             if getattr(self, name) is None:
                 raise ValueError(f"a call needs the component `{name}`, got None")
         check_unet(self.unet, self.config.cloth_conditioning == "reference")
+        refuse_sdxl_text(self.unet, self.config.cross_attention)
         check_scheduler(self.scheduler)
         if self.unet.config.in_channels not in {8, 9}:
             raise ValueError(
@@ -2646,8 +2741,8 @@ class VTONInputsMixin:
         if self.config.cloth_conditioning == "reference" and self.config.cross_attention != "prompt":
             self._cross_attention_kwargs = None
             with vton_attention(self.unet, ClothCacheAttnProcessor, self.config.cross_attention) as processors:
-                blank = latents["cloth"][:, :1] * 0
-                rows = TryOnLatents(blank, blank, **latents, channels=self.unet.config.in_channels)
+                nobody = latents["cloth"][:0]
+                rows = TryOnLatents(nobody, nobody[:, :1], **latents, channels=self.unet.config.in_channels)
                 self.read_cloth(rows, None, processors)
             keys_values = [processor.cloth for processor in processors]
         made_with = self._made_with(PreparedCloth)
@@ -2737,7 +2832,8 @@ class StableDiffusionVTONPipeline(
 
     Args:
         vae: encodes and decodes pictures.
-        unet: an SD1.5-shaped UNet with 9 input channels (inpainting), 8 (instruct-pix2pix) or 4 (widened by the adapter).
+        unet: the UNet of an SD1.5, SD2 or SDXL, with 9 input channels (inpainting), 8 (instruct-pix2pix) or 4 (widened by the
+            adapter).
         scheduler: any diffusers scheduler; `DDPMScheduler` is the one that the figures are measured with.
         text_encoder, tokenizer: used where `cross_attention` is `"prompt"`.
         safety_checker, feature_extractor: looks at the finished pictures, if there is one.
@@ -2810,6 +2906,34 @@ class StableDiffusionVTONPipeline(
 
     # ---- what a call is asked for
 
+    def fast(self, num_inference_steps: int = FAST_STEPS) -> dict[str, Any]:
+        """Sample in few steps: put UniPC (arXiv:2302.04867) in as the scheduler, and return what calls are then to be given.
+
+            result = pipe(person, cloth, mask, **pipe.fast())
+
+        The guidance scale stays the adapter's; guidance ends after three quarters of the steps (`guidance_interval`,
+        arXiv:2404.07724). With 8 steps the UNet computes 14 rows a picture, with the default's 50 it computes 100;
+        `python -m benchmarks.fewer_steps` measures what that costs in likeness. The scheduler that was there before is
+        `pipe.scheduler` until this is called.
+
+        Args:
+            num_inference_steps: denoising steps, 8 by default.
+
+        Returns:
+            `num_inference_steps` and `guidance_interval` for calls.
+
+        Raises:
+            ValueError: the number is no positive whole one, or the scheduler is none of Stable Diffusion's.
+        """
+        if self.scheduler is None:
+            raise ValueError("fast needs the component `scheduler`, got None")
+        check_scheduler(self.scheduler)
+        check_sampling(
+            self.scheduler.config.num_train_timesteps, guidance_scale=1.0, num_inference_steps=num_inference_steps
+        )
+        self.scheduler = UniPCMultistepScheduler.from_config(self.scheduler.config)
+        return {"num_inference_steps": int(num_inference_steps), "guidance_interval": (0.0, FAST_GUIDED)}
+
     # ---- the way through the model
 
     def draw_masks(self, inputs: TryOnInputs, cloth_type: str | list[str]) -> TryOnInputs:
@@ -2846,15 +2970,16 @@ class StableDiffusionVTONPipeline(
         if inputs.poses is not None:
             poses = [as_pil(_cut(pose, region)) for pose, region in zip(inputs.poses, inputs.regions)]
             pose = self.image_processor.preprocess(poses, **size).to(device)
-        encoded = TryOnLatents.encode_person(
-            self.vae,
-            self.image_processor.preprocess(persons, **size).to(device),
-            mask.to(device),
-            pose,
-            mask_free=self.config.mask_free,
-            condition_latents=self.config.condition_latents,
-            dtype=self.unet.dtype,
-        )
+        with within_range(self.vae, self.unet):
+            encoded = TryOnLatents.encode_person(
+                self.vae,
+                self.image_processor.preprocess(persons, **size).to(device),
+                mask.to(device),
+                pose,
+                mask_free=self.config.mask_free,
+                condition_latents=self.config.condition_latents,
+                dtype=self.unet.dtype,
+            )
         check_finite(encoded["person"], "the VAE's encoder", self.vae.dtype)
         return encoded
 
@@ -2868,12 +2993,13 @@ class StableDiffusionVTONPipeline(
         size = dict(zip(("height", "width"), sides))
         fitted = [fit_cloth(as_pil(cloth), **size, trim=trim) for cloth in cloths]
         pixels = self.image_processor.preprocess(fitted, **size)
-        encoded = TryOnLatents.encode_cloth(
-            self.vae,
-            pixels.to(self._execution_device),
-            condition_latents=self.config.condition_latents,
-            dtype=self.unet.dtype,
-        )
+        with within_range(self.vae, self.unet):
+            encoded = TryOnLatents.encode_cloth(
+                self.vae,
+                pixels.to(self._execution_device),
+                condition_latents=self.config.condition_latents,
+                dtype=self.unet.dtype,
+            )
         check_finite(encoded["cloth"], "the VAE's encoder", self.vae.dtype)
         return encoded
 
@@ -2895,20 +3021,39 @@ class StableDiffusionVTONPipeline(
         processors: list[ClothCacheAttnProcessor],
         prepared: list[PreparedCloth] | None = None,
     ) -> None:
-        """One pass of the cloths at timestep 0, whose keys and values the processors keep, unless `prepared` brings them."""
+        """One pass of the cloths at timestep 0, whose keys and values the processors keep, unless `prepared` brings them.
+
+        They lie ready for the conditioning's persons then; a conditioning of none only reads.
+        """
+        num_cloths = conditioning.num_cloths
         for processor in processors:
-            processor.rows, processor.num_cloths = len(conditioning.person), conditioning.num_cloths
+            processor.num_cloths = num_cloths
         if prepared and prepared[0].keys_values and not self.cross_attention_kwargs:
             for processor, of_layer in zip(processors, zip(*(cloth.keys_values for cloth in prepared))):
                 processor.keep(*(torch.cat(parts) for parts in zip(*of_layer)))
+        else:
+            rows = conditioning.cloth_rows()
+            if prompt_embeds is not None:  # a person's
+                prompt_embeds = prompt_embeds.repeat_interleave(num_cloths, dim=0)
+            timesteps = torch.zeros(len(rows), device=rows.device, dtype=torch.long)
+            self._run_unet(rows, timesteps, prompt_embeds)
+        if not len(conditioning.person):
             return
-        rows = conditioning.cloth_rows()
-        if prompt_embeds is not None:  # a person's
-            prompt_embeds = prompt_embeds.repeat_interleave(conditioning.num_cloths, dim=0)
-        timesteps = torch.zeros(len(rows), device=rows.device, dtype=torch.long)
-        self.unet(
-            rows, timesteps, prompt_embeds, cross_attention_kwargs=self.cross_attention_kwargs, return_dict=False
-        )
+        person, cloth = (latents.shape[-2:].numel() for latents in (conditioning.person, conditioning.cloth))
+        for processor in processors:
+            tokens = processor.cloth[0].shape[1] // num_cloths * person // cloth
+            processor.make_room(len(conditioning.person), tokens)
+
+    def _run_unet(self, rows: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor | None) -> torch.Tensor:
+        """(B, 8 or 9, h, w) to (B, 4, h, w)."""
+        return self.unet(
+            rows,
+            t,
+            prompt_embeds,
+            cross_attention_kwargs=self.cross_attention_kwargs,
+            added_cond_kwargs=added_conditions(self.unet, rows, self.vae_scale_factor),
+            return_dict=False,
+        )[0]
 
     def predict_noise(
         self,
@@ -2937,9 +3082,7 @@ class StableDiffusionVTONPipeline(
                     "begin above 1, with a `guidance_interval`"
                 )
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        noise_pred = self.unet(
-            rows, t, prompt_embeds, cross_attention_kwargs=self.cross_attention_kwargs, return_dict=False
-        )[0]
+        noise_pred = self._run_unet(rows, t, prompt_embeds)
         if not guided:
             return noise_pred
         uncond, cond = noise_pred.chunk(2)
@@ -2948,7 +3091,9 @@ class StableDiffusionVTONPipeline(
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, 4, h, w) to pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
-        decoded = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
+        with within_range(self.vae, self.unet):
+            unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+            decoded = self.vae.decode(unscaled, return_dict=False)[0]
         check_finite(decoded, "the VAE's decoder", self.vae.dtype)
         return self.image_processor.postprocess(decoded, output_type="pt").float().cpu()
 

@@ -59,7 +59,6 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
 from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
@@ -86,15 +85,19 @@ from pipeline_vton import (
     StableDiffusionVTONPipeline,
     TryOnLatents,
     adapter_parameters,
-    as_masks,
+    added_conditions,
+    as_image,
+    as_mask_image,
     as_pil,
     as_tensors,
-    colour_profiles,
+    check_unet,
     convert_profile,
     fit_cloth,
     fit_size,
+    is_sdxl,
     read_adapter,
     read_safetensors,
+    refuse_sdxl_text,
     vton_attention,
     widen_conv_in,
     write_adapter,
@@ -110,6 +113,7 @@ PROBED_PAIRS = 16
 UNLIT = {"mask", "pose", "worn"}  # whose values are no colours of things: neither a profile nor the light changes them
 READING = 2  # counts the changes of how pictures are read: latents cached before one are of other pictures
 SIZED_ROWS = 16  # of a table, whose persons' sizes are looked at
+HOST_VALUES = ("seed", "place")  # of an item
 CLOTH_LATENTS = ("cloth", "cloth_condition")
 LATENTS = ("person", "mask", *CLOTH_LATENTS)  # the tensors of `TryOnLatents`
 GUIDANCE_SCALES, GUIDANCE_STEPS = (1, 1.5, 2, 2.5, 3.5, 5, 7.5), 25
@@ -163,6 +167,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what goes in and comes out").add_argument
     add("--pretrained_model_name_or_path", required=True, help="the base: a Hub repository or a folder")
     add("--revision", help="the base's revision on the Hub (default main)")
+    add("--vae_name_or_path", help="another VAE for the base, such as SDXL's for fp16 (default: the base's own)")
     add("--output_dir", type=Path, required=True, help="for adapter, checkpoints, logs and validation pictures")
     add("--dataset_root", type=Path, help="a folder in VITON-HD's or DressCode's layout")
     add("--dataset_name", help="or what datasets.load_dataset takes: a Hub repository, a folder of parquet files or pictures")  # fmt: skip
@@ -197,6 +202,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora_rank", type=POSITIVE_COUNT, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
     add("--cloth_dropout", type=SHARE, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
     add("--guidance_scale", type=NOT_NEGATIVE, help="recommended in the adapter (default: the best of seven on the test persons, else 7.5)")  # fmt: skip
+    add("--guidance_distillation", type=POSITIVE, metavar="W", help="learn what the weights that the run begins from see with guidance W, arXiv:2210.03142: half the work of a call (default off)")  # fmt: skip
     add("--snr_gamma", type=POSITIVE, help="Min-SNR weighting of the loss, arXiv:2303.09556; 5 is usual (default off)")
     add("--dream_detail_preservation", type=POSITIVE, help="DREAM's p, arXiv:2312.00210; CatVTON trained with 10 (default off)")  # fmt: skip
 
@@ -257,6 +263,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
     if args.cache_latents and (args.augment or args.streaming or args.caption_column):
         parser.error("--cache_latents would freeze --augment, and knows neither --streaming nor --caption_column")
+    if args.guidance_distillation and args.dream_detail_preservation:
+        parser.error("--dream_detail_preservation moves the noise that --guidance_distillation does not learn: give one of them")  # fmt: skip
+    if args.guidance_distillation and args.guidance_scale is None:
+        args.guidance_scale = 1.0  # what is learnt needs no guidance
     if args.mask_free and "mask" in args.augment:
         parser.error("--augment mask loosens masks, and --mask_free has none")
     if args.num_cloths > 1 and args.cloth_conditioning == "joint":
@@ -301,10 +311,6 @@ class Preparation:
     augment: Collection[str] = ()
     num_cloths: int = 1
 
-    def __post_init__(self) -> None:
-        self.image_processor = VaeImageProcessor()
-        self.mask_processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
-
     def tag(self, name: str, epoch: int, index: int) -> dict[str, Any]:
         return {"name": name, "seed": int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])}
 
@@ -313,10 +319,9 @@ class Preparation:
         pictures = self.move(pictures, rng)
         size = {"height": self.height, "width": self.width}
         pictures |= {role: fit_cloth(pictures[role], **size) for role in pictures if is_cloth(role)}
-        item = {"mask": torch.ones(1, self.height, self.width)}  # mask-free
-        for role, picture in pictures.items():
-            processor = self.mask_processor if role == "mask" else self.image_processor
-            item[role] = processor.preprocess(picture, **size)[0]
+        item = {role: to_pixels(picture, **size) for role, picture in pictures.items()}
+        if "mask" not in item:  # mask-free
+            item["mask"] = torch.ones(1, self.height, self.width)
         if self.num_cloths > 1:
             roles, white = cloth_roles(self.num_cloths), torch.ones_like(item["cloth"])
             worn = torch.tensor([float(role in item) for role in roles])
@@ -348,6 +353,21 @@ class Preparation:
         return item
 
 
+def to_pixels(picture: Image.Image, height: int, width: int) -> Tensor:
+    """An RGB image as (3, height, width) in [-1, 1], or a grey one as a mask (1, height, width) of 0 and 1, by PIL's LANCZOS.
+
+    Bit for bit what `VaeImageProcessor.preprocess` makes of it, with a third of the work.
+    """
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    if picture.mode == "L":
+        return (torch.from_numpy(np.array(picture))[None] >= 128).float()
+    pixels = torch.empty(3, height, width)
+    for channel, band in zip(pixels, picture.split()):
+        channel.copy_(torch.from_numpy(np.array(band))).div_(255).mul_(2).sub_(1)
+    return pixels
+
+
 def loosen(mask: Tensor, rng: np.random.Generator) -> Tensor:
     """A mask (1, H, W) that tells less of the cloth that is worn: itself, its hull or its box, grown by up to H/16 pixels."""
     margin, sides = rng.uniform(0, mask.shape[1] / 16), rng.choice([0, HULL_SIDES, 4])
@@ -372,9 +392,7 @@ def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> 
     """A whole picture, with its colour profile; ValueError where it cannot be read, or should be a mask and is none."""
     try:
         picture = open_file()
-        if role == "mask":
-            return as_pil(as_masks(picture, name)[0])
-        return as_pil(as_tensors(picture, name)[0], colour_profiles(picture)[0])
+        return as_mask_image(picture, name) if role == "mask" else as_image(picture, name)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: some broken PNGs
         raise ValueError(f"{name} cannot be read: {error}") from error
 
@@ -760,10 +778,12 @@ class PairDataset(Dataset):
     pairs: TreePairs | RowPairs
     prepare: Preparation
     captions: Sequence[str] | None = None
-    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # reading processes outlast an epoch
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -771,15 +791,19 @@ class PairDataset(Dataset):
     def tag(self, index: int) -> dict[str, Any]:
         name = self.pairs.name(index)
         caption = {} if self.captions is None else {"caption": filled(self.captions[index], f"{name}: the caption")}
-        return self.prepare.tag(name, self.epoch, index) | caption
+        return self.prepare.tag(name, int(self.epoch), index) | caption
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.prepare(self.pairs.pictures(index), self.epoch, index) | self.tag(index)
+        return self.prepare(self.pairs.pictures(index), int(self.epoch), index) | self.tag(index)
 
 
 @dataclass(eq=False)
 class StreamedPairs(IterableDataset):
-    """The same of process `rank`'s part of a streamed dataset, epoch after epoch; `skip` pairs are passed over, undecoded."""
+    """The same of process `rank`'s part of a streamed dataset, epoch after epoch.
+
+    An item's `place` is its epoch and how many of the part's rows were read by then; `start` is one to go on from: earlier
+    epochs are not read again, earlier rows of that epoch are passed over, undecoded, since a shuffled stream draws from them.
+    """
 
     rows: Any
     columns: dict[str, str]
@@ -787,20 +811,23 @@ class StreamedPairs(IterableDataset):
     rank: int
     processes: int
     caption_column: str | None = None
-    skip: int = 0
+    start: tuple[int, int] = (0, 0)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        place = 0
-        for epoch in itertools.count():
+        first, skip = self.start
+        for epoch in itertools.count(first):
             self.rows.set_epoch(epoch)
-            for index, row in zip(itertools.count(self.rank, self.processes), self.rows):
-                place += 1
-                if place > self.skip:
-                    name = f"row {index} of the stream"
-                    item = self.prepare(row_pictures(row, self.columns, name), epoch, index)
-                    if self.caption_column:
-                        item["caption"] = filled(row[self.caption_column], f"{name}: the caption")
-                    yield item | self.prepare.tag(name, epoch, index)
+            place = 0
+            for place, row in enumerate(self.rows, start=1):
+                if skip > 0:
+                    skip -= 1
+                    continue
+                index = self.rank + (place - 1) * self.processes
+                name = f"row {index} of the stream"
+                item = self.prepare(row_pictures(row, self.columns, name), epoch, index)
+                if self.caption_column:
+                    item["caption"] = filled(row[self.caption_column], f"{name}: the caption")
+                yield item | self.prepare.tag(name, epoch, index) | {"place": (epoch, place)}
             if place == 0:
                 raise ValueError("--dataset_name has no rows for this process")
 
@@ -876,7 +903,7 @@ class LatentCache(PairDataset):
         missing = [start for start in starts if not self.shard(start).is_file()]
         for start in tqdm(missing, desc="encode", disable=not accelerator.is_local_main_process or not missing):
             part = Subset(PairDataset(self.pairs, self.prepare), range(start, min(start + self.SHARD, len(self))))
-            encoded = [encode(batch) for batch in DataLoader(part, **loading)]
+            encoded = [encode(batch) for batch in DataLoader(part, collate_fn=collate, **loading)]
             tensors = {name: torch.cat([batch[name].cpu() for batch in encoded]).contiguous() for name in encoded[0]}
             temporary = self.shard(start).with_suffix(f".{os.getpid()}")
             save_file(tensors, temporary)
@@ -912,11 +939,17 @@ def load_pairs(
         return tree_pairs(args.dataset_root, "train", True, roles, args.category, args.condition_column, **looked_at)
 
 
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Items to a batch; seeds and places stay numbers of the host, as names do, and wait for no device."""
+    kept = {name: [item[name] for item in items] for name in HOST_VALUES if name in items[0]}
+    return default_collate([{k: v for k, v in item.items() if k not in kept} for item in items]) | kept
+
+
 def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
     """What is random in a step, each row from its own seed: three noises (B, *shape) and two numbers (B,) in [0, 1)."""
     rows = []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(int(seed))
+        generator = torch.Generator().manual_seed(seed)
         row = {name: torch.randn(shape, generator=generator) for name in ("noise", "cloth_noise", "posterior")}
         rows.append(row | {name: torch.rand((), generator=generator) for name in ("time", "dropout")})
     return default_collate(rows)
@@ -948,6 +981,11 @@ def refuse_sharding(kind: DistributedType) -> None:
     if kind in {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}:
         enough = "plain data parallelism is enough for an adapter"
         raise ValueError(f"accelerate is configured for {kind.value}, whose shards an adapter cannot hold: {enough}")
+
+
+def lora_modules(trainable: str) -> str:
+    """The layers that a LoRA of `--trainable` goes on, as a pattern of their names."""
+    return rf".*\.({'|'.join(sorted(TRAINABLE_PARTS[trainable]))})\.(to_q|to_k|to_v|to_out\.0)"
 
 
 def unet_target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -1065,7 +1103,9 @@ class Trainer:
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / "logs"),
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True, data_seed=args.seed, non_blocking=True
+            ),
             dynamo_backend="inductor" if args.torch_compile else None,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused), PATIENCE],
         )
@@ -1077,7 +1117,9 @@ class Trainer:
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         set_seed(args.seed)
-        self.step, self.losses, self.grad_norm, self.accumulated = 0, [], 0.0, 0
+        self.step, self.losses, self.grad_norm = 0, [], 0.0
+        self.pending: list[tuple[Tensor, list[str]]] = []  # the losses, and the names, of an update's batches so far
+        self.place = (0, 0)  # of the stream
         self.stop, self.stopping = StopRequest(), False  # of this process; as all processes know
         self.load_base()
         shown = ["condition" if args.mask_free else "mask", *(["pose"] if args.pose else [])]
@@ -1092,16 +1134,30 @@ class Trainer:
         self.prepare_training()
         self.checkpoints.register()
 
-    def load(self, cls: type, subfolder: str) -> torch.nn.Module:
-        """A frozen model of the base, in the mixed precision's dtype."""
+    def load(self, cls: type, subfolder: str, **instead: Any) -> torch.nn.Module:
+        """A frozen model of the base, in the mixed precision's dtype; or with other arguments of `from_pretrained`."""
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
-        model = cls.from_pretrained(**self.base, subfolder=subfolder, use_safetensors=True, dtype=dtype)
+        options = {**self.base, "subfolder": subfolder, "dtype": dtype} | instead
+        model = cls.from_pretrained(**options, use_safetensors=True)
         return model.to(self.accelerator.device).eval().requires_grad_(False)
+
+    def load_vae(self) -> AutoencoderKL:
+        """The base's VAE or --vae_name_or_path; SDXL's own overflows in fp16, and works in float32 there."""
+        place = {}
+        if self.args.vae_name_or_path is not None:
+            place = {"pretrained_model_name_or_path": self.args.vae_name_or_path, "revision": None, "subfolder": None}
+        vae = self.load(AutoencoderKL, "vae", **place)
+        if vae.dtype == torch.float16 and vae.config.force_upcast and is_sdxl(self.unet):
+            vae = self.load(AutoencoderKL, "vae", **place, dtype=torch.float32)
+        return vae
 
     def load_base(self) -> None:
         args = self.args
         self.base = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision")}
-        self.vae, self.unet = self.load(AutoencoderKL, "vae"), self.load(UNet2DConditionModel, "unet")
+        self.unet = self.load(UNet2DConditionModel, "unet")
+        check_unet(self.unet, args.cloth_conditioning == "reference")
+        refuse_sdxl_text(self.unet, args.cross_attention)
+        self.vae = self.load_vae()
         self.noise_scheduler = DDPMScheduler.from_pretrained(**self.base, subfolder="scheduler", clip_sample=False)
         kind = self.noise_scheduler.config.prediction_type
         if kind not in {"epsilon", "v_prediction"}:
@@ -1168,6 +1224,7 @@ class Trainer:
             folder = args.cache_latents / cache_key(self.vae, self.settings, self.pairs)
             self.dataset = LatentCache(self.pairs, self.prepare, folder=folder)
             self.dataset.fill(partial(self.encode, unposed=args.pose), self.accelerator, **loading)
+        loading |= self.reading(args.dataloader_num_workers)
         self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
 
     def load_stream(self) -> None:
@@ -1177,14 +1234,19 @@ class Trainer:
         rows = importlib.import_module("datasets.distributed").split_dataset_by_node(rows, *place)
         self.dataset = StreamedPairs(rows, self.columns, self.prepare, *place, args.caption_column)
         workers = min(1, args.dataloader_num_workers)
-        self.loader = DataLoader(self.dataset, batch_size=args.train_batch_size, num_workers=workers)
+        loading = {"batch_size": args.train_batch_size, "num_workers": workers}
+        self.loader = DataLoader(self.dataset, **loading, **self.reading(workers))
+
+    def reading(self, workers: int) -> dict[str, Any]:
+        """How training is fed: by processes that outlast an epoch, from memory that a GPU copies without waiting."""
+        pinned = self.accelerator.device.type == "cuda"
+        return {"collate_fn": collate, "persistent_workers": workers > 0, "pin_memory": pinned}
 
     def prepare_parameters(self) -> None:
         """What learns, in float32: the adapter's weights, or a LoRA of the same modules."""
         args = self.args
         if args.lora_rank:
-            parts = sorted(TRAINABLE_PARTS[args.trainable])
-            modules = rf".*\.({'|'.join(parts)})\.(to_q|to_k|to_v|to_out\.0)"
+            modules = lora_modules(args.trainable)
             self.unet.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=modules))
             self.parameters = {name: p for name, p in self.unet.named_parameters() if ".lora_" in name}
         else:
@@ -1193,6 +1255,7 @@ class Trainer:
         for parameter in self.trained:
             parameter.requires_grad_(True)
         cast_training_params(self.unet, dtype=torch.float32)
+        self.teacher = [p.detach().clone() for p in self.trained] if args.guidance_distillation else None
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.unet.train()
@@ -1230,8 +1293,9 @@ class Trainer:
         """What the VAE makes of a batch: the tensors of `TryOnLatents`, and the posterior of the person to paint; with `unposed`
         also the person without their pose.
         """
+        device = self.accelerator.device
         read = {role for role in self.roles if role == "cloth" or not is_cloth(role)} | {"mask"}
-        pictures = {name: batch[name].to(self.accelerator.device) for name in read}
+        pictures = {name: batch[name].to(device, non_blocking=True) for name in read}
         shown = pictures["condition" if self.args.mask_free else "person"], pictures["mask"]
         settings = {name: getattr(self.settings, name) for name in ("mask_free", "condition_latents")}
         settings["dtype"] = torch.float32
@@ -1294,8 +1358,12 @@ class Trainer:
             of_persons = torch.where(cloth_seen.view(-1, 1, 1) > 0, embeds, self.empty_embeds)
             of_cloths = embeds.repeat_interleave(conditioning.num_cloths, dim=0)
             embeds = torch.cat([of_persons, of_cloths]) if len(rows) > count else of_persons
+        options = {
+            "attention_mask": seen,
+            "added_cond_kwargs": added_conditions(self.unet, rows, self.pipe.vae_scale_factor),
+        }
         with self.accelerator.autocast():
-            return self.model(rows, timesteps, embeds, attention_mask=seen, return_dict=False)[0][:count].float()
+            return self.model(rows, timesteps, embeds, **options, return_dict=False)[0][:count].float()
 
     def on_canvas(self, conditioning: TryOnLatents, clean: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Clean latents and noise of the person alone; in joint mode of the whole canvas."""
@@ -1315,64 +1383,93 @@ class Trainer:
         timesteps = (drawn["time"] * self.noise_scheduler.config.num_train_timesteps).long()
         seen = (drawn["dropout"] >= self.args.cloth_dropout).float()
 
-        def predict(noisy: Tensor) -> Tensor:
+        def predict(noisy: Tensor, seen: Tensor = seen) -> Tensor:
             return self.predict(conditioning, noisy, timesteps, seen, batch.get("caption"))
 
         scheduler, p = self.noise_scheduler, self.args.dream_detail_preservation
         if p:
             noise = dream_noise(scheduler, predict, clean, noise, timesteps, p)
-        predicted = predict(scheduler.add_noise(clean, noise, timesteps))
+        noisy = scheduler.add_noise(clean, noise, timesteps)
         target = unet_target(scheduler, clean, noise, timesteps)
+        if self.teacher is not None:
+            target = self.guided(predict, noisy, seen)
+        predicted = predict(noisy)
         return noise_loss(scheduler, predicted, target, timesteps, self.args.snr_gamma)
 
-    def update(self, batch: dict[str, Any]) -> float:
-        """Forward, backward and, every `gradient_accumulation_steps` batches, one update; returns this batch's loss."""
-        accelerator = self.accelerator
+    @torch.no_grad()
+    def guided(self, predict: Callable[[Tensor, Tensor], Tensor], noisy: Tensor, seen: Tensor) -> Tensor:
+        """What the weights that the run began from see in `noisy` (B, 4, h, w) with guidance; rows without a cloth have none."""
+        with self.weights(self.teacher):
+            without, with_cloth = predict(noisy, 0 * seen), predict(noisy, seen)
+        return without + self.args.guidance_distillation * (with_cloth - without)
+
+    def update(self, batch: dict[str, Any]) -> list[float]:
+        """Forward, backward and, every `gradient_accumulation_steps` batches, one update; returns its batches' losses then.
+
+        Processes wait for one another, and for their devices, once an update, after backward.
+        """
+        accelerator, losses = self.accelerator, []
         with accelerator.accumulate(self.model):
             loss = self.train_step(batch)
-            both = torch.stack([loss.detach(), loss.new_tensor(float(self.stop.made))])
-            mean, stopping = accelerator.reduce(both, reduction="mean").tolist()
-            self.stopping = stopping > 0
-            self.require_finite("loss", mean, batch)
             accelerator.backward(loss)
-            self.accumulated += 1
+            self.pending.append((loss.detach(), list(batch["name"])))
             if accelerator.sync_gradients:
                 self.average_gradients()
-                self.grad_norm = accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm).item()
-                if accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-                    self.require_finite("gradient norm", self.grad_norm, batch)
+                norm = accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+                losses = self.agree(norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
         if accelerator.sync_gradients:
             self.schedule.step()
             self.ema.step(self.trained)
-            self.step += 1
-        return mean
+            self.step, self.pending = self.step + 1, []
+            self.place = batch["place"][-1] if "place" in batch else self.place
+        return losses
+
+    def agree(self, norm: Tensor) -> list[float]:
+        """The losses of an update's batches, of all processes, and whether one of them is to stop: one exchange, one wait."""
+        of_batches = torch.stack([loss for loss, _ in self.pending])
+        asked = of_batches.new_tensor([float(self.stop.made)])
+        means = self.accelerator.reduce(torch.cat([of_batches, asked]), reduction="mean")
+        *losses, stopping, self.grad_norm = torch.cat([means, norm.reshape(1).to(means)]).tolist()
+        self.stopping = stopping > 0
+        for loss, (_, names) in zip(losses, self.pending):
+            self.require_finite("loss", loss, names)
+        if self.accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+            self.require_finite("gradient norm", self.grad_norm, self.pending[-1][1])
+        return losses
 
     def average_gradients(self) -> None:
         """accelerate divides by `gradient_accumulation_steps`; an epoch's last update may have had fewer batches."""
-        missing = self.args.gradient_accumulation_steps / self.accumulated
+        missing = self.args.gradient_accumulation_steps / len(self.pending)
         if missing > 1:
             for gradient in (p.grad for p in self.trained if p.grad is not None):
                 gradient.mul_(missing)
-        self.accumulated = 0
 
-    def require_finite(self, what: str, value: float, batch: dict[str, Any]) -> None:
+    def require_finite(self, what: str, value: float, names: list[str]) -> None:
         if not math.isfinite(value):
-            names = ", ".join(gather_object(list(batch["name"])))
-            raise FloatingPointError(f"the {what} is {value} at step {self.step + 1}; the pairs are {names}")
+            everyone = ", ".join(gather_object(names))
+            raise FloatingPointError(f"the {what} is {value} at step {self.step + 1}; the pairs are {everyone}")
+
+    @contextlib.contextmanager
+    def weights(self, values: list[Tensor]) -> Iterator[None]:
+        """These in the UNet, in the place of what learns, for as long as the context lasts."""
+        before = [parameter.detach().clone() for parameter in self.trained]
+        try:
+            assign(self.trained, values)
+            yield
+        finally:
+            assign(self.trained, before)
 
     @contextlib.contextmanager
     def published_weights(self) -> Iterator[None]:
         """In the UNet, for as long as the context lasts: the averaged weights, rounded to fp16 as they are published."""
-        before, was_training = [parameter.detach().clone() for parameter in self.trained], self.unet.training
-        average = self.ema.shadow_params if self.args.ema_decay else before
+        average, was_training = self.ema.shadow_params if self.args.ema_decay else self.trained, self.unet.training
         try:
             self.unet.eval()
-            assign(self.trained, [weight.half() for weight in average])
-            yield
+            with self.weights([weight.detach().half() for weight in average]):
+                yield
         finally:
-            assign(self.trained, before)
             self.unet.train(was_training)
 
     # ---- the loop
@@ -1381,7 +1478,7 @@ class Trainer:
         """Batches from where the run stands, epoch after epoch, in the order that an uninterrupted run would see."""
         accumulated = self.args.gradient_accumulation_steps
         if self.args.streaming:
-            self.dataset.skip = self.step * accumulated * self.args.train_batch_size
+            self.dataset.start = self.place
             yield from self.loader
         epoch, done = divmod(self.step, self.steps_per_epoch)
         skip = done * accumulated
@@ -1404,14 +1501,12 @@ class Trainer:
         bar = tqdm(total=self.total_steps, initial=self.step, desc="train", disable=hidden)
         with vton_attention(self.unet, self.self_attention, self.args.cross_attention):
             with bar, self.stop:
-                batches, losses, started = self.batches(), [], time.time()
+                batches, started = self.batches(), time.time()
                 while self.step < self.total_steps and not self.stopping:
-                    before = self.step
-                    losses.append(self.update(next(batches)))
-                    if self.step > before:
+                    if losses := self.update(next(batches)):
                         bar.update()
                         self.after_update(bar, losses, time.time() - started)
-                        losses, started = [], time.time()
+                        started = time.time()
             if self.step >= self.total_steps:
                 self.finish()
         return self.step >= self.total_steps
@@ -1509,7 +1604,7 @@ class Validation:
     def batches(self) -> DataLoader:
         """The test persons in their own cloths, as many at a time as training takes; one by one where they may wear unequally many."""
         size = self.args.train_batch_size if self.args.num_cloths == 1 else 1
-        return DataLoader(self.paired, batch_size=size)
+        return DataLoader(self.paired, batch_size=size, collate_fn=collate)
 
     def shown_cloths(self, batch: dict[str, Any]) -> Tensor | list[list[Tensor]]:
         """The cloths of a batch in [0, 1], as a call takes them."""
@@ -1522,7 +1617,7 @@ class Validation:
         """Latents and seeds (N, ...) of `paired`; None for less than two, of whom none has a wrong cloth."""
         encoded = []
         for batch in self.batches():
-            latents = self.trainer.encode(batch) | {"seed": batch["seed"]}
+            latents = self.trainer.encode(batch) | {"seed": torch.tensor(batch["seed"])}
             vanished = ~latents["mask"].flatten(1).any(dim=1).cpu()
             if vanished.any():
                 names = ", ".join(name for name, gone in zip(batch["name"], vanished) if gone)
@@ -1546,7 +1641,8 @@ class Validation:
             conditioning, mean, _ = trainer.latents(batch)
             wrong, *_ = trainer.latents(batch | {name: cloths[rows] for name, cloths in others.items()})
             mean = mean.float() * trainer.vae.config.scaling_factor
-            drawn = {name: noise.to(mean.device) for name, noise in draw(batch["seed"], mean.shape[1:]).items()}
+            drawn = draw(batch["seed"].tolist(), mean.shape[1:])
+            drawn = {name: noise.to(mean.device) for name, noise in drawn.items()}
             seen = torch.ones(len(mean), device=mean.device)
             cloths = (("none", conditioning, 0 * seen), ("right", conditioning, seen), ("wrong", wrong, seen))
             for t, (name, shown, visible) in itertools.product(PROBED_TIMESTEPS, cloths):
@@ -1624,7 +1720,7 @@ class Validation:
                 shown = (person, self.shown_cloths(batch), None if self.args.mask_free else mask)
                 pose = batch["pose"] / 2 + 0.5 if self.args.pose else None
                 for scale in errors:
-                    generators = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
+                    generators = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
                     options = {"num_inference_steps": GUIDANCE_STEPS, "composite": False, "output_type": "pt"}
                     options["pose_image"] = pose
                     result = self.try_on(*shown, guidance_scale=scale, generator=generators, **size, **options)
@@ -1685,11 +1781,20 @@ class Checkpoints:
         trainer, progress = self.trainer, self.progress()
         self.accelerator.load_state(str(self.resumed))
         trainer.step, trainer.losses, trainer.ema.decay = progress["step"], progress["losses"], self.args.ema_decay
+        if self.args.streaming:
+            trainer.place = self.stream_place(progress)
         trainer.schedule.base_lrs = [self.args.learning_rate] * len(trainer.optimizer.param_groups)
         for group, factor in zip(trainer.optimizer.param_groups, trainer.schedule.lr_lambdas, strict=True):
             group["initial_lr"], group["weight_decay"] = self.args.learning_rate, self.args.adam_weight_decay
             group["lr"] = self.args.learning_rate * factor(trainer.schedule.last_epoch)
         logger.info("resumed from %s", self.resumed)
+
+    def stream_place(self, progress: dict[str, Any]) -> tuple[int, int]:
+        """Where this process goes on in its part of the stream: as noted, or counted by those who shared it otherwise."""
+        places, rank = progress.get("places", []), self.accelerator.process_index
+        if len(places) == self.accelerator.num_processes:
+            return tuple(places[rank])
+        return 0, progress["step"] * self.args.gradient_accumulation_steps * self.args.train_batch_size
 
     def save_weights(self, models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         """accelerate's hook: a checkpoint holds the trained weights in fp32, not the whole UNet."""
@@ -1715,10 +1820,11 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(unfinished))
-        self.accelerator.wait_for_everyone()
+        places = gather_object([self.trainer.place])
         if self.accelerator.is_main_process:
             trainer = self.trainer
             progress = {"step": trainer.step, "losses": trainer.losses, "lora_rank": self.args.lora_rank}
+            progress |= {"places": places} if self.args.streaming else {}
             write_text(unfinished / "progress.json", json.dumps(progress))
             if final.exists():  # a run that was resumed from an earlier one
                 discard(final)
@@ -1789,7 +1895,7 @@ def training_card(
     part = math.ceil(len(losses) / 10)
     curve = [(i + part, losses[i : i + part]) for i in range(0, len(losses), part)]
     flags = {name: value for name, value in vars(args).items() if value is not None and name not in LOCAL_FLAGS}
-    for name in ("pretrained_model_name_or_path", "dataset_name"):
+    for name in ("pretrained_model_name_or_path", "vae_name_or_path", "dataset_name"):
         if name in flags and Path(flags[name]).exists():
             flags[name] = "a local folder"
     tables = {

@@ -1,7 +1,8 @@
-"""What a training step costs at SD1.5's size: seconds and peak memory, with random weights, on the CPU in float32.
+"""What a training step costs at SD1.5's size: seconds and peak memory, with random weights, on the CPU.
 
 Every row runs the trainer's own update in a process of its own: one update to warm up, then the timed ones. Training the whole
-UNet needs about 20 GB of memory, the base 2 GB of disk while the script runs.
+UNet needs about 20 GB of memory, the base 2 GB of disk while the script runs. `--loader` measures what reading a pair costs
+instead: CPU time, which another program's load does not change much.
 """
 
 import argparse
@@ -14,12 +15,11 @@ from pathlib import Path
 
 import psutil
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-from benchmarks import sd15
+from benchmarks.sd15 import random_pipe
 from demo.make_dataset import make_dataset
 from pipeline_vton import vton_attention
-from train_vton import Trainer
+from train_vton import PairDataset, Preparation, Trainer, TreePairs
 from train_vton import parse_args as training_args
 
 
@@ -29,6 +29,8 @@ ROWS = {
     "reference, gradient checkpointing": "--gradient_checkpointing",
     "reference, both": "--cache_latents --gradient_checkpointing",
     "reference, two cloths": "--num_cloths 2",
+    "reference, bf16": "--mixed_precision bf16",
+    "reference, bf16, gradient checkpointing": "--mixed_precision bf16 --gradient_checkpointing",
     "joint": "--cloth_conditioning joint",
     "joint, both": "--cloth_conditioning joint --cache_latents --gradient_checkpointing",
     "the whole UNet, reference": "--trainable all",
@@ -36,14 +38,11 @@ ROWS = {
 }
 
 
-def write_base(folder: Path) -> None:
+def write_base(folder: Path, tiny: bool = False) -> None:
     """SD1.5-inpainting's UNet and VAE with random weights, as a diffusers folder."""
-    torch.manual_seed(0)
-    UNet2DConditionModel(**sd15.UNET | {"in_channels": 9}).half().save_pretrained(folder / "unet")
-    AutoencoderKL(**sd15.VAE).half().save_pretrained(folder / "vae")
-    DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
-        folder / "scheduler"
-    )
+    pipe = random_pipe(dtype=torch.float16, tiny=tiny)
+    for name in ("unet", "vae", "scheduler"):
+        getattr(pipe, name).save_pretrained(folder / name)
 
 
 class PeakMemory:
@@ -76,6 +75,20 @@ def measure(line: list[str], updates: int) -> tuple[float, float]:
     return min(seconds[1:]), peak.gib
 
 
+def measure_loader(height: int, width: int, pairs: int, rounds: int = 5) -> float:
+    """CPU milliseconds that a training pair of drawn PNG files costs its reading process; the fastest round counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_dataset(Path(folder), train=pairs, test=0, seed=0, height=height)
+        dataset = PairDataset(TreePairs(Path(folder), "train", True), Preparation(height, width))
+        spent = []
+        for _ in range(rounds):
+            started = time.process_time()
+            for i in range(pairs):
+                dataset[i]
+            spent.append(time.process_time() - started)
+    return 1000 * min(spent) / pairs
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--height", type=int, default=256, help="default 256")
@@ -83,10 +96,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=1, help="default 1")
     parser.add_argument("--updates", type=int, default=3, help="timed updates; the fastest counts (default 3)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
+    parser.add_argument("--loader", action="store_true", help="CPU milliseconds that reading a pair costs, instead")
     return parser.parse_args(input_args)
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.loader:
+        torch.set_num_threads(1)  # as in a reading process
+        spent = measure_loader(args.height, args.width, pairs=4)
+        return print(f"{spent:.1f} ms of CPU a {args.height}x{args.width} pair (height x width)")
     size = ["--height", args.height, "--width", args.width, "--train_batch_size", args.train_batch_size]
     print("| what is trained | seconds an update | peak memory |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,11 @@
 """Stable Diffusion 1.5's sizes, as the config.json files of stable-diffusion-v1-5/stable-diffusion-v1-5 give them."""
 
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+from pipeline_vton import StableDiffusionVTONPipeline
+
+
 UNET = {
     "sample_size": 64,
     "in_channels": 4,
@@ -18,3 +24,42 @@ VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
+
+# The same kinds of layers with a few thousand weights: what tests run a benchmark on.
+TINY_UNET = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 2,
+    "cross_attention_dim": 32,
+    "norm_num_groups": 4,
+}
+TINY_VAE = {
+    "sample_size": 32,
+    "block_out_channels": (8, 8, 8, 8),
+    "layers_per_block": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "norm_num_groups": 4,
+}
+
+
+def random_pipe(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, tiny: bool = False, seed: int = 0
+) -> StableDiffusionVTONPipeline:
+    """SD1.5-inpainting with random weights, the same on every device, without text; on the meta device, with none."""
+    torch.manual_seed(seed)
+    unet, vae = (TINY_UNET, TINY_VAE) if tiny else (UNET, VAE)
+    with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
+        models = UNet2DConditionModel(**unet | {"in_channels": 9}), AutoencoderKL(**vae)
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    unet, vae = (model.to(device, dtype).eval().requires_grad_(False) for model in models)
+    pipe = StableDiffusionVTONPipeline(vae, unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -117,6 +117,22 @@ def test_cloth_keys_and_values_depend_on_the_cloth_alone():
     assert all(not torch.allclose(x, y, atol=1e-3) for x, y in zip(first, cloth_cache(pipe, cloth=picture(8))[0]))
 
 
+def test_a_cloth_is_laid_beside_its_persons_once():
+    """The same buffers at every step, whose cloth half nothing writes again; one cloth lies beside two persons."""
+    pipe, seen = tiny_pipe(), []
+
+    def look(pipe, step, t, tensors):
+        processors = [p for p in pipe.unet.attn_processors.values() if isinstance(p, ClothCacheAttnProcessor)]
+        halves = [both.chunk(2, dim=1) for processor in processors for both in processor.beside]
+        seen.append([(person.data_ptr(), person.clone(), cloth.clone()) for person, cloth in halves])
+        return {}
+
+    run(pipe, person=[picture(1), picture(3)], num_inference_steps=2, callback_on_step_end=look)
+    for (place, person, cloth), (same_place, next_person, same_cloth) in zip(*seen, strict=True):
+        assert place == same_place and torch.equal(cloth, same_cloth) and torch.equal(cloth[0], cloth[1])
+        assert not torch.equal(person, next_person) and not torch.equal(person[0], person[1])
+
+
 def test_in_training_cloth_rows_do_not_see_the_person():
     pipe = tiny_pipe(9)
     cloth_rows = conditioning_of(pipe).cloth_rows()

@@ -66,3 +66,7 @@ def test_a_step_is_timed_and_weighed(tmp_path, fresh_accelerate):
         kept = torch.ones(2**28)  # 1 GiB
         time.sleep(0.1)
     assert seconds > 0 and 0.5 < peak.gib - before < 1 + kept[0]
+
+
+def test_reading_a_pair_is_measured():
+    assert 0 < costs.measure_loader(64, 48, pairs=2, rounds=1) < 1000

@@ -223,7 +223,7 @@ def test_guidance_that_rises_without_its_text_says_so():
 
 OTHER_UNETS = {
     "an IP-Adapter's": {"encoder_hid_dim": 8, "encoder_hid_dim_type": "image_proj", "cross_attention_dim": 32},
-    "SDXL's": {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80},
+    "pooled text's": {"addition_embed_type": "text", "addition_embed_type_num_heads": 2},
     "class labels": {"num_class_embeds": 10},
     "class embeddings": {"class_embed_type": "timestep"},
     "an LCM's": {"time_cond_proj_dim": 16},

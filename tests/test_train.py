@@ -25,6 +25,7 @@ from accelerate.tracking import GeneralTracker
 from accelerate.utils import DistributedType, patch_environment
 from datasets.distributed import split_dataset_by_node
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors import safe_open
@@ -32,6 +33,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_pictures import LINEAR
 from tiny import ROOT, box_mask, picture, run, seeded, tiny_pipe
+from torch.utils.data import DataLoader
 
 import train_vton
 from demo.make_dataset import make_dataset
@@ -43,7 +45,9 @@ from pipeline_vton import (
     ClothCacheAttnProcessor,
     TryOnLatents,
     adapter_parameters,
+    as_masks,
     as_pil,
+    as_tensors,
     vton_attention,
 )
 from train_vton import (
@@ -55,13 +59,16 @@ from train_vton import (
     Trainer,
     TreePairs,
     circumscribe,
+    collate,
     draw,
     load_rows,
     loosen,
     main,
+    open_picture,
     parse_args,
     refuse_sharding,
     row_pictures,
+    to_pixels,
     training_size,
 )
 
@@ -268,6 +275,37 @@ def test_a_loss_that_is_no_number_stops_before_it_does_harm(bases, data, tmp_pat
         trainer.update(batch)
     assert all(torch.equal(one, other) for one, other in zip(trainer.trained[1:], before[1:]))
     assert trainer.step == 0 and not trainer.optimizer.optimizer.state
+
+
+def test_processes_wait_for_one_another_once_an_update_after_backward(bases, data, tmp_path, monkeypatch):
+    trainer, exchanges = trainer_of(bases[9], data, tmp_path, gradient_accumulation_steps=2), []
+    reduce = trainer.accelerator.reduce
+
+    def spy(*args, **kwargs):
+        exchanges.append(any(parameter.grad is not None for parameter in trainer.trained))
+        return reduce(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.accelerator, "reduce", spy)
+    batches = trainer.batches()
+    first, second = next(batches), next(batches)
+    assert all(isinstance(seed, int) for seed in first["seed"])  # no device is asked for them
+    with vton_attention(trainer.unet, ClothBesideAttnProcessor, "skip"):
+        with torch.no_grad():
+            expected = [trainer.train_step(batch).item() for batch in (first, second)]
+        assert trainer.update(first) == [] and exchanges == []
+        assert trainer.update(second) == expected and exchanges == [True]
+
+
+def test_the_batch_that_made_no_number_is_named(bases, data, tmp_path):
+    """With batches accumulated, not the update's last one."""
+    trainer = trainer_of(bases[9], data, tmp_path, gradient_accumulation_steps=2)
+    batches = trainer.batches()
+    first, second = next(batches), next(batches)
+    spoiled = first | {"cloth": torch.full_like(first["cloth"], torch.nan)}
+    with vton_attention(trainer.unet, ClothBesideAttnProcessor, "skip"):
+        trainer.update(spoiled)
+        with pytest.raises(FloatingPointError, match=f"the loss is nan at step 1; the pairs are {first['name'][0]}"):
+            trainer.update(second)
 
 
 def test_rotation_keeps_the_newest(finished):
@@ -991,6 +1029,46 @@ def test_half_precision_trains_whole_weights(bases, tested, tmp_path):
     tiny_pipe(9).load_vton_adapter(tmp_path)
 
 
+@pytest.mark.parametrize("mode", ["reference", "joint"])
+def test_distillation_learns_the_guided_noise_of_where_it_began(bases, data, tmp_path, mode):
+    options = {"cloth_conditioning": mode, "cloth_dropout": 0, "learning_rate": 1e-3, "guidance_scale": None}
+    losses, trainers = {}, {}
+    for scale in (1, 3):
+        trainer = trainers[scale] = trainer_of(bases[9], data, tmp_path, guidance_distillation=scale, **options)
+        assert trainer.settings.guidance_scale == 1
+        batch = next(trainer.batches())
+        processor = ClothBesideAttnProcessor if mode == "reference" else None
+        with vton_attention(trainer.unet, processor, "skip"):
+            with torch.no_grad():
+                losses[scale] = trainer.train_step(batch).item()
+            if scale == 3:
+                begun = [weight.clone() for weight in trainer.teacher]
+                (first,), (again,) = trainer.update(batch), trainer.update(batch)
+                assert first == losses[3] and again < first  # the same noise, once learnt
+                assert all(map(torch.equal, trainer.teacher, begun))
+                assert not all(map(torch.equal, trainer.trained, begun))
+    assert losses[1] < 1e-9  # guidance 1 is what it sees already
+    trainer = trainers[1]  # nothing has moved
+    with torch.no_grad(), vton_attention(trainer.unet, processor, "skip"):
+        conditioning, mean, std = trainer.latents(batch)
+        drawn = draw(batch["seed"], mean.shape[1:])
+        clean = (mean + std * drawn["posterior"]) * trainer.vae.config.scaling_factor
+        clean, noise = trainer.on_canvas(conditioning, clean, drawn)
+        timesteps = (drawn["time"] * 1000).long()
+        noisy, seen = trainer.noise_scheduler.add_noise(clean, noise, timesteps), torch.ones(len(mean))
+        without, with_cloth = (trainer.predict(conditioning, noisy, timesteps, s) for s in (0 * seen, seen))
+        # u + 3 (c - u), learnt by c, is off by 2 (c - u)
+        assert losses[3] == pytest.approx((2 * (with_cloth - without)).square().mean().item(), rel=1e-4)
+
+
+def test_a_distillation_goes_on_with_the_teacher_that_it_had(bases, data, tmp_path):
+    options = {"guidance_distillation": 2, "max_train_steps": 4, "checkpointing_steps": 2, "cloth_dropout": 0.4}
+    main(parse_args(flags(bases[9], data, tmp_path / "whole", **options)))
+    begun = tmp_path / "whole" / "checkpoint-2"
+    main(parse_args(flags(bases[9], data, tmp_path / "again", resume_from_checkpoint=begun, **options)))
+    assert equal(load_file(tmp_path / "whole" / ADAPTER_NAME), load_file(tmp_path / "again" / ADAPTER_NAME))
+
+
 def test_lora_has_no_widened_conv_in(bases, data, tmp_path):
     with pytest.raises(ValueError, match="--lora_rank cannot train the conv_in"):
         trainer_of(bases[4], data, tmp_path, lora_rank=4)
@@ -1030,7 +1108,41 @@ def test_items_do_not_depend_on_who_reads_them(data):
     seeds = [dataset[i]["seed"] for i in range(TRAIN)]
     assert len(set(seeds)) == TRAIN and seeds == [dataset[i]["seed"] for i in range(TRAIN)]
     dataset.set_epoch(1)
-    assert not set(seeds) & {dataset[i]["seed"] for i in range(TRAIN)}
+    later = [dataset[i]["seed"] for i in range(TRAIN)]
+    assert not set(seeds) & set(later)
+    staying = DataLoader(dataset, batch_size=5, collate_fn=collate, num_workers=1, persistent_workers=True)
+    for epoch, expected in ((0, seeds), (1, later)):  # a reading process that outlasts an epoch
+        dataset.set_epoch(epoch)
+        assert [seed for batch in staying for seed in batch["seed"]] == expected
+
+
+def test_pixels_are_those_of_diffusers_processor():
+    rgb, grey = picture(1, 48, 40), Image.linear_gradient("L").resize((40, 48))
+    images, masks = (
+        VaeImageProcessor(),
+        VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True),
+    )
+    for size in ((48, 40), (32, 24)):
+        assert torch.equal(to_pixels(rgb, *size), images.preprocess(rgb, *size)[0])
+        assert torch.equal(to_pixels(grey, *size), masks.preprocess(grey, *size)[0])
+
+
+@pytest.mark.parametrize("kind", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "F"])
+def test_pictures_are_opened_as_the_pipeline_reads_them(kind):
+    ramp = Image.linear_gradient("L").resize((24, 32))
+    image = {"I;16": lambda: Image.fromarray(np.asarray(ramp).astype(np.uint16) * 257)}.get(
+        kind, lambda: ramp.convert(kind)
+    )()
+    if kind == "RGBA":
+        image.putalpha(ramp.rotate(180))
+    read = as_pil(as_tensors(image, "image")[0])
+    opened = open_picture(lambda: image, "image", "person")
+    assert opened.mode == "RGB" and np.array_equal(np.asarray(opened), np.asarray(read))
+    black_and_white = ramp.point([0] * 120 + [255] * 136)
+    mask = black_and_white.convert(kind) if kind not in {"RGBA", "I;16"} else black_and_white
+    read = as_pil(as_masks(mask, "mask")[0])
+    opened = open_picture(lambda: mask, "mask", "mask")
+    assert opened.mode == "L" and np.array_equal(np.asarray(opened), np.asarray(read))
 
 
 # ---- lists
@@ -1573,6 +1685,22 @@ def test_a_stream_goes_on_where_it_was_stopped(bases, parquet, tmp_path):
     again = flags(bases[9], None, tmp_path / "again", dataset_name=parquet, resume_from_checkpoint=begun, **STREAM)
     main(parse_args(again))
     assert equal(load_file(tmp_path / "whole" / ADAPTER_NAME), load_file(tmp_path / "again" / ADAPTER_NAME))
+
+
+def test_a_resumed_stream_reads_no_past_epoch_again(bases, parquet, tmp_path):
+    """Six updates of two are an epoch of ten and two rows more."""
+    options = STREAM | {"max_train_steps": 6}
+    main(parse_args(flags(bases[9], None, tmp_path, dataset_name=parquet, **options)))
+    assert json.loads((tmp_path / "checkpoint-6" / "progress.json").read_text())["places"] == [[1, 2]]
+    again = flags(bases[9], None, tmp_path, dataset_name=parquet, resume_from_checkpoint="latest", **STREAM)
+    trainer, epochs = Trainer(parse_args(again)), []
+    trainer.checkpoints.resume()
+    rows = trainer.dataset.rows
+    set_epoch, rows.set_epoch = rows.set_epoch, lambda epoch: (epochs.append(epoch), set_epoch(epoch))
+    batch = next(trainer.batches())
+    assert epochs == [1] and batch["place"] == [(1, 3), (1, 4)]
+    trainer.place = (0, 12)  # counted from the beginning
+    assert next(trainer.batches())["seed"] == batch["seed"] and epochs == [1, 0, 1]
 
 
 @pytest.mark.parametrize("processes", [2, 5])  # a file each, and fewer files than processes

@@ -15,6 +15,7 @@ from transformers import (
     SegformerImageProcessor,
 )
 
+from benchmarks.sd15 import TINY_UNET
 from pipeline_vton import StableDiffusionVTONPipeline
 
 
@@ -22,18 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def tiny_unet(in_channels: int = 9) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=in_channels,
-        out_channels=4,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-        cross_attention_dim=32,
-        norm_num_groups=4,
-    )
+    return UNet2DConditionModel(**TINY_UNET | {"in_channels": in_channels})
 
 
 def tiny_pipe(in_channels: int = 9, seed: int = 0, text: bool = False, **settings) -> StableDiffusionVTONPipeline:

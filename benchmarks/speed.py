@@ -1,0 +1,343 @@
+"""What a try-on costs, with random weights of SD1.5's size, on any device; one question a run, one question a table.
+
+    python -m benchmarks.speed steps      seconds of a denoising step against the bare UNet's, rows interleaved in one process
+    python -m benchmarks.speed flops      the same by counted floating-point operations, on the meta device: no machine's load shows
+    python -m benchmarks.speed stages     where the time of a whole picture goes
+    python -m benchmarks.speed memory     the peak of a picture by dtype, slicing, tiling, 8-bit weights and offloading
+    python -m benchmarks.speed compile    torch.compile: seconds of a step, graphs, and recompilations
+
+Reading the cloth is spread over the steps of a picture (`--num_inference_steps`). Times want a machine that does nothing else.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from PIL import Image
+from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.costs import PeakMemory
+from benchmarks.sd15 import random_pipe
+from evaluate_vton import table
+from pipeline_vton import ClothCacheAttnProcessor, StableDiffusionVTONPipeline, TryOnLatents, vton_attention
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GUIDANCE, TOKENS = 2.5, 77
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one call of the UNet does: `cloth` is "none", "reference" (cached keys), "joint" (a canvas) or "reading"."""
+
+    name: str
+    cloth: str
+    guided: bool = True
+    text: bool = False
+
+
+BARE, REFERENCE, READING = (
+    Row("bare UNet", "none"),
+    Row("reference", "reference"),
+    Row("reading the cloth", "reading", False),
+)
+ROWS = (
+    BARE,
+    Row("bare UNet, with text", "none", text=True),
+    REFERENCE,
+    Row("joint canvas", "joint"),
+    Row("bare UNet, guidance 1", "none", guided=False),
+    Row("reference, guidance 1", "reference", guided=False),
+    READING,
+)
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+@contextmanager
+def step_of(
+    row: Row, pipe: StableDiffusionVTONPipeline, height: int, width: int, batch: int
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """What computes a row's noise for `batch` persons, each with a cloth, as often as it is called."""
+    unet, joint = pipe.unet, row.cloth == "joint"
+    pipe.register_to_config(cloth_conditioning="joint" if joint else "reference")
+    pipe._guidance_scale, pipe._guidance_rescale, pipe._cross_attention_kwargs = GUIDANCE, 0.0, None
+    place = {"device": unet.device, "dtype": unet.dtype}
+    latents = torch.randn(batch, 4, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor, **place)
+    conditioning = TryOnLatents(latents, latents[:, :1], latents, latents, channels=9)
+    noisy = conditioning.canvas(latents, latents) if joint else latents
+    embeds = torch.zeros(batch, TOKENS, unet.config.cross_attention_dim, **place) if row.text else None
+    t = torch.tensor(500, device=unet.device)
+
+    def bare() -> torch.Tensor:
+        rows, texts = conditioning.person_rows(noisy), embeds
+        if row.guided:
+            rows, texts = torch.cat([rows, rows]), None if embeds is None else torch.cat([embeds, embeds])
+        return unet(rows, t, texts, return_dict=False)[0]
+
+    processor = ClothCacheAttnProcessor if row.cloth in {"reference", "reading"} else None
+    with torch.no_grad(), vton_attention(unet, processor, "prompt" if row.text else "skip") as processors:
+        if row.cloth == "reference":
+            pipe.read_cloth(conditioning, embeds, processors)
+        yield {
+            "none": bare,
+            "reading": lambda: unet(conditioning.cloth_rows(), t * 0, embeds, return_dict=False)[0],
+        }.get(row.cloth, lambda: pipe.predict_noise(noisy, t, conditioning, embeds, embeds, row.guided))
+
+
+def seconds_of(step: Callable[[], torch.Tensor], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def time_steps(
+    pipe: StableDiffusionVTONPipeline, size: tuple[int, int], batch: int, rounds: int
+) -> dict[Row, list[float]]:
+    """Seconds of every row, one of each a round, after a round to warm up."""
+    seconds = {row: [] for row in ROWS}
+    for number in range(1 + rounds):
+        for row, taken in seconds.items():
+            with step_of(row, pipe, *size, batch) as step:
+                one = seconds_of(step, pipe.unet.device)
+            if number:
+                taken.append(one)
+    return seconds
+
+
+def count_flops(pipe: StableDiffusionVTONPipeline, row: Row, size: tuple[int, int], batch: int = 1) -> int:
+    """Floating-point operations of products, convolutions and attention, twice the multiplications."""
+    with step_of(row, pipe, *size, batch) as step, FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def ratios(costs: dict[Row, float], steps: int) -> dict[Row, float]:
+    """To the bare UNet of as many rows; a reference step carries its share of reading the cloth."""
+    of_rows = {guided: next(v for r, v in costs.items() if (r.cloth, r.guided, r.text) == ("none", guided, False)) for guided in (True, False)}  # fmt: skip
+    share = costs[READING] / steps
+    return {row: (cost + share * (row.cloth == "reference")) / of_rows[row.guided] for row, cost in costs.items()}
+
+
+# ----------------------------------------------------------------------------------------------------- whole pictures
+
+STAGES = {
+    "parse": "draw_masks",
+    "encode": "encode_pictures",
+    "read the cloth": "read_cloth",
+    "denoise": "predict_noise",
+    "decode": "decode_latents",
+}
+
+
+def drawn_pictures(height: int, width: int) -> tuple[Image.Image, Image.Image, Image.Image]:
+    """A person and a cloth of noise, and a mask."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 255
+    return Image.fromarray(noise[0]), Image.fromarray(noise[1]), Image.fromarray(mask)
+
+
+def try_on(pipe: StableDiffusionVTONPipeline, size: tuple[int, int], batch: int, steps: int, **options) -> list:
+    person, cloth, mask = drawn_pictures(*size)
+    options = {"guidance_scale": GUIDANCE, "num_inference_steps": steps} | options
+    return pipe([person] * batch, [cloth] * batch, [mask] * batch, height=size[0], width=size[1], **options).images
+
+
+@contextmanager
+def stopwatch(pipe: StableDiffusionVTONPipeline) -> Iterator[dict[str, float]]:
+    """Seconds spent in every stage while the context lasts."""
+    spent, device = dict.fromkeys(STAGES, 0.0), pipe.unet.device
+
+    def timed(stage: str, method: Callable) -> Callable:
+        def run(*args, **kwargs):
+            result = []
+            spent[stage] += seconds_of(lambda: result.append(method(*args, **kwargs)), device)
+            return result[0]
+
+        return run
+
+    with ExitStack() as installed:
+        for stage, name in STAGES.items():
+            setattr(pipe, name, timed(stage, getattr(pipe, name)))
+            installed.callback(delattr, pipe, name)
+        yield spent
+
+
+def time_stages(pipe: StableDiffusionVTONPipeline, size: tuple[int, int], batch: int, steps: int) -> dict[str, float]:
+    """Seconds by stage of one call, after a short one to warm up; `composite` is all that is in no other stage."""
+    try_on(pipe, size, batch, 1)
+    with stopwatch(pipe) as spent:
+        whole = seconds_of(lambda: try_on(pipe, size, batch, steps), pipe.unet.device)
+    return spent | {"composite": whole - sum(spent.values())}
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def in_int8(pipe: StableDiffusionVTONPipeline) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # optional: pip install torchao
+
+    quantize_(pipe.unet, Int8WeightOnlyConfig())
+
+
+def in_fp8(pipe: StableDiffusionVTONPipeline) -> None:
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=pipe.unet.dtype)
+
+
+def offloaded(pipe: StableDiffusionVTONPipeline) -> None:
+    device = pipe.unet.device
+    pipe.unet.enable_group_offload(device, torch.device("cpu"), offload_type="leaf_level")
+
+
+VARIANTS: dict[str, tuple[str, list[Callable]]] = {
+    "fp32": ("fp32", []),
+    "bf16": ("bf16", []),
+    "bf16, VAE slicing": ("bf16", [lambda pipe: pipe.vae.enable_slicing()]),
+    "bf16, VAE tiling": ("bf16", [lambda pipe: pipe.vae.enable_tiling()]),
+    "bf16, weights in fp8": ("bf16", [in_fp8]),
+    "bf16, weights in int8": ("bf16", [in_int8]),
+    "bf16, weights offloaded": ("bf16", [offloaded]),
+}
+
+
+def peak_of(variant: str, size: tuple[int, int], batch: int, device: str, tiny: bool) -> tuple[float, float]:
+    """GiB at the peak of a try-on of two steps, of the GPU or of this process; and MiB of the cloths' keys and values."""
+    dtype, changes = VARIANTS[variant]
+    pipe, kept = random_pipe(device, DTYPES[dtype], tiny), []
+    for change in changes:
+        change(pipe)
+
+    def look(pipe, step, t, tensors):
+        processors = [p for p in pipe.unet.attn_processors.values() if isinstance(p, ClothCacheAttnProcessor)]
+        kept.append(sum(x.numel() * x.element_size() for processor in processors for x in processor.cloth))
+        return {}
+
+    with PeakMemory() as peak:
+        try_on(pipe, size, batch, 2, callback_on_step_end=look)
+    gib = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else peak.gib
+    return gib, kept[-1] / 2**20
+
+
+# ------------------------------------------------------------------------------------------------------------ compile
+
+
+def compile_cost(
+    pipe: StableDiffusionVTONPipeline, size: tuple[int, int], batch: int, rounds: int, backend: str = "inductor"
+) -> dict[str, float]:
+    """Seconds of a reference step, eager and compiled, and what the compiler had to do for several steps of two calls."""
+    found = {}
+    with step_of(REFERENCE, pipe, *size, batch) as step:
+        step()
+        found["eager, s"] = statistics.median(seconds_of(step, pipe.unet.device) for _ in range(rounds))
+    torch._dynamo.reset()
+    counters.clear()
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend=backend)
+    for _ in range(2):
+        with step_of(REFERENCE, pipe, *size, batch) as step:
+            found["first step, s"] = seconds_of(step, pipe.unet.device)
+            found["compiled, s"] = statistics.median(seconds_of(step, pipe.unet.device) for _ in range(rounds))
+        found.setdefault("graphs", counters["stats"]["unique_graphs"])
+    found["graphs of later calls"] = counters["stats"]["unique_graphs"] - found["graphs"]
+    found["graph breaks"] = sum(counters["graph_break"].values())
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return device.type
+
+
+def size_of(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, got {text}")
+    return int(height), int(width)
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("question", choices=("steps", "flops", "stages", "memory", "compile"))
+    sizes = [(256, 192), (512, 384), (1024, 768)]
+    add("--sizes", type=size_of, nargs="+", default=sizes, help="HEIGHTxWIDTH (default 256x192 512x384 1024x768)")
+    add("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default fp32 bf16")
+    add("--batches", type=int, nargs="+", default=[1], help="persons a step (default 1)")
+    add("--rounds", type=int, default=5, help="timed ones, of which the median counts (default 5)")
+    add("--num_inference_steps", type=int, default=50, help="of a picture (default 50)")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT", help="of memory (default all)")  # fmt: skip
+    add("--device", default="cpu", help="default cpu")
+    add("--channels_last", action="store_true", help="the UNet's weights in that memory format")
+    add("--tiny", action="store_true", help="a few thousand weights instead of SD1.5's, to try the script")
+    return parser.parse_args(input_args)
+
+
+def answer(
+    question: str, pipe: StableDiffusionVTONPipeline, size: tuple[int, int], batch: int, args: argparse.Namespace
+) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells of one table."""
+    steps = args.num_inference_steps
+    if question == "steps":
+        seconds = time_steps(pipe, size, batch, args.rounds)
+        times = ratios({row: statistics.median(taken) for row, taken in seconds.items()}, steps)
+        cells = [[row.name, f"{statistics.median(s):.3f}", f"{min(s):.3f}", f"{max(s):.3f}", f"{times[row]:.3f}"] for row, s in seconds.items()]  # fmt: skip
+        return ["", "median, s", "fastest", "slowest", f"of the bare UNet, {steps} steps"], cells
+    if question == "flops":
+        counted = {row: count_flops(pipe, row, size, batch) for row in ROWS}
+        times = ratios(counted, steps)
+        return ["", "GFLOP a step", f"of the bare UNet, {steps} steps"], [
+            [row.name, f"{flops / 1e9:.1f}", f"{times[row]:.3f}"] for row, flops in counted.items()
+        ]
+    if question == "stages":
+        spent = time_stages(pipe, size, batch, steps)
+        whole = sum(spent.values())
+        return ["stage", "s", "share"], [[name, f"{s:.2f}", f"{s / whole:.1%}"] for name, s in spent.items()]
+    found = compile_cost(pipe, size, batch, args.rounds)
+    return ["", ""], [[name, f"{value:.3f}" if " s" in name else str(value)] for name, value in found.items()]
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.question == "memory":
+        for size in args.sizes:
+            cells = []
+            for variant in args.variants:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+                    found = alone.submit(peak_of, variant, size, args.batches[0], args.device, args.tiny).result()
+                cells.append([variant, f"{found[0]:.2f}", f"{found[1]:.0f}"])
+            print(f"\n{size[0]}x{size[1]}, batch {args.batches[0]}, {machine(torch.device(args.device))}\n")
+            print(table(["", "peak, GiB", "the cloths' keys and values, MiB"], cells), flush=True)
+        return
+    device = "meta" if args.question == "flops" else args.device
+    for dtype in args.dtypes[:1] if args.question == "flops" else args.dtypes:
+        pipe = random_pipe(device, DTYPES[dtype], args.tiny)
+        if args.channels_last:
+            pipe.unet.to(memory_format=torch.channels_last)
+        for size in args.sizes:
+            for batch in args.batches:
+                titles, cells = answer(args.question, pipe, size, batch, args)
+                print(f"\n{size[0]}x{size[1]}, batch {batch}, {dtype}, {machine(torch.device(device))}\n")
+                print(table(titles, cells), flush=True)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,162 @@
+"""What a try-on costs is counted as it is, and fewer steps are what they say."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from tiny import ROOT, run, tiny_pipe
+
+from benchmarks import accept_gpu, fewer_steps, speed
+from benchmarks.fewer_steps import Result, Setting
+from benchmarks.sd15 import random_pipe
+
+
+def rows_computed(pipe, **options) -> int:
+    """How many rows the UNet computes in a call."""
+    rows = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    run(pipe, **options)
+    hook.remove()
+    return sum(rows)
+
+
+# -------------------------------------------------------------------------------------------------------------- costs
+
+
+def test_a_step_at_sd15s_size_does_little_more_than_the_bare_unets():
+    """What the person's attention to twice the keys costs, and a fiftieth of reading the cloth, and nothing else."""
+    pipe, rows = random_pipe("meta"), [row for row in speed.ROWS if not row.text and row.cloth != "joint"]
+    times = speed.ratios({row: speed.count_flops(pipe, row, (512, 384)) for row in rows}, steps=50)
+    assert times[speed.REFERENCE] == pytest.approx(1.072, abs=0.003)
+
+
+@pytest.mark.parametrize("question", ["steps", "flops", "stages"])
+def test_every_question_is_answered(question, capsys):
+    line = [question, "--tiny", "--sizes", "64x48", "--dtypes", "fp32", "--rounds", "1", "--num_inference_steps", "2"]
+    speed.main(speed.parse_args(line))
+    cells = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    values = {name: float(value) for name, value, *_ in cells[2:]}
+    assert list(values) == ([*speed.STAGES, "composite"] if question == "stages" else [row.name for row in speed.ROWS])
+    if question == "flops":
+        assert 1 < values["reference"] / values["bare UNet"] < values["joint canvas"] / values["bare UNet"]
+        assert values["bare UNet"] == pytest.approx(2 * values["bare UNet, guidance 1"], rel=0.1)
+    if question == "stages":
+        assert values["denoise"] > 0 and values["parse"] < values["encode"]
+
+
+def test_the_cloths_keys_are_weighed():
+    _, kept = speed.peak_of("bf16", (64, 48), 1, "cpu", tiny=True)
+    elements = 2 * (3 * 48 * 16 + 12 * 32)  # keys and values of 3 layers of 48 tokens and one of 12
+    assert kept * 2**20 == 2 * elements
+
+
+def test_compiled_blocks_are_whole_graphs_that_later_calls_find_again():
+    found = speed.compile_cost(random_pipe(tiny=True), (64, 48), 1, rounds=2, backend="eager")
+    assert found["graphs"] > 0 and found["graphs of later calls"] == 0 and found["graph breaks"] == 0
+
+
+def test_a_gpu_is_accepted_by_checks_that_also_run_here(tmp_path, capsys):
+    line = ["--device", "cpu", "--tiny", "--rounds", "1", "--output_dir", str(tmp_path)]
+    accept_gpu.main(
+        accept_gpu.parse_args([*line, "--groups", "precision", "vae", "offload", "steps", "memory", "real"])
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    checks = {row["name"]: row for row in report["checks"]}
+    assert {name for name, row in checks.items() if "skipped" in row} == {"offloading", "peak memory", "real weights"}
+    assert 0 < checks["bf16: relative difference from fp32"]["value"] < 0.1
+    assert report["environment"]["torch"] == torch.__version__ and (tmp_path / "whole.png").is_file()
+
+
+def test_what_fails_is_in_the_report_and_the_rest_goes_on(tmp_path):
+    report = accept_gpu.Report(tmp_path, torch.device("cpu"))
+    report.check("too much", lambda: 2, at_most=1)
+    report.check("no number", lambda: float("nan"))
+    report.check("broken", lambda: 1 / 0)
+    report.check("fine", lambda: 1, at_most=1, at_least=1)
+    assert report.failed == ["too much", "no number", "broken"]
+    checks = json.loads((tmp_path / "report.json").read_text())["checks"]
+    assert "ZeroDivisionError" in checks[2]["error"] and checks[3]["passed"]
+
+
+def test_training_is_accepted(tmp_path):
+    line = ["--device", "cpu", "--tiny", "--groups", "training", "--updates", "4", "--output_dir", str(tmp_path)]
+    accept_gpu.main(accept_gpu.parse_args(line))
+
+
+# -------------------------------------------------------------------------------------------------------- fewer steps
+
+
+def test_fast_is_one_scheduler_and_the_options_of_calls():
+    pipe = tiny_pipe(guidance_scale=2.0)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    options = pipe.fast()
+    assert options == {"num_inference_steps": 8, "guidance_interval": (0.0, 0.75)}
+    assert isinstance(pipe.scheduler, UniPCMultistepScheduler)
+    assert rows_computed(pipe, **options) == Setting("UniPC", 8, None, (0.0, 0.75)).rows(2.0) == 1 + 14
+    assert pipe.fast(4)["num_inference_steps"] == 4 and pipe.config.guidance_scale == 2
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, "8", True])
+def test_fast_refuses_what_is_no_number_of_steps(steps):
+    pipe = tiny_pipe()
+    scheduler = pipe.scheduler
+    with pytest.raises(ValueError, match="`num_inference_steps` must be a positive whole number, got"):
+        pipe.fast(steps)
+    assert pipe.scheduler is scheduler
+
+
+@pytest.mark.parametrize("scheduler", [None, FlowMatchEulerDiscreteScheduler()])
+def test_fast_refuses_a_scheduler_that_is_none_of_stable_diffusions(scheduler):
+    pipe = tiny_pipe()
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match="`scheduler`"):
+        pipe.fast()
+
+
+@pytest.mark.parametrize("guidance, interval", [(1.0, (0.0, 1.0)), (2.0, (0.0, 1.0)), (2.0, (0.25, 0.75))])
+def test_a_settings_work_is_the_rows_that_the_unet_computes(guidance, interval):
+    setting = Setting("DDPM", 5, guidance, interval)
+    options = {"num_inference_steps": 5, "guidance_scale": guidance, "guidance_interval": interval}
+    assert setting.rows(guidance) == rows_computed(tiny_pipe(), **options)
+
+
+def test_the_front_and_the_recipe():
+    args = fewer_steps.parse_args([])
+
+    def result(scheduler: str, steps: int, rows: int, psnr: float, recognised: float) -> Result:
+        return Result(Setting(scheduler, steps), rows, 1.0, psnr, 0.9, recognised)
+
+    default = result("DDPM", 50, 101, 24.0, 0.9)
+    close, worse, lost, blind = (
+        result("UniPC", 8, 17, 23.9, 0.9), result("DDIM", 8, 17, 23.85, 0.89),
+        result("DPM++ 2M", 4, 9, 23.7, 0.91), result("DDIM", 4, 9, 24.1, 0.5),
+    )  # fmt: skip
+    results = [default, close, worse, lost, blind]
+    assert fewer_steps.pareto(results) == [lost, blind, close, default]
+    assert fewer_steps.good_enough(results, args) == [close, worse, default]
+    assert fewer_steps.best_three(results, args) == [close.setting, worse.setting, default.setting]
+
+
+def test_settings_are_swept_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fewer_steps, "DEFAULT", ("DDPM", 2))
+    monkeypatch.setattr(fewer_steps, "INTERVALS", ((0.0, 1.0),))
+    line = [
+        "--output_dir",
+        str(tmp_path),
+        "--lines",
+        "6",
+        "--schedulers",
+        "UniPC",
+        "--steps",
+        "1",
+        "--guidance_scale",
+        "1",
+    ]
+    line += ["--model", str(ROOT / "demo" / "model")]
+    fewer_steps.main(fewer_steps.parse_args(line))
+    printed = capsys.readouterr().out
+    assert "| UniPC | 1 | " in printed and (tmp_path / "pareto.png").is_file()
+    monkeypatch.setattr(fewer_steps, "try_on", None)  # nothing is computed again
+    fewer_steps.main(fewer_steps.parse_args(line))
+    assert capsys.readouterr().out == printed
