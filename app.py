@@ -332,6 +332,7 @@ CSS = """
 #cloth img, #used_mask img { width: 100%; height: 100%; object-fit: contain; }
 #examples .gallery-item, #examples .gallery-item * { width: 10.5rem; height: 7rem; max-width: none; max-height: none; }
 @media (max-width: 600px) { #examples .gallery-item, #examples .gallery-item * { width: 9.3rem; height: 6.2rem; } }
+#person:has(.empty) .zoom-number { visibility: hidden; }
 #status { min-height: 4rem; }
 #status p { margin: 0 0 .4rem; }
 #status progress { appearance: none; width: 100%; height: .6rem; border-radius: .3rem; overflow: hidden; }

@@ -33,10 +33,10 @@ DRESS_CODE = (
     "Left-arm Right-arm Bag Scarf"
 ).split()
 IGNORED = 255  # transformers' default for pixels that teach nothing: Belt and Bag, which LIP has no labels for
-# Of a pipeline's folder, the files of a trained parser that go there.
+# The components of a pipeline that a trained parser is: as model_index.json names them, with torchvision or without, and their files.
 COMPONENTS = {
-    "human_parser": ("config.json", "model.safetensors"),
-    "human_parser_processor": ("preprocessor_config.json",),
+    "human_parser": ("SegformerForSemanticSegmentation", ("config.json", "model.safetensors")),
+    "human_parser_processor": ("SegformerImageProcessor", ("preprocessor_config.json",)),
 }
 LIP_OF_DRESS_CODE = np.array([LIP.index(name) if name in LIP else IGNORED for name in DRESS_CODE], dtype=np.uint8)
 
@@ -151,12 +151,12 @@ def read_parser(folder: Path) -> tuple[SegformerForSemanticSegmentation, Segform
 
 def install(folder: Path, model: Path) -> None:
     """Copy a trained parser into a pipeline's folder, and name it in its model_index.json as the pipeline does."""
-    for name, files in COMPONENTS.items():
+    for name, (_, files) in COMPONENTS.items():
         (model / name).mkdir(exist_ok=True)
         for file in files:
             shutil.copy(folder / file, model / name)
     index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
-    index |= {name: ["transformers", type(part).__name__] for name, part in zip(COMPONENTS, read_parser(model))}
+    index |= {name: ["transformers", kind] for name, (kind, _) in COMPONENTS.items()}
     text = json.dumps(dict(sorted(index.items())), indent=2) + "\n"
     (model / "model_index.json.unfinished").write_text(text, encoding="utf-8")
     (model / "model_index.json.unfinished").replace(model / "model_index.json")
