@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo measure test test-eval test-app page load style demo-model clean
+.PHONY: help demo measure measure-parser test test-eval test-app page load style demo-model clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(READY): requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11 ...')"
@@ -19,6 +19,16 @@ demo: $(READY)  ## try drawn cloths on drawn people, and show the picture
 
 measure: $(READY)  ## the README's figures of the demo model, on 64 held-out lines
 	$(BIN)/python -m demo.measure
+
+HELD_OUT := $(foreach category,upper lower dress,runs/parser-held-out/$(category))
+
+runs/parser-held-out/%: | $(READY)
+	rm -rf $@.unfinished
+	$(BIN)/python -m demo.make_dataset --output_dir $@.unfinished --category $* --train 0 --test 64 --height 128 --seed 22
+	mv $@.unfinished $@
+
+measure-parser: $(READY) $(HELD_OUT)  ## the IoU of the demo's human parser, on 192 people of another seed
+	$(BIN)/python -m demo.train_parser --dataset_root $(HELD_OUT) --score demo/model
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

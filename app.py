@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 
 try:
@@ -36,9 +37,17 @@ except ImportError:
 import gradio as gr
 import numpy as np
 import torch
+from gradio.components import Component
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline_vton import StableDiffusionVTONPipeline, encode_latents
+from pipeline_vton import (
+    StableDiffusionVTONPipeline,
+    as_pictures,
+    as_pil,
+    colour_profiles,
+    encode_latents,
+    load_pipeline,
+)
 
 
 ROOT = Path(__file__).resolve().parent
@@ -57,29 +66,19 @@ CATEGORIES = [("Top", "upper"), ("Trousers or skirt", "lower"), ("Dress", "dress
 LOOSENESS = [("As worn", "tight"), ("Room for another cut", "loose"), ("A box", "box")]
 EMPTY_CANVAS = (16, 16)  # pixels
 MASK_COLOR, MASK_ALPHA = "#e0218a", 0.6  # of the painted layer
+ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model"}
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def load_pipeline(model: str, adapter: str | None, human_parser: str | None) -> StableDiffusionVTONPipeline:
-    """The pipeline on the best device there is: float16 on a GPU, float32 elsewhere."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float16 if device == "cuda" else torch.float32
-    pipe = StableDiffusionVTONPipeline.from_pretrained(model, dtype=dtype)
-    if adapter:
-        pipe.load_vton_adapter(adapter)
-    if human_parser:
-        pipe.load_human_parser(human_parser)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
 def load_from_environment() -> StableDiffusionVTONPipeline:
-    """What VTON_MODEL, VTON_ADAPTER and VTON_HUMAN_PARSER name, else the demo."""
+    """What VTON_MODEL, VTON_ADAPTER and VTON_HUMAN_PARSER name, else the demo; float16 on a GPU, else float32."""
     model = os.environ.get("VTON_MODEL") or str(DEMO_MODEL)
     adapter = os.environ.get("VTON_ADAPTER") or (model if model == str(DEMO_MODEL) else None)
-    return load_pipeline(model, adapter, os.environ.get("VTON_HUMAN_PARSER"))
+    pipe = load_pipeline(model, adapter, os.environ.get("VTON_HUMAN_PARSER") or None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -99,8 +98,7 @@ def open_picture(file: str | None, what: str) -> Image.Image:
     try:
         with Image.open(file) as picture:
             check_pixels(picture, what)
-            picture.load()
-            return picture
+            return ImageOps.exif_transpose(picture)
     except Image.DecompressionBombError:
         raise gr.Error(f"The picture of the {what} is too large: the limit is {MAX_PIXELS:,} pixels.") from None
     except (UnidentifiedImageError, OSError, SyntaxError):
@@ -154,8 +152,8 @@ def save_editor(person: Image.Image, mask: Image.Image, folder: str) -> dict:
 
 
 def shown(picture: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
-    """The picture as large as the page needs it."""
-    picture = picture.convert("RGB")
+    """The picture as the pipeline reads it, as large as the page needs it."""
+    picture = as_pil(*as_pictures(picture, "picture"), *colour_profiles(picture))
     picture.thumbnail((side, side))
     return picture
 
@@ -194,7 +192,7 @@ class Previewer:
         self.person = shown(person, PREVIEW_SIDE)
         self.mask = mask.resize(self.person.size)
         size = pipe.resolve_size(person.height, person.width, height, None)
-        pixels = pipe.image_processor.preprocess(person.convert("RGB"), *size).to(pipe._execution_device)
+        pixels = pipe.image_processor.preprocess(self.person, *size).to(pipe._execution_device)
         latents = encode_latents(pipe.vae, pixels)[0] * pipe.vae.config.scaling_factor
         self.size = latents.shape[-2:]
         colors = torch.nn.functional.interpolate(pixels.float(), self.size, mode="area")[0]  # (3, h, w) in [-1, 1]
@@ -334,6 +332,7 @@ CSS = """
 #cloth img, #used_mask img { width: 100%; height: 100%; object-fit: contain; }
 #examples .gallery-item, #examples .gallery-item * { width: 10.5rem; height: 7rem; max-width: none; max-height: none; }
 @media (max-width: 600px) { #examples .gallery-item, #examples .gallery-item * { width: 9.3rem; height: 6.2rem; } }
+#person:has(.empty) .zoom-number { visibility: hidden; }
 #status { min-height: 4rem; }
 #status p { margin: 0 0 .4rem; }
 #status progress { appearance: none; width: 100%; height: .6rem; border-radius: .3rem; overflow: hidden; }
@@ -389,8 +388,247 @@ class Example:
         size = self.person.width * 256 // self.person.height, 256
         pair = Image.new("RGB", (2 * size[0], size[1]))
         for left, picture in ((0, self.person), (size[0], self.cloth)):
-            pair.paste(ImageOps.pad(picture.convert("RGB"), size, Image.Resampling.BICUBIC, "white"), (left, 0))
+            pair.paste(ImageOps.pad(shown(picture), size, Image.Resampling.BICUBIC, "white"), (left, 0))
         return pair
+
+
+class Page:
+    """The page of one pipeline: its components, column by column, and what its buttons do.
+
+    Args:
+        pipe, examples, note: as for `build_page`.
+    """
+
+    def __init__(self, pipe: StableDiffusionVTONPipeline, examples: list[Example], note: str):
+        self.studio = Studio(pipe)
+        self.files = tempfile.TemporaryDirectory()  # of the examples, which stay
+        self.fillings = [example.filling(self.files.name) for example in examples]
+        cleanup = (DELETE_EVERY, DELETE_AFTER)
+        self.blocks = gr.Blocks(title="Virtual try-on", analytics_enabled=False, delete_cache=cleanup)
+        with self.blocks:
+            gr.Markdown(f"{TITLE}\n\n{note}", elem_id="title")
+            with gr.Row():
+                with gr.Column():
+                    self.person_part(pipe)
+                    with gr.Row():
+                        self.cloth_part(pipe)
+                    self.buttons()
+                with gr.Column():
+                    self.result_column()
+            self.gallery = gr.Dataset(
+                components=[gr.Image(render=False, format="png")],
+                samples=[[example.thumbnail()] for example in examples],
+                type="index",
+                layout="gallery",
+                label="Examples",
+                visible=bool(examples),
+                elem_id="examples",
+            )
+            gr.Markdown(NOTES.format(minutes=(DELETE_AFTER + DELETE_EVERY) // 60), elem_id="notes")
+            self.cache = self.result.GRADIO_CACHE  # whose files are deleted after a while
+            self.options = [
+                self.cloth_type, self.looseness, self.steps, self.guidance_scale, self.seed, self.height,
+            ]  # fmt: skip
+            self.connect_buttons()
+            self.connect_examples()
+            with gr.Row(visible=False):
+                self.connect_api()
+
+    # ---- the left column
+
+    def person_part(self, pipe: StableDiffusionVTONPipeline) -> None:
+        brush_size = max(1, pipe.resolve_size(4, 3, None, None)[0] // 20)
+        self.editor = gr.ImageEditor(
+            label="Person",
+            type="pil",
+            format="png",
+            sources=["upload", "webcam", "clipboard"],
+            layers=False,
+            transforms=(),
+            placeholder="# A person\nDrop a photograph, or\nupload or take one",
+            brush=gr.Brush(brush_size, colors=[(MASK_COLOR, MASK_ALPHA)], color_mode="fixed"),
+            eraser=gr.Eraser(brush_size),
+            canvas_size=EMPTY_CANVAS,  # gradio misplaces layers of pictures that are smaller than the canvas was
+            height=480,
+            elem_id="person",
+        )
+        hint = "Paint over what the new cloth may change" + (
+            ", or see and mend what the page would take." if self.studio.proposes_masks else "."
+        )
+        gr.Markdown(hint, elem_classes="hint")
+        with gr.Row(visible=self.studio.proposes_masks):
+            self.looseness = gr.Dropdown(LOOSENESS, value="loose", label="Room around the cloth", elem_id="looseness")
+            self.propose = gr.Button("Show the mask", elem_id="propose")
+
+    def cloth_part(self, pipe: StableDiffusionVTONPipeline) -> None:
+        sources = ["upload", "clipboard", "webcam"]
+        self.cloth = photograph(label="Cloth", format="png", sources=sources, height=240, elem_id="cloth")
+        with gr.Column(min_width=200):
+            self.cloth_type = gr.Radio(CATEGORIES, value="upper", label="Kind of cloth", elem_id="cloth_type")
+            with gr.Accordion("More settings", open=False):
+                self.steps = gr.Slider(1, MAX_STEPS, value=STEPS, step=1, label="Steps", elem_id="steps")
+                self.guidance_scale = gr.Slider(
+                    1, 10, value=pipe.config.guidance_scale, step=0.1, label="Guidance: pull of the cloth"
+                )
+                self.seed = gr.Number(
+                    None, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, placeholder="random"
+                )
+                self.height = gr.Dropdown(heights(pipe), value=0, label="Size that the model works at")
+
+    def buttons(self) -> None:
+        self.start = gr.Button("Try it on", variant="primary", elem_id="start")
+        self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
+        self.progress = gr.HTML(status("Choose a person and a cloth."), elem_id="status")
+
+    # ---- the right column
+
+    def result_column(self) -> None:
+        self.result = gr.ImageSlider(
+            label="Before | after", format="png", buttons=["fullscreen"], height=560, elem_id="result"
+        )
+        with gr.Row():
+            self.used_mask = gr.Image(
+                label="Mask used",
+                format="png",
+                height=200,
+                interactive=False,
+                buttons=["download"],
+                elem_id="used_mask",
+            )
+            with gr.Column(min_width=160):
+                self.download = gr.DownloadButton("Download", interactive=False, elem_id="download")
+                self.summary = gr.Markdown(elem_id="summary")
+
+    # ---- what the buttons do
+
+    def page_try_on(
+        self, editor, cloth, cloth_type, looseness, steps, guidance_scale, seed, height
+    ) -> Iterator[dict[Component, Any]]:
+        try:
+            person, mask = read_editor(editor)
+            if person is None:
+                raise gr.Error("There is no picture of the person yet.")
+            check_pixels(person, "person")
+            settings = Settings(cloth_type, looseness, steps, guidance_scale, seed, height or None)
+            yield {self.progress: status("Reading the pictures", 0, steps)}
+            before = shown(person)
+            before_file = save_picture(before, "before", self.cache)
+            for at in self.studio.try_on(person, open_picture(cloth, "cloth"), mask, settings):
+                if at.finished:
+                    break
+                after = save_picture(at.picture.resize(before.size), f"step-{at.done}", self.cache)
+                yield {
+                    self.result: (before_file, after),
+                    self.progress: status(f"Step {at.done} of {steps}", at.done, steps),
+                }
+            file = save_picture(at.picture, f"tryon-{at.seed}", self.cache)
+            size = f"{at.picture.width} x {at.picture.height} pixels"
+            yield {
+                self.result: (before_file, save_picture(shown(at.picture), "after", self.cache)),
+                self.used_mask: save_picture(at.mask, "mask", self.cache) if at.mask else None,
+                self.download: gr.DownloadButton(value=file, interactive=True),
+                self.summary: f"Seed {at.seed}, {steps} steps, {at.seconds:.1f} s, {size}",
+                self.progress: status("Done."),
+            }
+        except gr.Error as error:
+            yield {self.progress: status(error.message, failed=True)}
+
+    def page_mask(self, editor, cloth_type, looseness) -> tuple[Any, str]:
+        try:
+            person, _ = read_editor(editor)
+            if person is None:
+                raise gr.Error("There is no picture of the person yet.")
+            check_pixels(person, "person")
+            mask = self.studio.predict_mask(person, cloth_type, looseness)
+            filled = save_editor(person, mask, self.cache)
+            return filled, status("This is the mask: paint or erase, then try the cloth on.")
+        except gr.Error as error:
+            return gr.skip(), status(error.message, failed=True)
+
+    def connect_buttons(self) -> None:
+        buttons, quietly = [self.start, self.stop], {"queue": False, "api_visibility": "private"}
+        busy, idle = (
+            lambda: (gr.Button(visible=False), gr.Button(visible=True)),
+            lambda: (gr.Button(visible=True), gr.Button(visible=False)),
+        )
+        self.start.click(busy, None, buttons, **quietly)
+        run = self.start.click(
+            self.page_try_on,
+            [self.editor, self.cloth, *self.options],
+            [self.result, self.used_mask, self.download, self.summary, self.progress],
+            show_progress_on=self.progress,
+            api_visibility="private",
+            **ONE_AT_A_TIME,
+        )
+        run.then(idle, None, buttons, **quietly)
+        self.stop.click(
+            lambda: (status("Stopped."), gr.Button(visible=True), gr.Button(visible=False)),
+            None,
+            [self.progress, *buttons],
+            cancels=run,
+            **quietly,
+        )
+        asked = [self.editor, self.cloth_type, self.looseness]
+        self.propose.click(self.page_mask, asked, [self.editor, self.progress], api_visibility="private")
+
+    def connect_examples(self) -> None:
+        # An empty canvas takes the new picture's size, and so does its layer; it wants a moment to be empty.
+        cleared = self.gallery.click(
+            lambda editor: None if editor and editor["background"] else gr.skip(),
+            self.editor,
+            self.editor,
+            queue=False,
+            api_visibility="private",
+        )
+        cleared.then(
+            lambda index: (*self.fillings[index], STEPS, None, 0),
+            self.gallery,
+            [self.editor, self.cloth, self.cloth_type, self.steps, self.seed, self.height],
+            js="async (index) => { await new Promise(done => setTimeout(done, 300)); return index; }",
+            queue=False,
+            api_visibility="private",
+        )
+
+    # ---- the API, whose functions' names and arguments are seen from outside
+
+    def tryon(
+        self,
+        person,
+        cloth,
+        mask=None,
+        cloth_type=None,
+        looseness=None,
+        steps=None,
+        guidance_scale=None,
+        seed=None,
+        height=None,
+    ) -> tuple[str, str | None, int]:
+        """Put a cloth on a person; returns the result's file, the mask used and the seed."""
+        settings = Settings(cloth_type, looseness, steps, guidance_scale, seed, height or None)
+        pictures = open_picture(person, "person"), open_picture(cloth, "cloth")
+        mask = None if mask is None else open_picture(mask, "mask")
+        *_, at = self.studio.try_on(*pictures, mask, settings)
+        mask = save_picture(at.mask, "mask", self.cache) if at.mask else None
+        return save_picture(at.picture, f"tryon-{at.seed}", self.cache), mask, at.seed
+
+    def mask(self, person, cloth_type, looseness) -> str:
+        """Where a cloth of this kind may change the person: a mask in the person's size."""
+        mask = self.studio.predict_mask(open_picture(person, "person"), cloth_type, looseness)
+        return save_picture(mask, "mask", self.cache)
+
+    def connect_api(self) -> None:
+        """Components that nobody sees: what /tryon and /mask take in the editor's place, and return."""
+        person, mask = photograph(), photograph()
+        used_mask, result = gr.Image(format="png"), gr.File()
+        gr.Button().click(
+            self.tryon,
+            [person, self.cloth, mask, *self.options],
+            [result, used_mask, self.seed],
+            api_name="tryon",
+            **ONE_AT_A_TIME,
+        )
+        asked = [person, self.cloth_type, self.looseness]
+        gr.Button().click(self.mask, asked, used_mask, api_name="mask")
 
 
 def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, note: str = "") -> gr.Blocks:
@@ -401,215 +639,8 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
         examples: a folder of folders that `Example.read` reads; None shows none.
         note: a line for below the title.
     """
-    studio = Studio(pipe)
-    brush_size = max(1, pipe.resolve_size(4, 3, None, None)[0] // 20)
-    examples = [Example.read(folder) for folder in sorted(examples.glob("*-*"))] if examples else []
-    files = tempfile.TemporaryDirectory()  # of the examples, which stay
-    fillings = [example.filling(files.name) for example in examples]
-    page = gr.Blocks(title="Virtual try-on", analytics_enabled=False, delete_cache=(DELETE_EVERY, DELETE_AFTER))
-    page.files = files
-    with page:
-        gr.Markdown(f"{TITLE}\n\n{note}", elem_id="title")
-        with gr.Row():
-            with gr.Column():
-                editor = gr.ImageEditor(
-                    label="Person",
-                    type="pil",
-                    format="png",
-                    sources=["upload", "webcam", "clipboard"],
-                    layers=False,
-                    transforms=(),
-                    placeholder="# A person\nDrop a photograph, or\nupload or take one",
-                    brush=gr.Brush(brush_size, colors=[(MASK_COLOR, MASK_ALPHA)], color_mode="fixed"),
-                    eraser=gr.Eraser(brush_size),
-                    canvas_size=EMPTY_CANVAS,  # gradio misplaces layers of pictures that are smaller than the canvas was
-                    height=480,
-                    elem_id="person",
-                )
-                hint = "Paint over what the new cloth may change" + (
-                    ", or see and mend what the page would take." if studio.proposes_masks else "."
-                )
-                gr.Markdown(hint, elem_classes="hint")
-                with gr.Row(visible=studio.proposes_masks):
-                    looseness = gr.Dropdown(
-                        LOOSENESS, value="loose", label="Room around the cloth", elem_id="looseness"
-                    )
-                    propose = gr.Button("Show the mask", elem_id="propose")
-                with gr.Row():
-                    cloth = photograph(
-                        label="Cloth",
-                        format="png",
-                        sources=["upload", "clipboard", "webcam"],
-                        height=240,
-                        elem_id="cloth",
-                    )
-                    with gr.Column(min_width=200):
-                        cloth_type = gr.Radio(CATEGORIES, value="upper", label="Kind of cloth", elem_id="cloth_type")
-                        with gr.Accordion("More settings", open=False):
-                            steps = gr.Slider(1, MAX_STEPS, value=STEPS, step=1, label="Steps", elem_id="steps")
-                            guidance_scale = gr.Slider(
-                                1, 10, value=pipe.config.guidance_scale, step=0.1, label="Guidance: pull of the cloth"
-                            )
-                            seed = gr.Number(
-                                None, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, placeholder="random"
-                            )
-                            height = gr.Dropdown(heights(pipe), value=0, label="Size that the model works at")
-                start = gr.Button("Try it on", variant="primary", elem_id="start")
-                stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
-                progress = gr.HTML(status("Choose a person and a cloth."), elem_id="status")
-            with gr.Column():
-                result = gr.ImageSlider(
-                    label="Before | after", format="png", buttons=["fullscreen"], height=560, elem_id="result"
-                )
-                with gr.Row():
-                    used_mask = gr.Image(
-                        label="Mask used",
-                        format="png",
-                        height=200,
-                        interactive=False,
-                        buttons=["download"],
-                        elem_id="used_mask",
-                    )
-                    with gr.Column(min_width=160):
-                        download = gr.DownloadButton("Download", interactive=False, elem_id="download")
-                        summary = gr.Markdown(elem_id="summary")
-        gallery = gr.Dataset(
-            components=[gr.Image(render=False, format="png")],
-            samples=[[example.thumbnail()] for example in examples],
-            type="index",
-            layout="gallery",
-            label="Examples",
-            visible=bool(examples),
-            elem_id="examples",
-        )
-        gr.Markdown(NOTES.format(minutes=(DELETE_AFTER + DELETE_EVERY) // 60), elem_id="notes")
-        with gr.Row(visible=False):  # what /tryon and /mask take in the editor's place
-            person_file, mask_file = photograph(), photograph()
-            mask_out, result_out = gr.Image(format="png"), gr.File()
-            api_tryon, api_mask = gr.Button(), gr.Button()
-
-        cache = result.GRADIO_CACHE  # whose files are deleted after a while
-
-        def page_try_on(editor, cloth, cloth_type, looseness, steps, guidance_scale, seed, height):
-            try:
-                person, mask = read_editor(editor)
-                if person is None:
-                    raise gr.Error("There is no picture of the person yet.")
-                check_pixels(person, "person")
-                settings = Settings(cloth_type, looseness, steps, guidance_scale, seed, height or None)
-                yield {progress: status("Reading the pictures", 0, steps)}
-                before = shown(person)
-                before_file = save_picture(before, "before", cache)
-                for at in studio.try_on(person, open_picture(cloth, "cloth"), mask, settings):
-                    if at.finished:
-                        break
-                    after = save_picture(at.picture.resize(before.size), f"step-{at.done}", cache)
-                    yield {
-                        result: (before_file, after),
-                        progress: status(f"Step {at.done} of {steps}", at.done, steps),
-                    }
-                file = save_picture(at.picture, f"tryon-{at.seed}", cache)
-                size = f"{at.picture.width} x {at.picture.height} pixels"
-                yield {
-                    result: (before_file, save_picture(shown(at.picture), "after", cache)),
-                    used_mask: save_picture(at.mask, "mask", cache) if at.mask else None,
-                    download: gr.DownloadButton(value=file, interactive=True),
-                    summary: f"Seed {at.seed}, {steps} steps, {at.seconds:.1f} s, {size}",
-                    progress: status("Done."),
-                }
-            except gr.Error as error:
-                yield {progress: status(error.message, failed=True)}
-
-        def page_mask(editor, cloth_type, looseness):
-            try:
-                person, _ = read_editor(editor)
-                if person is None:
-                    raise gr.Error("There is no picture of the person yet.")
-                check_pixels(person, "person")
-                mask = studio.predict_mask(person, cloth_type, looseness)
-                return save_editor(person, mask, cache), status(
-                    "This is the mask: paint or erase, then try the cloth on."
-                )
-            except gr.Error as error:
-                return gr.skip(), status(error.message, failed=True)
-
-        def tryon(
-            person,
-            cloth,
-            mask=None,
-            cloth_type=None,
-            looseness=None,
-            steps=None,
-            guidance_scale=None,
-            seed=None,
-            height=None,
-        ):
-            """Put a cloth on a person; returns the result's file, the mask used and the seed."""
-            settings = Settings(cloth_type, looseness, steps, guidance_scale, seed, height or None)
-            pictures = open_picture(person, "person"), open_picture(cloth, "cloth")
-            mask = None if mask is None else open_picture(mask, "mask")
-            *_, at = studio.try_on(*pictures, mask, settings)
-            mask = save_picture(at.mask, "mask", cache) if at.mask else None
-            return save_picture(at.picture, f"tryon-{at.seed}", cache), mask, at.seed
-
-        def mask(person, cloth_type, looseness):
-            """Where a cloth of this kind may change the person: a mask in the person's size."""
-            mask = studio.predict_mask(open_picture(person, "person"), cloth_type, looseness)
-            return save_picture(mask, "mask", cache)
-
-        def fill_in(index):
-            return *fillings[index], STEPS, None, 0
-
-        options = [cloth_type, looseness, steps, guidance_scale, seed, height]
-        one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
-        busy, idle = (
-            lambda: (gr.Button(visible=False), gr.Button(visible=True)),
-            lambda: (gr.Button(visible=True), gr.Button(visible=False)),
-        )
-        start.click(busy, None, [start, stop], queue=False, api_visibility="private")
-        run = start.click(
-            page_try_on,
-            [editor, cloth, *options],
-            [result, used_mask, download, summary, progress],
-            show_progress_on=progress,
-            api_visibility="private",
-            **one_at_a_time,
-        )
-        run.then(idle, None, [start, stop], queue=False, api_visibility="private")
-        stop.click(
-            lambda: (status("Stopped."), gr.Button(visible=True), gr.Button(visible=False)),
-            None,
-            [progress, start, stop],
-            cancels=run,
-            queue=False,
-            api_visibility="private",
-        )
-        # An empty canvas takes the new picture's size, and so does its layer; it wants a moment to be empty.
-        cleared = gallery.click(
-            lambda editor: None if editor and editor["background"] else gr.skip(),
-            editor,
-            editor,
-            queue=False,
-            api_visibility="private",
-        )
-        cleared.then(
-            fill_in,
-            gallery,
-            [editor, cloth, cloth_type, steps, seed, height],
-            js="async (index) => { await new Promise(done => setTimeout(done, 300)); return index; }",
-            queue=False,
-            api_visibility="private",
-        )
-        propose.click(page_mask, [editor, cloth_type, looseness], [editor, progress], api_visibility="private")
-        api_tryon.click(
-            tryon,
-            [person_file, cloth, mask_file, *options],
-            [result_out, mask_out, seed],
-            api_name="tryon",
-            **one_at_a_time,
-        )
-        api_mask.click(mask, [person_file, cloth_type, looseness], mask_out, api_name="mask")
-    return page.queue(max_size=MAX_QUEUE)
+    found = [Example.read(folder) for folder in sorted(examples.glob("*-*"))] if examples else []
+    return Page(pipe, found, note).blocks.queue(max_size=MAX_QUEUE)
 
 
 def launch(page: gr.Blocks, **options) -> tuple:

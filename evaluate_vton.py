@@ -41,7 +41,6 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,12 +54,11 @@ from tqdm import tqdm
 
 from pipeline_vton import (
     LOOSENESS,
-    LORA_NAME,
-    StableDiffusionVTONPipeline,
     as_masks,
     as_pil,
     as_tensors,
     composite_result,
+    load_pipeline,
     resize,
 )
 from train_vton import (
@@ -89,6 +87,8 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 # Of the duplicates' thumbnails: width and height, and the mean difference in levels. Copies of drawn people, half as large and
 # lossy, differ by up to 2.4 (once 3.6), the same person in another cloth by 5 and more.
 HASH_SIZE, HASH_DISTANCE = (12, 16), 3.0
+# From pictures and their masks to what is recognised in each of them.
+Recognizer = Callable[[list[Image.Image], list[Image.Image]], list[dict[str, str]]]
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -136,7 +136,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("who tries on").add_argument
     add("--model", help="the base, or a whole pipeline: a Hub repository or a folder")
     add("--revision", help="its revision on the Hub (default main)")
-    add("--adapter", help="the adapter, or a LoRA of it: a Hub repository, a folder or a file (default: none, the model is whole)")  # fmt: skip
+    add("--adapter", help="the adapter, a Hub repository, a folder or a file; or a LoRA's folder or file (default: none, the model is whole)")  # fmt: skip
     add("--pred_dir", type=Path, help="or pictures that another model made: [SETTING/][CATEGORY/]PERSON__CLOTH.png or PERSON.png")  # fmt: skip
     add("--pred_composited", action="store_true", help="they are the photographs outside the masks, which is checked (default: pasted into them here)")  # fmt: skip
     add("--height", type=int, help="to work at (default: the adapter's, at the persons' aspect)")
@@ -160,7 +160,7 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lpips_weights", type=Path, help="the backbone's weights, torchvision's file (default: downloaded)")
     add("--fid_mode", choices=("clean", "legacy"), default="clean", help="clean-fid's resize (default), or TensorFlow's of 2015")  # fmt: skip
     add("--inception_weights", type=Path, help="torch-fidelity's file (default: downloaded)")
-    add("--recognizer", help="MODULE:FUNCTION, from a list of PIL pictures to a dict of attributes for each: the share that equals the truth's is reported")  # fmt: skip
+    add("--recognizer", help="MODULE:FUNCTION, from lists of PIL pictures and of their masks (white everywhere without masks) to a dict of attributes for each: the share that equals the truth's is reported (the drawn world's: demo.recognition:recognize_drawn)")  # fmt: skip
     add(
         "--push_to_hub", metavar="REPO", help="upload the adapter, or the whole pipeline, with the figures in its card"
     )
@@ -643,22 +643,6 @@ def find_duplicates(persons: dict[str, Path], train_root: Path) -> dict[str, str
 # ----------------------------------------------------------------------------------------------------------- trying on
 
 
-def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffusionVTONPipeline:
-    """The model with its adapter or LoRA; without the safety checker, whose black pictures would be measured."""
-    dtype = getattr(torch, args.dtype or ("float16" if device.type == "cuda" else "float32"))
-    load = StableDiffusionVTONPipeline.from_pretrained
-    pipe = load(args.model, revision=args.revision, dtype=dtype, safety_checker=None)
-    if args.human_parser is not None:
-        pipe.load_human_parser(args.human_parser)
-    if args.adapter is not None:
-        lora = (Path(args.adapter) / LORA_NAME).is_file()
-        (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(args.adapter)
-    if args.scheduler is not None:
-        pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
 def seed_of(seed: int, line: Line) -> int:
     """A line's own seed, whoever computes it and beside whatever."""
     return int.from_bytes(hashlib.sha256(f"{seed} {line}".encode()).digest()[:8]) >> 1
@@ -668,7 +652,12 @@ class Model:
     """Tries lines on, one picture at a time: batched kernels round otherwise, and would make other pictures."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.pipe = args, load_pipeline(args, device)
+        self.args, dtype = args, args.dtype and getattr(torch, args.dtype)
+        self.pipe = load_pipeline(  # without the safety checker, whose black pictures would be measured
+            args.model, args.adapter, args.human_parser, args.scheduler, dtype, device,
+            revision=args.revision, safety_checker=None,
+        )  # fmt: skip
+        self.pipe.set_progress_bar_config(disable=True)
         self.mask_free, self.posed = self.pipe.config.mask_free, self.pipe.config.pose == "painted"
 
     def working_size(self, person: Image.Image) -> tuple[int, int]:
@@ -818,7 +807,7 @@ class Scorer:
     device: torch.device
     lpips: torch.nn.Module | None = None
     inception: torch.nn.Module | None = None
-    recognizer: Callable[[list[Image.Image]], list[dict[str, str]]] | None = None
+    recognizer: Recognizer | None = None
 
     def values(
         self,
@@ -836,8 +825,8 @@ class Scorer:
         ]
         regions, values = {"picture": None}, {}
         if mask is not None:
-            mask = mask.resize(self.size[::-1], Image.Resampling.NEAREST)
-            regions["mask"] = as_masks(mask, "mask")[0].to(self.device)
+            resized = mask.resize(self.size[::-1], Image.Resampling.NEAREST)
+            regions["mask"] = as_masks(resized, "mask")[0].to(self.device)
         if "ssim" in self.metrics:
             similarity = ssim_map(*pair)
             values |= {(region, "ssim"): (masked_mean(similarity, inside), 1.0) for region, inside in regions.items()}
@@ -847,7 +836,9 @@ class Scorer:
             values["picture", "lpips"] = self.lpips(pair[0][None], pair[1][None]).item(), 1.0
             self.lpips.reset()
         if self.recognizer is not None:
-            seen, true = self.recognizer([result, truth])
+            everywhere = Image.new("L", truth.size, 255)
+            masks = [(mask or everywhere).resize(each.size, Image.Resampling.NEAREST) for each in (result, truth)]
+            seen, true = self.recognizer([result, truth], masks)
             for name in sorted(seen.keys() & attributes.keys() if attributes else seen):
                 right = seen[name] == (attributes or true)[name]
                 values["picture", f"recognition of {name}"] = float(right), 1.0
@@ -1543,7 +1534,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in libraries if name in there}
 
 
-def load_recognizer(name: str) -> Callable[[list[Image.Image]], list[dict[str, str]]]:
+def load_recognizer(name: str) -> Recognizer:
     module, function = name.split(":")
     return getattr(importlib.import_module(module), function)
 

@@ -166,7 +166,25 @@ def as_tensors(pictures: PictureInput, name: str) -> list[torch.Tensor]:
     Raises:
         ValueError, TypeError: a picture is none, is damaged, or has other values.
     """
-    return [_as_tensor(picture, name, "white") for picture in _listed(pictures, name)]
+    return [as_floats(picture) for picture in as_pictures(pictures, name)]
+
+
+def as_pictures(pictures: PictureInput, name: str) -> list[torch.Tensor]:
+    """As `as_tensors`, but pictures of eight bits stay uint8: a photograph takes a quarter of the memory."""
+    return [_as_picture(picture, name, "white") for picture in _listed(pictures, name)]
+
+
+def as_floats(picture: torch.Tensor) -> torch.Tensor:
+    """A picture (C, H, W) of `as_pictures` as floats in [0, 1]."""
+    if picture.dtype != torch.uint8:
+        return picture
+    own = picture if picture.stride(0) else picture[:1]  # a single channel may be seen three times
+    return own.float().div_(255).expand(picture.shape)
+
+
+def as_bytes(picture: torch.Tensor) -> torch.Tensor:
+    """A picture (C, H, W) of `as_pictures`, or floats in [0, 1], as uint8."""
+    return picture if picture.dtype == torch.uint8 else (picture * 255).round_().to(torch.uint8)
 
 
 def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
@@ -269,13 +287,20 @@ def as_outfits(cloths: Any) -> tuple[Any, int]:
 
 def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, background: str) -> torch.Tensor:
     """One picture as (3, H, W) in [0, 1]; what is transparent shows the background."""
+    return as_floats(_as_picture(picture, name, background))
+
+
+def _as_picture(picture: Image.Image | np.ndarray | torch.Tensor, name: str, background: str) -> torch.Tensor:
+    """One picture as (3, H, W), uint8 or floats in [0, 1], with no memory of the caller's."""
     picture = _as_array(picture, name, background) if isinstance(picture, Image.Image) else picture
     if isinstance(picture, np.ndarray):
         if picture.dtype not in (bool, np.uint8) and picture.dtype.kind != "f":
             raise TypeError(f"`{name}` must be uint8 (0-255) or floating point (0-1), got {picture.dtype}")
         picture = np.array(picture, dtype=np.float32 if picture.dtype.kind == "f" else picture.dtype)  # any byte order
         picture = torch.from_numpy(picture[..., None] if picture.ndim == 2 else picture).movedim(-1, 0)
-    elif not isinstance(picture, torch.Tensor):
+    elif isinstance(picture, torch.Tensor):
+        picture = picture.clone() if picture.dtype == torch.uint8 and picture.layout == torch.strided else picture
+    else:
         raise TypeError(
             f"`{name}` must be a PIL image, an array, a tensor or a list of them, got {type(picture).__name__}"
         )
@@ -290,7 +315,7 @@ def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, back
             f"`{name}` must have 1 or 3 channels, as (C, H, W) tensors or (H, W, C) arrays, got (C, H, W) = {shape}"
         )
     if picture.dtype == torch.uint8:
-        return picture.float().div_(255).expand(3, -1, -1)
+        return picture.expand(3, -1, -1)
     if picture.dtype == torch.bool or picture.is_floating_point():
         picture = picture.float()
     else:
@@ -373,8 +398,8 @@ def convert_profile(picture: torch.Tensor, before: bytes | None, after: bytes | 
 
 
 def as_pil(picture: torch.Tensor, profile: bytes | None = None) -> Image.Image:
-    """(C, H, W) in [0, 1] to a PIL image, RGB or L, with its ICC profile."""
-    array = (picture * 255).round_().to(torch.uint8).movedim(0, -1).numpy()
+    """(C, H, W), uint8 or floats in [0, 1], to a PIL image, RGB or L, with its ICC profile."""
+    array = as_bytes(picture).movedim(0, -1).numpy()
     image = Image.fromarray(array if array.shape[-1] == 3 else array[..., 0])
     if profile is not None:
         image.info["icc_profile"] = profile
@@ -445,18 +470,44 @@ def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
     window = tuple(
         slice(max(0, int(places.min()) - width), int(places.max()) + 1 + width) for places in (rows, columns)
     )
-    alpha, inside = mask.clone(), mask[(..., *window)]
-    for radius in sorted({width >> halvings for halvings in range(width.bit_length())}):
-        cells = F.max_pool2d(1 - inside, radius, ceil_mode=True)  # 0 where a square of that side is inside
-        core = 1 - F.max_pool2d(F.max_pool2d(cells, (15, 1), 1, (7, 0)), (1, 15), 1, (0, 7))
-        thick = F.max_pool2d(F.max_pool2d(core, (19, 1), 1, (9, 0)), (1, 19), 1, (0, 9)) > 0
-        thick = thick.repeat_interleave(radius, 1).repeat_interleave(radius, 2)[
-            :, : inside.shape[1], : inside.shape[2]
-        ]
-        blurred = _as_tensor(as_pil(inside).filter(ImageFilter.BoxBlur(radius)), "mask", "black")[:1]
-        seam = (2 * blurred - 1).clamp(min=0) * inside
-        alpha[(..., *window)] = torch.where(thick, seam, alpha[(..., *window)])
+    alpha = mask.clone()
+    inside = mask[(..., *window)]
+    soft, left = alpha[(..., *window)], inside > 0  # `left`: still hard
+    radii = sorted({width >> halvings for halvings in range(width.bit_length())}, reverse=True)
+    for radius in radii:  # the finer ones are needed in a few places, and cost the most
+        for part, around in _blocks(left[0], radius, whole=radius == radii[0]):
+            thick, seam = _seam(inside[(..., *around)], radius)
+            inner = tuple(slice(p.start - a.start, p.stop - a.start) for p, a in zip(part, around))
+            chosen = thick[(..., *inner)] & left[(..., *part)]
+            soft[(..., *part)] = torch.where(chosen, seam[(..., *inner)], soft[(..., *part)])
+            left[(..., *part)] &= ~chosen
     return alpha
+
+
+def _blocks(left: torch.Tensor, radius: int, whole: bool) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """The parts of a mask (H, W) where something is left, and so much around each of them as `_seam` looks at, both starting at
+    multiples of the radius; or all of it.
+    """
+    side, reach = (max(left.shape) if whole else 64 * radius), 18 * radius
+    for top in range(0, left.shape[0], side):
+        for start in range(0, left.shape[1], side):
+            part = (slice(top, min(top + side, left.shape[0])), slice(start, min(start + side, left.shape[1])))
+            if left[part].any():
+                around = tuple(
+                    slice(max(0, one.start - reach), min(one.stop + reach, size))
+                    for one, size in zip(part, left.shape)
+                )
+                yield part, around
+
+
+def _seam(inside: torch.Tensor, radius: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a mask (1, H, W) is 15 radii thick, and its values as the seam of that width has them."""
+    cells = F.max_pool2d(1 - inside, radius, ceil_mode=True)  # 0 where a square of that side is inside
+    core = 1 - F.max_pool2d(F.max_pool2d(cells, (15, 1), 1, (7, 0)), (1, 15), 1, (0, 7))
+    thick = F.max_pool2d(F.max_pool2d(core, (19, 1), 1, (9, 0)), (1, 19), 1, (0, 9)) > 0
+    thick = thick.repeat_interleave(radius, 1).repeat_interleave(radius, 2)[:, : inside.shape[1], : inside.shape[2]]
+    blurred = _as_tensor(as_pil(inside).filter(ImageFilter.BoxBlur(radius)), "mask", "black")[:1]
+    return thick, (2 * blurred - 1).clamp(min=0) * inside
 
 
 def composite_result(
@@ -465,28 +516,33 @@ def composite_result(
     """Lay a result (3, h, w) into its photograph (3, H, W): outside the mask every pixel stays exactly as it is.
 
     Args:
-        image: the result for the region, at any size.
-        person: the photograph.
-        mask: (1, H, W), 0 or 1; None takes the result everywhere.
+        image: the result for the region, at any size, in [0, 1].
+        person: the photograph, uint8 or in [0, 1]; what comes back is likewise.
+        mask: (1, H, W), 0 or 1; None takes the result everywhere, in [0, 1].
         region: (left, top, right, bottom) in the photograph.
 
     The seam lies inside the mask, over about 1/128 of the region's larger side, less where the mask is thin (`feather`).
     """
     left, top, right, bottom = region
     if mask is None:
-        return resize(image, bottom - top, right - left)
+        return as_floats(resize(image, bottom - top, right - left))
     seen = _extent(mask[0, top:bottom, left:right] > 0)
     part, image = enlarged_part(image, bottom - top, right - left, seen)
     window = (slice(top + part[0], top + part[1]), slice(left + part[2], left + part[3]))
-    alpha, result = feather(mask, max(bottom - top, right - left) // 128), person.clone()
-    result[(..., *window)] = torch.lerp(person[(..., *window)], image, alpha[(..., *window)])
+    alpha, result = feather(mask, max(bottom - top, right - left) // 128)[(0, *window)], person.clone()
+    like = as_bytes if person.dtype == torch.uint8 else as_floats
+    before, seam = person[(..., *window)], (alpha > 0) & (alpha < 1)
+    mixed = torch.where(alpha == 1, like(image), before)
+    mixed[:, seam] = like(torch.lerp(as_floats(before[:, seam]), as_floats(image[:, seam]), alpha[seam]))
+    result[(..., *window)] = mixed
     return result
 
 
 def enlarged_part(
     picture: torch.Tensor, height: int, width: int, part: tuple[int, int, int, int]
 ) -> tuple[tuple[int, int, int, int], torch.Tensor]:
-    """What `resize` makes of a picture, where only a part (top, bottom, left, right) of it is needed; and what came out.
+    """What `resize` makes of a picture, where only a part (top, bottom, left, right) of it is needed, in eight bits where it is
+    resized; and what came out.
 
     It is a little larger than the part, as far as LANCZOS reaches, so that its edges change nothing in there.
     """
@@ -501,7 +557,7 @@ def enlarged_part(
         return (top, bottom, left, right), picture[:, top:bottom, left:right]
     size, corners = (right - left, bottom - top), (box[1][0], box[0][0], box[1][1], box[0][1])
     enlarged = as_pil(picture).resize(size, Image.Resampling.LANCZOS, box=corners)
-    return (top, bottom, left, right), _as_tensor(enlarged, "image", "white")
+    return (top, bottom, left, right), _as_picture(enlarged, "image", "white")
 
 
 # ---------------------------------------------------------------------------------------------------------- the mask
@@ -714,7 +770,7 @@ class VTONMaskMixin:
         if self.human_parser is None or self.human_parser_processor is None:
             raise ValueError("predict_mask needs a human parser: call load_human_parser first")
         roles, masks = parser_roles(self.human_parser.config.id2label), []
-        for person in as_tensors(person_image, "person_image"):
+        for person in as_pictures(person_image, "person_image"):
             mask = agnostic_mask(self.parse_person(person), roles, cloth_types, looseness)
             if not mask.any():
                 raise ValueError(
@@ -726,7 +782,7 @@ class VTONMaskMixin:
         return masks if _is_many(person_image) else masks[0]
 
     def parse_person(self, person: torch.Tensor) -> torch.Tensor:
-        """A person (3, H, W) in [0, 1] to label numbers (h, w), no larger than the picture or the parser's input."""
+        """A person (3, H, W), uint8 or in [0, 1], to label numbers (h, w), no larger than the picture or the parser's input."""
         parser = self.human_parser
         device = self._execution_device if hasattr(parser, "_hf_hook") else parser.device
         image, sides = as_pil(person), dict(self.human_parser_processor.size).values()
@@ -2311,7 +2367,7 @@ def check_finite(values: torch.Tensor, what: str, dtype: torch.dtype) -> None:
 class TryOnInputs:
     """What `check_inputs` learnt of a call: the pictures, where in them to work, at which size, and with which text."""
 
-    persons: list[torch.Tensor]  # N of (3, H, W) in [0, 1]
+    persons: list[torch.Tensor]  # N of (3, H, W), uint8 or in [0, 1]
     cloths: list[torch.Tensor]  # 1 or N times `num_cloths` of (3, H, W), a person's together
     masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none (yet)
     poses: list[torch.Tensor] | None  # N of (3, H, W)
@@ -2342,7 +2398,7 @@ class TryOnInputs:
 class PreparedPerson:
     """A person of `prepare_person`, for a call to take in the place of photograph and mask."""
 
-    picture: torch.Tensor  # (3, H, W) in [0, 1]
+    picture: torch.Tensor  # (3, H, W), uint8 or in [0, 1]
     mask: torch.Tensor | None  # (1, H, W), 0 or 1
     region: tuple[int, int, int, int]
     profile: bytes | None
@@ -2544,7 +2600,7 @@ class VTONInputsMixin:
             persons, profiles = [p.picture for p in people], [p.profile for p in people]
             masks = [p.mask for p in people]
         else:
-            persons, profiles = as_tensors(person_image, "person_image"), colour_profiles(person_image)
+            persons, profiles = as_pictures(person_image, "person_image"), colour_profiles(person_image)
             masks = [None] if mask_image is None else as_masks(mask_image, "mask_image")
         if pieces:
             cloths, cloth_profiles = [p.picture for p in pieces], [p.profile for p in pieces]
@@ -3102,7 +3158,7 @@ class StableDiffusionVTONPipeline(
             return images, None
         checked, flags = [], []
         for image in images:
-            array = image.movedim(0, -1)[None].numpy()
+            array = as_floats(image).movedim(0, -1)[None].numpy()
             array, flagged = self.run_safety_checker(array, self._execution_device, self.safety_checker.dtype)
             checked.append(torch.from_numpy(array[0]).movedim(-1, 0))
             flags += flagged
@@ -3307,9 +3363,10 @@ class StableDiffusionVTONPipeline(
         else:
             images = list(self.decode_latents(latents))
             index = [i // num_images_per_prompt for i in range(len(images))]
-            if composite:
+            if composite:  # in the photograph's eight bits, where the result has no more
+                persons = inputs.persons if output_type == "pil" else [as_floats(one) for one in inputs.persons]
                 images = [
-                    composite_result(image, inputs.persons[i], inputs.masks[i], inputs.regions[i])
+                    composite_result(image, persons[i], inputs.masks[i], inputs.regions[i])
                     for image, i in zip(images, index)
                 ]
             images, flags = self.check_safety(images)
@@ -3321,3 +3378,36 @@ class StableDiffusionVTONPipeline(
         if not return_dict:
             return images, flags
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags)
+
+
+def load_pipeline(
+    model: str | os.PathLike,
+    adapter: str | os.PathLike | None = None,
+    human_parser: str | os.PathLike | None = None,
+    scheduler: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> StableDiffusionVTONPipeline:
+    """A pipeline that is ready for calls, from the names of its parts.
+
+    Args:
+        model: the base, or a whole pipeline: a Hub repository or a folder.
+        adapter: of `load_vton_adapter`, or a LoRA's folder or file; None where the model is whole.
+        human_parser: of `load_human_parser`; None is the model's own, if it has one.
+        scheduler: a scheduler class of diffusers; None is the adapter's, or the model's.
+        dtype: of all weights; None is float16 on a GPU, else float32.
+        device: None is a GPU where there is one.
+        options: of `from_pretrained`, such as `revision`.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    pipe = StableDiffusionVTONPipeline.from_pretrained(model, dtype=dtype, **options).to(device)
+    if adapter is not None:
+        lora = Path(adapter).name == LORA_NAME or (Path(adapter) / LORA_NAME).is_file()
+        (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(adapter)
+    if human_parser is not None:
+        pipe.load_human_parser(human_parser, dtype=dtype)
+    if scheduler is not None:
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    return pipe

@@ -33,7 +33,14 @@ from diffusers import SchedulerMixin
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from pipeline_vton import LOOSENESS, REPAINTED, PreparedCloth, PreparedPerson, StableDiffusionVTONPipeline
+from pipeline_vton import (
+    LOOSENESS,
+    REPAINTED,
+    PreparedCloth,
+    PreparedPerson,
+    StableDiffusionVTONPipeline,
+    load_pipeline,
+)
 from train_vton import read_list
 
 
@@ -159,19 +166,6 @@ def contact_sheet(pairs: list[Pair]) -> Image.Image:
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
-
-
-def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffusionVTONPipeline:
-    dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
-    pipe = StableDiffusionVTONPipeline.from_pretrained(args.model, dtype=getattr(torch, dtype)).to(device)
-    adapter = args.adapter or (args.model if Path(args.model).resolve() == DEMO_MODEL else None)
-    if adapter:
-        pipe.load_vton_adapter(adapter)
-    if args.human_parser:
-        pipe.load_human_parser(args.human_parser, dtype=getattr(torch, dtype))
-    if args.scheduler:
-        pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
-    return pipe
 
 
 class TryOn:
@@ -366,10 +360,12 @@ def main(args: argparse.Namespace) -> int:
         )
     failures: list[str] = []
     if missing:
-        device = torch.device(args.device) if args.device else state.device
-        if Path(args.model).resolve() == DEMO_MODEL and state.is_main_process:
+        demo = Path(args.model).resolve() == DEMO_MODEL
+        if demo and state.is_main_process:
             warn_of_photographs(missing)
-        try_on = TryOn(load_pipeline(args, device), args)
+        adapter = args.adapter or (args.model if demo else None)
+        dtype, device = args.dtype and getattr(torch, args.dtype), args.device or state.device
+        try_on = TryOn(load_pipeline(args.model, adapter, args.human_parser, args.scheduler, dtype, device), args)
         if args.mask is None and try_on.pipe.human_parser is None and not try_on.pipe.config.mask_free:
             print("tryon.py: this model has no human parser: give --human_parser, or --mask", file=sys.stderr)
             return 2

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,25 +29,33 @@ PATIENCE = 600  # seconds
 
 
 @contextmanager
-def serve() -> Iterator[tuple[str, psutil.Process]]:
-    """The page's address, and its process."""
+def serve(folder: Path = ROOT) -> Iterator[tuple[str, psutil.Process]]:
+    """The address of the page that a folder's `app.py` serves with the demo model, and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        address = free.getsockname()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VTON_")}
-    server = subprocess.Popen(
-        [sys.executable, "app.py"],
-        cwd=ROOT,
-        env=environment | {"GRADIO_SERVER_PORT": str(port)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    environment |= {"GRADIO_SERVER_PORT": str(address[1]), "PYTHONPATH": ""}
+    # Its output is not read: it may stay in a buffer, and a pipe that nobody empties stops who writes into it.
+    command = [sys.executable, "app.py"]
+    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     try:
-        next(line for line in server.stdout if "Running on local URL" in line)
-        yield f"http://127.0.0.1:{port}", psutil.Process(server.pid)
+        wait_for(address, server)
+        yield "http://{}:{}".format(*address), psutil.Process(server.pid)
     finally:
         server.terminate()
         server.wait()
+
+
+def wait_for(address: tuple[str, int], server: subprocess.Popen) -> None:
+    """Until the server takes connections; RuntimeError where it ends before, or does not within `PATIENCE`."""
+    deadline = time.monotonic() + PATIENCE
+    while server.poll() is None and time.monotonic() < deadline:
+        with suppress(ConnectionRefusedError):
+            socket.create_connection(address, timeout=5).close()
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"app.py takes no connections on port {address[1]}, its exit status is {server.returncode}")
 
 
 def visit(url: str, number: int, steps: int, folder: Path) -> float:

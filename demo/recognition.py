@@ -5,6 +5,7 @@ agnostic mask alone, and the mask, which says what kind of cloth is meant.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +99,11 @@ def recognize(
         numbers = {name: logits.argmax(dim=1).tolist() for name, logits in classifier(to_input(part)).items()}
         said += [{name: ATTRIBUTES[name][i] for name, i in zip(numbers, row)} for row in zip(*numbers.values())]
     return said
+
+
+committed_classifier = cache(load_classifier)
+
+
+def recognize_drawn(pictures: Sequence[Image.Image], masks: Sequence[Image.Image]) -> list[dict[str, str]]:
+    """`recognize` with the committed classifier: `evaluate_vton.py --recognizer demo.recognition:recognize_drawn`."""
+    return recognize(committed_classifier(), pictures, masks)

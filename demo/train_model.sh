@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the demo's models again from nothing: the drawn dataset, the base, the networks that recognise and parse, and the adapter
+# Make the demo's models again from nothing: the drawn datasets, the base, the networks that recognise and parse, and the adapter
 # that train_vton.py trains on the base.
 #
 #     bash demo/train_model.sh [WORK [MODEL [CLASSIFIER]]]
@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 work=${1:-runs/demo-model} model=${2:-demo/model} classifier=${3:-demo/classifier}
 python=.venv/bin/python
 : "${HEIGHT:=128}" "${TRAIN:=5000}" "${TEST:=96}"
+: "${PARSER_TRAIN:=1500}" "${PARSER_TEST:=64}" "${PARSER_STEPS:=2500}"
 : "${VAE_STEPS:=1000}" "${UNET_STEPS:=10000}" "${DECODER_STEPS:=1500}" "${CLASSIFIER:=--train 24000}"
 : "${ADAPTER_STEPS:=4000}" "${BATCH:=16}" "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
 precision=$($python -c 'from demo.try_on import fast_dtype; print("bf16" if str(fast_dtype()) == "torch.bfloat16" else "no")')
@@ -21,11 +22,10 @@ stage() { # NAME PROOF COMMAND...: the command writes the proof when it has fini
   [ -e "$2" ] || "${@:3}"
 }
 
-dataset() {
-  rm -rf "$work/dataset.unfinished"
-  $python -m demo.make_dataset --output_dir "$work/dataset.unfinished" \
-    --category all --train "$TRAIN" --test "$TEST" --height "$HEIGHT" --seed 0
-  mv "$work/dataset.unfinished" "$work/dataset"
+drawn() { # FOLDER FLAGS...
+  rm -rf "$1.unfinished"
+  $python -m demo.make_dataset --output_dir "$1.unfinished" --height "$HEIGHT" "${@:2}"
+  mv "$1.unfinished" "$1"
 }
 
 base() {
@@ -39,6 +39,12 @@ classifier() {
   $python -m demo.train_classifier --output_dir "$work/classifier" --height "$HEIGHT" $CLASSIFIER
 }
 
+parser() { # seeds of its own; VITON-HD's labels tell the neck from the face, DressCode's do not
+  $python -m demo.train_parser --dataset_root "$work"/parser-data/*/ --output_dir "$work/parser" \
+    --height "$HEIGHT" --width $((HEIGHT * 3 / 4)) --train_steps "$PARSER_STEPS" \
+    --checkpointing_steps "$CHECKPOINT_EVERY" --seed 0
+}
+
 adapter() { # attention alone, of all categories: DREAM (arXiv:2312.00210), averaged weights, and masks that do not tell the cut
   $python -m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --dynamo_backend no \
     --mixed_precision "$precision" --num_cpu_threads_per_process "${OMP_NUM_THREADS:-$(nproc)}" train_vton.py \
@@ -50,9 +56,14 @@ adapter() { # attention alone, of all categories: DREAM (arXiv:2312.00210), aver
     --resume_from_checkpoint latest --seed 0
 }
 
-stage dataset "$work/dataset" dataset
+stage dataset "$work/dataset" drawn "$work/dataset" --category all --train "$TRAIN" --test "$TEST" --seed 0
 stage base "$work/base/model_index.json" base
 stage classifier "$work/classifier/config.json" classifier
+for category in upper lower dress; do
+  data=$work/parser-data/$category
+  stage "parser's $category" "$data" drawn "$data" --category $category --train "$PARSER_TRAIN" --test "$PARSER_TEST" --seed 21
+done
+stage parser "$work/parser/model.safetensors" parser
 stage adapter "$work/adapter/vton_adapter.safetensors" adapter
 
 mkdir -p "$model" "$classifier"
@@ -62,5 +73,6 @@ for part in model_index.json scheduler text_encoder tokenizer unet vae; do
 done
 cp "$work/adapter/vton_adapter.safetensors" "$model/"
 cp "$work/classifier/"* "$classifier/"
+$python -m demo.train_parser --output_dir "$work/parser" --install "$model"
 $python -m demo.measure --model "$model" --classifier "$classifier" --output_dir "$work/measure" \
   --lines "$LINES" --num_inference_steps "$STEPS" --by

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from tiny import ROOT
 
-from benchmarks import costs, methods
+from benchmarks import costs, methods, photograph
 from demo.make_dataset import make_dataset
 from demo.try_on import draw_lines
 
@@ -54,6 +54,14 @@ def test_a_row_is_measured_with_its_cloth_or_without():
     reference = methods.Method("reference")
     right, none = (methods.measure(row, model, model, lines, args) for row in (reference, methods.NO_CLOTH))
     assert right["psnr"].value > none["psnr"].value
+
+
+def test_a_photograph_is_timed_and_weighed(capsys):
+    photograph.main(photograph.parse_args(["--size", "320", "480"]))
+    *stages, whole, memory = capsys.readouterr().out.splitlines()
+    seconds = [float(line.split()[0]) for line in stages]
+    assert len(seconds) == 5 and float(whole.split()[0]) == pytest.approx(sum(seconds), abs=0.04)
+    assert float(memory.split()[0]) < 0.5 and "320x480" in memory
 
 
 def test_a_step_is_timed_and_weighed(tmp_path, fresh_accelerate):

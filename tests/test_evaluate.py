@@ -17,14 +17,17 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import patch_environment
 from huggingface_hub import ModelCard
 from PIL import Image
+from test_settings import save_lora
 from tiny import box_mask, picture, tiny_parser, tiny_pipe
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from demo.recognition import ATTRIBUTES, load_classifier, recognize
 from evaluate_vton import (
     Features,
     Inception,
     Line,
+    Scorer,
     bootstrap,
     clean_resize,
     compare,
@@ -281,6 +284,26 @@ def test_composited_pictures_are_the_pipelines(finished, tree, model):
     expected = pipe(*pictures, height=32, width=24, num_inference_steps=2, generator=noise).images[0]
     found = Image.open(out / "seed-0/unpaired/composited/01__03.png")
     assert found.size == (WIDTH, HEIGHT) and np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_a_lora_is_an_adapter(finished, tree, model, tmp_path, named):
+    """What a call with the LoRA makes, and not what the model makes without it."""
+    file = save_lora(tmp_path / "lora", guidance_scale=1.2)
+    chosen = {"num_samples": 1, "metrics": ["psnr"]}
+    evaluate(tmp_path / "out", tree, model, "unpaired", adapter=file if named == "file" else file.parent, **chosen)
+    (found,) = (tmp_path / "out/seed-0/unpaired/composited").iterdir()
+    pipe = StableDiffusionVTONPipeline.from_pretrained(model)
+    pipe.load_lora_weights(file.parent)
+    pipe.set_progress_bar_config(disable=True)
+    names = [f"{name}.png" for name in found.stem.split("__")]
+    noise = torch.Generator().manual_seed(seed_of(0, Line("unpaired", *names)))
+    pictures = [Image.open(tree / f"test/{place}") for place in (f"image/{names[0]}", f"cloth/{names[1]}")]
+    mask = Image.open(tree / f"test/agnostic-mask/{Path(names[0]).stem}_mask.png")
+    expected = pipe(*pictures, mask, height=32, width=24, num_inference_steps=2, generator=noise).images[0]
+    assert pipe.config.guidance_scale == 1.2 and np.array_equal(Image.open(found), expected)
+    without = Image.open(finished[0] / "seed-0/unpaired/composited" / found.name)
+    assert not np.array_equal(Image.open(found), without)
 
 
 def test_every_line_has_a_seed_of_its_own():
@@ -614,15 +637,19 @@ def test_training_persons_among_the_tested_fail_or_leave(tree, tmp_path):
 # ----------------------------------------------------------------------------------- factors, recognition, comparing
 
 
-def brightness(pictures: list[Image.Image]) -> list[dict[str, str]]:
-    """A recognizer."""
-    return [{"tone": "light" if np.asarray(shown).mean() > 128 else "dark"} for shown in pictures]
+def brightness(pictures: list[Image.Image], masks: list[Image.Image]) -> list[dict[str, str]]:
+    """A recognizer, of what the masks show."""
+    inside = [np.asarray(shown)[np.asarray(mask) > 127].mean() for shown, mask in zip(pictures, masks, strict=True)]
+    return [{"tone": "light" if value > 128 else "dark"} for value in inside]
 
 
 def test_factors_and_recognition(own_tree, tmp_path):
     pictures = predict(own_tree, tmp_path / "pictures")
     tones = [
-        brightness([Image.open(pictures / f"{i:02d}__{(i + 2) % COUNT:02d}.png")])[0]["tone"] for i in range(COUNT)
+        brightness([Image.open(pictures / f"{i:02d}__{(i + 2) % COUNT:02d}.png")], [box_mask(HEIGHT, WIDTH)])[0][
+            "tone"
+        ]
+        for i in range(COUNT)
     ]
     known = []
     for i in range(COUNT):
@@ -643,6 +670,38 @@ def test_factors_and_recognition(own_tree, tmp_path):
     raised = figure(report, "unpaired", "bare", "psnr", "mask", "pose: raised")["value"]
     assert raised < 20 and figure(report, "unpaired", "bare", "psnr", "mask", "pose: down")["value"] == "inf"
     assert "| pose: raised | 2 |" in (tmp_path / "out/report.md").read_text()
+
+
+def test_a_recognizer_gets_masks_of_its_pictures_sizes():
+    """The line's, or white everywhere."""
+    seen = []
+
+    def recognizer(pictures, masks):
+        seen.extend(zip(pictures, masks, strict=True))
+        return [{"tone": "light"} for _ in pictures]
+
+    result, truth, mask = picture(1, 32, 24), picture(2, HEIGHT, WIDTH), box_mask(HEIGHT, WIDTH)
+    for given in (mask, None):
+        values = Scorer((32, 24), ["psnr"], torch.device("cpu"), recognizer=recognizer).values(result, truth, given)
+        assert values["picture", "recognition of tone"] == (1, 1)
+    assert [shown for shown, _ in seen] == [result, truth] * 2
+    assert np.array_equal(seen[0][1], box_mask(32, 24)) and np.array_equal(seen[1][1], mask)
+    assert [(one.size, one.getextrema()) for _, one in seen[2:]] == [((24, 32), (255, 255)), (truth.size, (255, 255))]
+
+
+def test_the_demos_classifier_is_a_recognizer(tree, tmp_path):
+    """Shares of pictures in which it sees what it sees in the truth."""
+    folder, others = predict(tree, tmp_path / "pictures"), [picture(300 + i, HEIGHT, WIDTH) for i in range(COUNT)]
+    truths = [Image.open(file) for file in sorted(folder.iterdir())]
+    masks, classifier = [box_mask(HEIGHT, WIDTH)] * COUNT, load_classifier()
+    expected = [recognize(classifier, shown, masks) for shown in (others, truths)]
+    for file, other in zip(sorted(folder.iterdir()), others):
+        other.save(file)
+    options = PREDICTED | {"pred_dir": folder, "recognizer": "demo.recognition:recognize_drawn"}
+    report = evaluate(tmp_path / "out", tree, **options)
+    for name in ATTRIBUTES:
+        share = np.mean([said[name] == true[name] for said, true in zip(*expected)])
+        assert figure(report, "unpaired", "bare", f"recognition of {name}")["value"] == pytest.approx(share)
 
 
 def test_reports_side_by_side(tree, tmp_path, capsys):

@@ -8,7 +8,18 @@ import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFilter
 from tiny import box_mask, picture, run, tiny_pipe
 
-from pipeline_vton import as_masks, as_tensors, composite_result, enlarged_part, feather, resize
+from pipeline_vton import (
+    _seam,
+    as_bytes,
+    as_floats,
+    as_masks,
+    as_pictures,
+    as_tensors,
+    composite_result,
+    enlarged_part,
+    feather,
+    resize,
+)
 from train_vton import open_picture
 
 
@@ -392,6 +403,41 @@ def test_a_seam_has_no_hard_places_along_a_round_and_ragged_outline():
     assert alpha[ragged & ~inner].max() < 0.5
 
 
+def test_a_seam_is_the_widest_that_is_thick_enough_everywhere():
+    """Though the finer ones are looked for in parts: against all of them over all of the mask."""
+    width = 8
+    mask = boxes(900, 700, (width, width, 420, 400), (100, 400, 112, 700), (500, 100, 540, 860), (600, 620, 660, 680))
+    mask[:, 700:860, 60:200] = torch.rand(1, 160, 140, generator=torch.Generator().manual_seed(0)).round()
+    expected = mask.clone()
+    for radius in (1, 2, 4, 8):
+        thick, seam = _seam(mask, radius)
+        expected = torch.where(thick, seam, expected)
+    assert torch.equal(feather(mask, width), expected)
+
+
+def test_a_photograph_of_eight_bits_stays_so_and_the_result_is_the_same():
+    photograph, image = picture(1, 300, 200), torch.rand(3, 75, 50, generator=torch.Generator().manual_seed(0))
+    (kept,), (floats,) = as_pictures(photograph, "person"), as_tensors(photograph, "person")
+    mask = boxes(300, 200, (30, 40, 150, 250), (150, 60, 153, 200))
+    for region in ((0, 0, 200, 300), (20, 30, 170, 255)):
+        for shown in (image, resize(image, region[3] - region[1], region[2] - region[0]), as_bytes(image)):
+            result = composite_result(shown, kept, mask, region)
+            exact = composite_result(shown, floats, mask, region)
+            assert result.dtype == torch.uint8 and torch.equal(result, as_bytes(exact))
+            assert torch.equal(result[:, mask[0] == 0], kept[:, mask[0] == 0]) and not torch.equal(result, kept)
+    result = run(tiny_pipe(9), photograph, mask=photograph.convert("L").point(lambda value: 255 * (value > 128)))
+    assert result.dtype == np.float32 and len(np.unique(result)) > 256  # arrays and tensors have more than eight bits
+
+
+def test_what_was_read_is_not_the_callers_memory():
+    given = torch.randint(0, 256, (3, 8, 6), dtype=torch.uint8)
+    for one in (given, given.movedim(0, -1).numpy()):
+        (read,) = as_pictures(one, "person")
+        before = read.clone()
+        given.bitwise_not_()
+        assert read.dtype == torch.uint8 and torch.equal(read, before)
+
+
 def test_a_seam_follows_the_region_that_is_worked_on():
     mask = boxes(3000, 4000, (1000, 1000, 1600, 1600))
     whole, part = seam(mask), seam(mask, (950, 950, 1700, 1700))
@@ -428,7 +474,7 @@ def test_only_the_part_that_is_needed_is_enlarged_and_to_the_same(own):
         assert top <= wanted[0] and bottom >= wanted[1] and left <= wanted[2] and right >= wanted[3]
         inside = (..., slice(wanted[0], wanted[1]), slice(wanted[2], wanted[3]))
         placed = torch.zeros_like(whole)
-        placed[:, top:bottom, left:right] = part
+        placed[:, top:bottom, left:right] = as_floats(part)
         assert (placed[inside] - whole[inside]).abs().max() <= 1.01 / 255
     assert part.shape[1] < 100 and part.shape[2] < 75
 
