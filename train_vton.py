@@ -36,12 +36,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import accelerate
 import numpy as np
@@ -64,6 +64,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
 from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
 from huggingface_hub import ModelCard, create_repo, upload_folder
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import ExifTags, Image, ImageOps
@@ -93,6 +94,7 @@ from pipeline_vton import (
     convert_profile,
     fit_cloth,
     fit_size,
+    hub_repository,
     read_adapter,
     read_safetensors,
     vton_attention,
@@ -119,6 +121,10 @@ RESUMED_SETTINGS = (  # what a checkpoint's weights have learnt with
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process looks at files or draws
 SCHEDULES = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]  # that one needs rules
 WARMUP_EPOCHS, WARMUP_START, FINAL_RATE = 5, 0.1, 1e-6
+ADAPTER_FLAGS = {  # what an adapter says that training begins from, and what holds where neither it nor a flag does
+    "cloth_conditioning": "reference", "cross_attention": "skip", "condition_latents": None, "mask_free": False,
+    "trainable": "self_attention", "prompt": "",
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -152,6 +158,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         add_arguments(parser)
     args = parser.parse_args(input_args)
     check_args(parser, args)
+    if args.init_adapter is None:
+        for name, default in ADAPTER_FLAGS.items():
+            setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+        check_settings(args, parser.error)
     if args.cache_latents is True:
         args.cache_latents = args.output_dir / "latents"
     return args
@@ -180,12 +190,14 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how the cloth is shown, and what learns").add_argument
-    add("--cloth_conditioning", choices=AdapterSettings.choices("cloth_conditioning"), default="reference", help="cloth tokens in every attn1 (default), or one canvas")  # fmt: skip
-    add("--cross_attention", choices=("skip", "prompt"), default="skip", help="leave attn2 out (default), or feed it text")  # fmt: skip
-    add("--prompt", default="", help="the text of every picture with --cross_attention prompt (default empty)")
+    add("--init_adapter", help="begin from this adapter, a Hub repository, a folder or a file: its settings hold (default: from the base)")  # fmt: skip
+    add("--init_subfolder", help="where in the repository or folder it lies, as mix-48k-1024/attention in CatVTON's")
+    add("--cloth_conditioning", choices=AdapterSettings.choices("cloth_conditioning"), help="cloth tokens in every attn1 (reference, the default), or one canvas")  # fmt: skip
+    add("--cross_attention", choices=("skip", "prompt"), help="leave attn2 out (default), or feed it text")
+    add("--prompt", help="the text of every picture with --cross_attention prompt (default empty)")
     add("--condition_latents", choices=AdapterSettings.choices("condition_latents"), help="default: unscaled for 8-channel bases (instruct-pix2pix), else scaled")  # fmt: skip
-    add("--mask_free", action="store_true", help="condition on the whole person, in another cloth, instead of a masked one")  # fmt: skip
-    add("--trainable", choices=AdapterSettings.choices("trainable"), default="self_attention", help="which UNet weights learn (default self_attention)")  # fmt: skip
+    add("--mask_free", action="store_true", default=None, help="condition on the whole person, in another cloth, instead of a masked one")  # fmt: skip
+    add("--trainable", choices=AdapterSettings.choices("trainable"), help="which UNet weights learn (default self_attention)")  # fmt: skip
     add("--lora_rank", type=POSITIVE_COUNT, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
     add("--cloth_dropout", type=SHARE, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
     add("--guidance_scale", type=NOT_NEGATIVE, help="recommended in the adapter (default: the best of seven on the test persons, else 7.5)")  # fmt: skip
@@ -243,16 +255,37 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--overwrite_output_dir would discard what --resume_from_checkpoint latest looks for: give one of them")  # fmt: skip
     if args.streaming and (args.dataset_name is None or args.max_train_steps is None):
         parser.error("--streaming needs --dataset_name and, its length being unknown, --max_train_steps")
-    if args.caption_column and (args.dataset_name is None or args.cross_attention != "prompt"):
-        parser.error(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
     if args.cache_latents and (args.augment or args.streaming or args.caption_column):
         parser.error("--cache_latents would freeze --augment, and knows neither --streaming nor --caption_column")
-    if args.mask_free and "mask" in args.augment:
-        parser.error("--augment mask loosens masks, and --mask_free has none")
-    if args.lora_rank and args.trainable not in {"self_attention", "attention"}:
-        parser.error(f"--lora_rank needs --trainable self_attention or attention, got {args.trainable}")
     if args.lora_rank and args.push_to_hub:
         parser.error("--push_to_hub uploads an adapter and its code: upload a LoRA's OUTPUT_DIR with hf upload")
+    if args.lora_rank and args.init_adapter:
+        parser.error("--lora_rank learns an update of the base alone: an adapter to begin from is trained whole")
+    if args.init_subfolder and not args.init_adapter:
+        parser.error(f"--init_subfolder {args.init_subfolder} needs --init_adapter")
+
+
+def check_settings(args: argparse.Namespace, fail: Callable[[str], Any]) -> None:
+    """The same of flags that depend on what an adapter says that training begins from."""
+    if args.caption_column and (args.dataset_name is None or args.cross_attention != "prompt"):
+        fail(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
+    if args.mask_free and "mask" in args.augment:
+        fail("--augment mask loosens masks, and --mask_free has none")
+    if args.lora_rank and args.trainable not in {"self_attention", "attention"}:
+        fail(f"--lora_rank needs --trainable self_attention or attention, got {args.trainable}")
+
+
+def settle(args: argparse.Namespace, said: dict[str, Any]) -> None:
+    """Give the flags of `ADAPTER_FLAGS` what is `said` of them; ValueError names one that was given and disagrees."""
+    for name in ADAPTER_FLAGS:
+        given = getattr(args, name)
+        if given not in {None, said[name]}:
+            raise ValueError(f"--{name} {given}: --init_adapter {args.init_adapter} was trained with {said[name]}")
+        setattr(args, name, said[name])
+
+
+def refuse(sentence: str) -> NoReturn:
+    raise ValueError(sentence)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -847,10 +880,10 @@ def training_size(
     """Height and width to train at, which are those that a call without a size works at.
 
     Args:
-        pipe: still without a size of its own, so that it works at the base's native area.
+        pipe: still without a size of its own, so that it works at the area of the adapter to begin from, or the base's.
         persons: widths and heights; the one with the middle aspect stands for all.
-        asked: (height, width), refused where the aspect differs from the persons' by more than a tenth; None takes the
-            native area.
+        asked: (height, width), refused where the aspect differs from the persons' by more than a tenth; None takes
+            that area.
     """
     width, height = sorted(persons, key=lambda size: size[0] / size[1])[len(persons) // 2]
     size, again = None, asked or pipe.resolve_size(height, width, None, None)
@@ -902,7 +935,6 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        unused = args.cross_attention == "skip" and args.trainable != "self_attention"  # attn2 may learn, left out
         self.accelerator = accelerate.Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
@@ -910,7 +942,7 @@ class Trainer:
             project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / "logs"),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
             dynamo_backend="inductor" if args.torch_compile else None,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused), PATIENCE],
+            kwargs_handlers=[DistributedDataParallelKwargs(), PATIENCE],
         )
         refuse_sharding(self.accelerator.distributed_type)
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
@@ -934,16 +966,22 @@ class Trainer:
         self.prepare_training()
         self.checkpoints.register()
 
-    def load(self, cls: type, subfolder: str) -> torch.nn.Module:
-        """A frozen model of the base, in the mixed precision's dtype."""
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is frozen."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    def load(self, cls: type, subfolder: str, dtype: torch.dtype) -> torch.nn.Module:
+        """A frozen model of the base."""
         model = cls.from_pretrained(**self.base, subfolder=subfolder, use_safetensors=True, dtype=dtype)
         return model.to(self.accelerator.device).eval().requires_grad_(False)
 
     def load_base(self) -> None:
         args = self.args
         self.base = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision")}
-        self.vae, self.unet = self.load(AutoencoderKL, "vae"), self.load(UNet2DConditionModel, "unet")
+        self.vae = self.load(AutoencoderKL, "vae", self.dtype)
+        whole = torch.float32 if args.init_adapter else self.dtype  # so that the adapter's weights are not rounded
+        self.unet = self.load(UNet2DConditionModel, "unet", whole)
         self.noise_scheduler = DDPMScheduler.from_pretrained(**self.base, subfolder="scheduler", clip_sample=False)
         kind = self.noise_scheduler.config.prediction_type
         if kind not in {"epsilon", "v_prediction"}:
@@ -951,15 +989,33 @@ class Trainer:
         self.in_channels = self.unet.config.in_channels
         if self.in_channels not in {4, 8, 9}:
             raise ValueError(f"the base's UNet must have 4, 8 or 9 input channels, got {self.in_channels}")
-        if self.in_channels == 4:
-            if args.lora_rank:
-                raise ValueError("--lora_rank cannot train the conv_in that a 4-channel base gets: take one of 8 or 9")
+        if self.in_channels == 4 and args.lora_rank:
+            raise ValueError("--lora_rank cannot train the conv_in that a 4-channel base gets: take one of 8 or 9")
+        parts = (self.vae, self.unet, self.noise_scheduler)
+        self.pipe = StableDiffusionVTONPipeline(*parts, base_in_channels=self.in_channels)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.brought = self.load_init_adapter() if args.init_adapter else None
+        if self.in_channels == 4 and self.brought is None:
             widen_conv_in(self.unet)
         self.tokenizer = self.text_encoder = self.prompt_embeds = self.empty_embeds = None  # the embeds (1, 77, 768)
         if args.cross_attention == "prompt":
             self.tokenizer = CLIPTokenizer.from_pretrained(**self.base, subfolder="tokenizer")
-            self.text_encoder = self.load(CLIPTextModel, "text_encoder")
+            self.text_encoder = self.load(CLIPTextModel, "text_encoder", self.dtype)
+            self.pipe.register_modules(tokenizer=self.tokenizer, text_encoder=self.text_encoder)
             self.prompt_embeds, self.empty_embeds = self.embed([args.prompt]), self.embed([""])
+
+    def load_init_adapter(self) -> AdapterSettings:
+        """Put the weights to begin from into the UNet; their settings, which hold from now on."""
+        args = self.args
+        self.pipe.load_vton_adapter(args.init_adapter, subfolder=args.init_subfolder, mask_free=args.mask_free)
+        config = self.pipe.config
+        brought = AdapterSettings(**{setting.name: config[setting.name] for setting in fields(AdapterSettings)})
+        settle(args, asdict(brought) | {"prompt": brought.prompt or ""})
+        check_settings(args, refuse)
+        logger.info(
+            "begun from %s: %s", args.init_adapter, ", ".join(f"{k} {getattr(args, k)}" for k in ADAPTER_FLAGS)
+        )
+        return brought
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> Tensor:
@@ -971,25 +1027,25 @@ class Trainer:
     def load_settings(self) -> None:
         """The size, and the settings that travel with the adapter."""
         args = self.args
-        parts = (self.vae, self.unet, self.noise_scheduler, self.text_encoder, self.tokenizer)
-        self.pipe = StableDiffusionVTONPipeline(*parts, base_in_channels=self.in_channels)
-        self.pipe.set_progress_bar_config(disable=True)
+        unsaid = {"scheduler_class": "DDPMScheduler", "guidance_scale": SEED_GUIDANCE}
+        said = unsaid if self.brought is None else asdict(self.brought)
         size = (args.height, args.width) if args.height else None
         self.height, self.width = training_size(self.pipe, self.pairs.person_sizes(), size)
-        self.settings = AdapterSettings(
-            base_in_channels=self.in_channels,
-            cloth_conditioning=args.cloth_conditioning,
-            cross_attention=args.cross_attention,
-            condition_latents=args.condition_latents or ("unscaled" if self.in_channels == 8 else "scaled"),
-            mask_free=args.mask_free,
-            trainable=args.trainable,
-            guidance_scale=SEED_GUIDANCE if args.guidance_scale is None else args.guidance_scale,
-            scheduler_class="DDPMScheduler",
-            prompt=args.prompt if args.cross_attention == "prompt" else None,
-            base_model=args.pretrained_model_name_or_path,
-            height=self.height,
-            width=self.width,
-        )
+        own = {
+            "base_in_channels": self.in_channels,
+            "cloth_conditioning": args.cloth_conditioning,
+            "cross_attention": args.cross_attention,
+            "condition_latents": args.condition_latents or ("unscaled" if self.in_channels == 8 else "scaled"),
+            "mask_free": args.mask_free,
+            "trainable": args.trainable,
+            "guidance_scale": said["guidance_scale"] if args.guidance_scale is None else args.guidance_scale,
+            "prompt": args.prompt if args.cross_attention == "prompt" else None,
+            "base_model": args.pretrained_model_name_or_path,
+            "height": self.height,
+            "width": self.width,
+            "trained_steps": None,
+        }
+        self.settings = AdapterSettings(**said | own)
         self.pipe.register_to_config(**asdict(self.settings))
         self.prepare = Preparation(self.height, self.width, args.seed, args.augment)
 
@@ -1034,6 +1090,9 @@ class Trainer:
         for parameter in self.trained:
             parameter.requires_grad_(True)
         cast_training_params(self.unet, dtype=torch.float32)
+        for parameter in self.unet.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(self.dtype)  # an adapter to begin from was loaded onto float32
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.unet.train()
@@ -1043,6 +1102,8 @@ class Trainer:
         eight_bit = args.use_8bit_adam and optional("bitsandbytes", "use_8bit_adam").optim.AdamW8bit
         adam = eight_bit or torch.optim.AdamW
         self.optimizer = adam(self.trained, args.learning_rate, (0.9, 0.999), weight_decay=args.adam_weight_decay)
+        unused = args.cross_attention != "prompt" and args.trainable != "self_attention"  # attn2 may learn, left out
+        self.accelerator.ddp_handler.find_unused_parameters = unused
         self.model, self.optimizer = self.accelerator.prepare(self.unet, self.optimizer)
         if args.streaming:
             self.steps_per_epoch = args.max_train_steps
@@ -1082,7 +1143,9 @@ class Trainer:
         encoded = batch if "mean" in batch else self.encode(batch)
         encoded = {name: encoded[name].to(self.accelerator.device) for name in (*LATENTS, "mean", "std")}
         mean, std = encoded.pop("mean"), encoded.pop("std")
-        return TryOnLatents(**encoded, channels=self.unet.config.in_channels), mean, std
+        canvas_dim = 2 if self.settings.canvas_axis == "height" else 3
+        conditioning = TryOnLatents(**encoded, channels=self.unet.config.in_channels, canvas_dim=canvas_dim)
+        return conditioning, mean, std
 
     def predict(
         self,
@@ -1402,8 +1465,9 @@ class Validation:
     def best_guidance(self) -> float:
         """The scale with which test persons in their own cloths come out nearest to their photographs, inside the mask."""
         if not len(self.paired):
-            logger.info("no test persons in their own cloths: guidance %g is recommended", SEED_GUIDANCE)
-            return SEED_GUIDANCE
+            known = self.trainer.settings.guidance_scale
+            logger.info("no test persons in their own cloths: guidance %g is recommended", known)
+            return known
         errors, masked = dict.fromkeys(GUIDANCE_SCALES, 0.0), 0.0
         size = {"height": self.trainer.height, "width": self.trainer.width}
         bar = tqdm(total=len(errors) * len(self.paired), desc="guidance")
@@ -1553,13 +1617,17 @@ class Checkpoints:
 
     def upload(self, repo_id: str) -> None:
         """The published weights as the pipeline uploads them, and on the card how they were trained."""
-        trainer, private = self.trainer, self.args.hub_private_repo or None
+        trainer, private, parent = self.trainer, self.args.hub_private_repo or None, self.args.init_adapter
+        licence = None if parent is None else parent_licence(parent)
         base = None if Path(trainer.settings.base_model).exists() else trainer.settings.base_model
         trainer.pipe.register_to_config(trained_steps=trainer.step, base_model=base)
         with trainer.published_weights():
-            trainer.pipe.push_to_hub(repo_id, f"Step {trainer.step}", private=private, adapter_only=True)
+            options = {"private": private, "adapter_only": True, "license": licence}
+            trainer.pipe.push_to_hub(repo_id, f"Step {trainer.step}", **options)
         repo_id = create_repo(repo_id, exist_ok=True).repo_id  # with its owner
         card, pictures = ModelCard.load(repo_id), sorted((self.folder / "validation").glob("*.png"))[-1:]
+        if parent is not None and (repository := hub_repository(parent)) is not None:
+            card.data.base_model = [base, repository] if base else repository
         card.text += training_card(self.args, trainer.losses, trainer.validation.guidance_errors, pictures)
         with tempfile.TemporaryDirectory() as folder:
             card.save(Path(folder) / "README.md")
@@ -1577,7 +1645,7 @@ def training_card(
     part = math.ceil(len(losses) / 10)
     curve = [(i + part, losses[i : i + part]) for i in range(0, len(losses), part)]
     flags = {name: value for name, value in vars(args).items() if value is not None and name not in LOCAL_FLAGS}
-    for name in ("pretrained_model_name_or_path", "dataset_name"):
+    for name in ("pretrained_model_name_or_path", "dataset_name", "init_adapter"):
         if name in flags and Path(flags[name]).exists():
             flags[name] = "a local folder"
     tables = {
@@ -1590,6 +1658,18 @@ def training_card(
         if rows:
             parts.append("\n".join([head, "|---|---|", *(f"| {name} | {in_a_cell(value)} |" for name, value in rows)]))
     return "\n" + "\n\n".join(parts) + "\n"
+
+
+def parent_licence(adapter: str) -> str | None:
+    """What the card of an adapter that training begins from says of its licence: None of a folder without a card."""
+    repository, place = hub_repository(adapter), Path(adapter)
+    if repository is None:
+        card = (place if place.is_dir() else place.parent) / "README.md"
+        return ModelCard.load(card).data.license if card.is_file() else None
+    try:
+        return ModelCard.load(repository).data.license or "unknown"
+    except EntryNotFoundError:
+        return "unknown"
 
 
 def in_a_cell(value: Any) -> str:

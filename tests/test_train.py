@@ -34,7 +34,6 @@ from test_pictures import LINEAR
 from tiny import ROOT, box_mask, picture, run, seeded, tiny_pipe
 
 import train_vton
-from demo.make_dataset import make_dataset
 from pipeline_vton import (
     ADAPTER_NAME,
     LORA_NAME,
@@ -67,45 +66,16 @@ from train_vton import (
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-TRAIN, TEST = 10, 4  # pairs: 5 batches of 2, 3 updates of 2 batches an epoch, the last one of a single batch
+TRAIN, TEST = (
+    10,
+    4,
+)  # pairs of `tested`: 5 batches of 2, 3 updates of 2 batches an epoch, the last one of a single batch
 
 
 @pytest.fixture(autouse=True)
 def no_sleep_after_a_stream(monkeypatch):
     """`datasets` waits five seconds at the end of every epoch of shuffled parquet, whatever there was to wait for."""
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
-
-
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory) -> dict[int, Path]:
-    """Bases with 4, 8 and 9 input channels, as diffusers folders."""
-    root = tmp_path_factory.mktemp("bases")
-    for channels in (4, 8, 9):
-        for name, component in tiny_pipe(channels, text=True).components.items():
-            if component is not None:
-                component.save_pretrained(root / str(channels) / name)
-    return {channels: root / str(channels) for channels in (4, 8, 9)}
-
-
-@pytest.fixture(scope="session")
-def tested(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("tested")
-    make_dataset(root, TRAIN, TEST, seed=0, height=64)
-    return root
-
-
-@pytest.fixture(scope="session")
-def data(tested, tmp_path_factory) -> Path:
-    """The same without a test list: there is nothing to validate with."""
-    root = Path(shutil.copytree(tested, tmp_path_factory.mktemp("data") / "data"))
-    (root / "test_pairs.txt").unlink()
-    return root
-
-
-@pytest.fixture
-def own_data(tested, tmp_path) -> Path:
-    """A copy that a test may spoil."""
-    return Path(shutil.copytree(tested, tmp_path / "own"))
 
 
 def flags(base: Path, data: Path, out: Path, **changed) -> list[str]:
