@@ -21,6 +21,7 @@ import codecs
 import contextlib
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -38,10 +39,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, ClassVar, NoReturn
+from typing import Any, BinaryIO, ClassVar, NoReturn
 
 import accelerate
 import numpy as np
@@ -61,7 +63,7 @@ from accelerate.utils import (
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
+from diffusers.training_utils import EMAModel, cast_training_params, compute_snr, find_nearest_bucket
 from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
 from huggingface_hub import ModelCard, create_repo, upload_folder
 from huggingface_hub.errors import EntryNotFoundError
@@ -72,7 +74,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -116,8 +118,9 @@ GUIDANCE_SCALES, GUIDANCE_STEPS = (1, 1.5, 2, 2.5, 3.5, 5, 7.5), 25
 LOCAL_FLAGS = {"dataset_root", "output_dir", "cache_latents", "resume_from_checkpoint"}  # folders of this machine
 RESUMED_SETTINGS = (  # what a checkpoint's weights have learnt with
     "base_in_channels", "cloth_conditioning", "canvas_axis", "cross_attention", "condition_latents", "mask_free",
-    "trainable", "lora_rank", "height", "width",
+    "trainable", "height", "width",
 )  # fmt: skip
+RESUMED_FLAGS = ("lora_rank", "resolutions")  # the same, of what no adapter says
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process looks at files or draws
 SCHEDULES = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]  # that one needs rules
 WARMUP_EPOCHS, WARMUP_START, FINAL_RATE = 5, 0.1, 1e-6
@@ -152,6 +155,13 @@ DECAY = number(float, "at least 0 and less than 1", lambda value: 0 <= value < 1
 SEED = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 
+def resolution(text: str) -> tuple[int, int]:
+    """A `type` for argparse: a height and a width in pixels."""
+    if (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)) is None:
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, as 512x384, got {text}")
+    return int(match[1]), int(match[2])
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for add_arguments in (add_data_arguments, add_model_arguments, add_optimisation_arguments, add_report_arguments):
@@ -183,6 +193,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--condition_column", default="condition", help="--mask_free: column, or folder beside the persons', of the person in another cloth (default condition)")  # fmt: skip
     add("--height", type=POSITIVE_COUNT, help="training height in pixels (default: the base's native area at the data's aspect)")  # fmt: skip
     add("--width", type=POSITIVE_COUNT, help="training width in pixels, at the data's aspect")
+    add("--resolutions", nargs="+", type=resolution, metavar="HEIGHTxWIDTH", help="train at all of these, a batch at one that is nearest to its persons' aspect; the first that suits most persons is the adapter's own (default: one size)")  # fmt: skip
     add("--augment", nargs="*", default=[], choices=("flip", "crop", "color", "mask"), help="mirror, zoom in, recolour, loosen masks (default none)")  # fmt: skip
     add("--cache_latents", nargs="?", type=Path, const=True, help="encode once into this folder (default OUTPUT_DIR/latents)")  # fmt: skip
     add("--dataloader_num_workers", type=COUNT, default=2, help="reading processes (default 2)")
@@ -246,6 +257,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--output_dir must be a folder, got the file {args.output_dir}")
     if (args.height is None) != (args.width is None):
         parser.error(f"--height and --width go together, got {args.height} and {args.width}")
+    if args.resolutions and (args.height or args.streaming):
+        parser.error("--resolutions takes the place of --height and --width, and sorts all pairs, which --streaming cannot")  # fmt: skip
     resumed = args.resume_from_checkpoint
     if resumed not in {None, "latest"} and not (Path(resumed) / "progress.json").is_file():
         parser.error(f"--resume_from_checkpoint must be latest or a checkpoint's folder, got {resumed}")
@@ -390,7 +403,7 @@ def in_persons_colours(pictures: dict[str, Image.Image]) -> dict[str, Image.Imag
     return pictures
 
 
-def picture_size(file: Path, where: str) -> tuple[int, int]:
+def picture_size(file: Path | BinaryIO, where: str) -> tuple[int, int]:
     """Width and height as shown, from the file's head alone."""
     try:
         with Image.open(file) as picture:
@@ -596,6 +609,9 @@ class TreePairs:
         """Widths and heights."""
         return [tuple(facts[2:]) for (role, _), facts in self.learnt.items() if role == "person"]
 
+    def person_size(self, index: int) -> tuple[int, int]:
+        return tuple(self.learnt["person", str(self.pairs[index][2]["person"])][2:])
+
     def identity(self) -> list:
         """What a cache of these pairs depends on: the files, their sizes and when they were written."""
         files = [(role, str(file)) for _, _, files in self.pairs for role, file in files.items()]
@@ -643,6 +659,12 @@ class RowPairs:
         else:  # a stream: its first
             some = self.rows.take(SIZED_ROWS)
         return [row_pictures(row, person, self.name(i))["person"].size for i, row in enumerate(some)]
+
+    def person_size(self, index: int) -> tuple[int, int]:
+        name, column = self.name(index), self.columns["person"]
+        cell = filled(self.rows[index][column], f"{name}: the column {column}")
+        picture = Path(cell["path"]) if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+        return picture_size(picture, f"{name}, column {column}")
 
     def identity(self) -> list:
         return [self.rows._fingerprint, self.columns]
@@ -782,6 +804,84 @@ def cache_key(vae: AutoencoderKL, settings: AdapterSettings, pairs: TreePairs | 
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
+@dataclass(eq=False)
+class PairsAtSizes(Dataset):
+    """The same pairs at several sizes: an item is asked for by its size's place and its own."""
+
+    sizes: list[PairDataset]
+
+    @property
+    def epoch(self) -> int:
+        return self.sizes[0].epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        for dataset in self.sizes:
+            dataset.set_epoch(epoch)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        size, index = place
+        return self.sizes[size][index]
+
+
+def nearest_aspect(height: int, width: int, resolutions: Sequence[tuple[int, int]]) -> list[int]:
+    """The places of the resolutions (height, width) whose aspect is nearest to a person's: of all that have that one."""
+    aspects = list(dict.fromkeys(Fraction(w, h) for h, w in resolutions))
+    nearest = aspects[find_nearest_bucket(height, width, [(1, float(aspect)) for aspect in aspects])]
+    return [place for place, (h, w) in enumerate(resolutions) if Fraction(w, h) == nearest]
+
+
+def group_by_aspect(
+    pairs: TreePairs | RowPairs, resolutions: Sequence[tuple[int, int]]
+) -> list[tuple[list[int], list[int]]]:
+    """For every aspect the places of its resolutions, and of the pairs whose persons are nearest to it."""
+    if len({Fraction(w, h) for h, w in resolutions}) == 1:
+        return [(list(range(len(resolutions))), list(range(len(pairs))))]
+    groups, stretched = defaultdict(list), 0
+    for index in tqdm(range(len(pairs)), desc="sort by aspect", delay=3):
+        width, height = pairs.person_size(index)
+        places = nearest_aspect(height, width, resolutions)
+        groups[tuple(places)].append(index)
+        ratio = resolutions[places[0]][0] / resolutions[places[0]][1] / (height / width)
+        stretched += not 1 / ASPECT_TOLERANCE <= ratio <= ASPECT_TOLERANCE
+    if unused := set(range(len(resolutions))) - set(itertools.chain(*groups)):
+        height, width = resolutions[min(unused)]
+        raise ValueError(f"--resolutions: no person's aspect is nearest to that of {height}x{width}: leave it out")
+    if stretched:
+        logger.warning("--resolutions: %d of %d persons are stretched by more than a tenth", stretched, len(pairs))
+    return [(list(places), indices) for places, indices in groups.items()]
+
+
+@dataclass(eq=False)
+class ResolutionBatches(Sampler):
+    """The batches of an epoch, every step at one resolution, with as many for every process.
+
+    The pairs of an aspect are shuffled anew in every epoch and cut into steps, each at one of the aspect's resolutions, drawn; a
+    last step that they do not fill takes some of them twice. `processes` batches in a row make a step: accelerate deals them
+    out, so that the processes' batches are disjoint and of one size.
+    """
+
+    dataset: PairsAtSizes
+    groups: list[tuple[list[int], list[int]]]  # places of resolutions, and of pairs
+    batch_size: int  # of a process
+    processes: int
+    seed: int
+
+    def __len__(self) -> int:
+        rows = self.batch_size * self.processes
+        return self.processes * sum(math.ceil(len(pairs) / rows) for _, pairs in self.groups)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rng = np.random.default_rng([self.seed, self.dataset.epoch, 2])
+        rows, steps = self.batch_size * self.processes, []
+        for sizes, pairs in self.groups:
+            whole = np.resize(rng.permutation(pairs), math.ceil(len(pairs) / rows) * rows)  # goes around
+            steps += [(rng.choice(sizes).item(), step.tolist()) for step in whole.reshape(-1, rows)]
+        for place in rng.permutation(len(steps)):
+            size, step = steps[place]
+            for start in range(0, rows, self.batch_size):
+                yield [(size, index) for index in step[start : start + self.batch_size]]
+
+
 def load_pairs(
     args: argparse.Namespace, columns: dict[str, str], accelerator: accelerate.Accelerator
 ) -> TreePairs | RowPairs:
@@ -874,6 +974,11 @@ def forgiven(what: str) -> Iterator[None]:
         logger.warning("%s failed, and training goes on: %s", what, reason, main_process_only=False)
 
 
+def middle_person(persons: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The width and height with the middle aspect."""
+    return sorted(persons, key=lambda size: size[0] / size[1])[len(persons) // 2]
+
+
 def training_size(
     pipe: StableDiffusionVTONPipeline, persons: Sequence[tuple[int, int]], asked: tuple[int, int] | None
 ) -> tuple[int, int]:
@@ -885,7 +990,7 @@ def training_size(
         asked: (height, width), refused where the aspect differs from the persons' by more than a tenth; None takes
             that area.
     """
-    width, height = sorted(persons, key=lambda size: size[0] / size[1])[len(persons) // 2]
+    width, height = middle_person(persons)
     size, again = None, asked or pipe.resolve_size(height, width, None, None)
     while size != again:  # rounding may take more than once to come to rest
         size, area = again, again[0] * again[1]
@@ -1030,6 +1135,8 @@ class Trainer:
         unsaid = {"scheduler_class": "DDPMScheduler", "guidance_scale": SEED_GUIDANCE}
         said = unsaid if self.brought is None else asdict(self.brought)
         size = (args.height, args.width) if args.height else None
+        if args.resolutions:
+            size = self.own_resolution()
         self.height, self.width = training_size(self.pipe, self.pairs.person_sizes(), size)
         own = {
             "base_in_channels": self.in_channels,
@@ -1049,23 +1156,49 @@ class Trainer:
         self.pipe.register_to_config(**asdict(self.settings))
         self.prepare = Preparation(self.height, self.width, args.seed, args.augment)
 
+    def own_resolution(self) -> tuple[int, int]:
+        """The adapter's own of `--resolutions`: the first of those whose aspect is nearest to the middle person's."""
+        resolutions, multiple = self.args.resolutions, self.pipe.size_multiple
+        for height, width in resolutions:
+            if height % multiple or width % multiple:
+                raise ValueError(
+                    f"--resolutions must have sides that are multiples of {multiple}, got {height}x{width}"
+                )
+        width, height = middle_person(self.pairs.person_sizes())
+        return resolutions[nearest_aspect(height, width, resolutions)[0]]
+
     def load_data(self) -> None:
         args, captions = self.args, None
         if args.streaming:
             return self.load_stream()
         if args.caption_column:
             captions = self.pairs.rows[args.caption_column]
-        self.dataset = PairDataset(self.pairs, self.prepare, captions)
         loading = {"batch_size": args.train_batch_size, "num_workers": args.dataloader_num_workers}
         rows = args.train_batch_size * self.accelerator.num_processes
-        if len(self.dataset) < rows:
+        if len(self.pairs) < rows:
             source = "--dataset_root" if args.dataset_root is not None else "--dataset_name"
-            raise ValueError(f"--train_batch_size: a step takes {rows} pairs, and {source} has {len(self.dataset)}")
-        if args.cache_latents is not None:
-            folder = args.cache_latents / cache_key(self.vae, self.settings, self.pairs)
-            self.dataset = LatentCache(self.pairs, self.prepare, folder=folder)
-            self.dataset.fill(self.encode, self.accelerator, **loading)
-        self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
+            raise ValueError(f"--train_batch_size: a step takes {rows} pairs, and {source} has {len(self.pairs)}")
+        if args.resolutions is None:
+            self.dataset = self.pairs_at(self.height, self.width, captions, loading)
+            self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
+            return
+        groups, processes = group_by_aspect(self.pairs, args.resolutions), self.accelerator.num_processes
+        self.dataset = PairsAtSizes([self.pairs_at(*size, captions, loading) for size in args.resolutions])
+        batches = ResolutionBatches(self.dataset, groups, args.train_batch_size, processes, args.seed)
+        self.loader = DataLoader(self.dataset, batch_sampler=batches, num_workers=args.dataloader_num_workers)
+
+    def pairs_at(
+        self, height: int, width: int, captions: Sequence[str] | None, loading: dict[str, int]
+    ) -> PairDataset:
+        """The pairs at one size, with what the VAE makes of them if that is to be cached."""
+        prepare = replace(self.prepare, height=height, width=width)
+        if self.args.cache_latents is None:
+            return PairDataset(self.pairs, prepare, captions)
+        settings = replace(self.settings, height=height, width=width)
+        folder = self.args.cache_latents / cache_key(self.vae, settings, self.pairs)
+        dataset = LatentCache(self.pairs, prepare, folder=folder)
+        dataset.fill(self.encode, self.accelerator, **loading)
+        return dataset
 
     def load_stream(self) -> None:
         """Every process reads its own part, and has one reader, which keeps the order."""
@@ -1514,12 +1647,16 @@ class Checkpoints:
         """A run goes on as what it is: what its weights have learnt with does not change."""
         with safe_open(self.resumed / ADAPTER_NAME, "pt") as file:
             before = asdict(AdapterSettings.from_metadata(file.metadata(), self.resumed / ADAPTER_NAME))
-        before["lora_rank"] = self.progress().get("lora_rank")
-        now = asdict(self.trainer.settings) | {"lora_rank": self.args.lora_rank}
-        changed = [name for name in RESUMED_SETTINGS if before[name] != now[name]]
+        before |= {name: self.progress().get(name) for name in RESUMED_FLAGS}
+        now = asdict(self.trainer.settings) | self.resumed_flags()
+        changed = [name for name in (*RESUMED_SETTINGS, *RESUMED_FLAGS) if before[name] != now[name]]
         if changed:
             was, is_now = (", ".join(f"{name} {run[name]}" for name in changed) for run in (before, now))
             raise ValueError(f"--resume_from_checkpoint: {self.resumed} was trained with {was}, not with {is_now}")
+
+    def resumed_flags(self) -> dict[str, Any]:
+        """As JSON has them."""
+        return json.loads(json.dumps({name: getattr(self.args, name) for name in RESUMED_FLAGS}))
 
     def progress(self) -> dict[str, Any]:
         return json.loads((self.resumed / "progress.json").read_text(encoding="utf-8"))
@@ -1570,7 +1707,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             trainer = self.trainer
-            progress = {"step": trainer.step, "losses": trainer.losses, "lora_rank": self.args.lora_rank}
+            progress = {"step": trainer.step, "losses": trainer.losses, **self.resumed_flags()}
             write_text(unfinished / "progress.json", json.dumps(progress))
             if final.exists():  # a run that was resumed from an earlier one
                 discard(final)
