@@ -62,6 +62,8 @@ from accelerate.utils import (
 )
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.unets.unet_2d_blocks import DownBlock2D
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr, find_nearest_bucket
 from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
@@ -74,6 +76,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -106,6 +109,9 @@ from pipeline_vton import (
 
 
 logger = get_logger("train_vton")
+OUTLIER = 5.0  # standard deviations: what a decoder's feature does beyond them is no measure of likeness
+DISCRIMINATOR_RATE, R1_WEIGHT = 1e-4, 0.1
+COLLAPSED, COLLAPSE_AFTER = 0.05, 200  # a discriminator's loss that is as good as 0, and for how many updates
 SEED_GUIDANCE = 7.5  # where nothing better is known
 ASPECT_TOLERANCE = 1.1
 HULL_SIDES = 32  # of the polygon that stands for a convex hull
@@ -120,7 +126,6 @@ RESUMED_SETTINGS = (  # what a checkpoint's weights have learnt with
     "base_in_channels", "cloth_conditioning", "canvas_axis", "cross_attention", "condition_latents", "mask_free",
     "trainable", "height", "width",
 )  # fmt: skip
-RESUMED_FLAGS = ("lora_rank", "resolutions")  # the same, of what no adapter says
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process looks at files or draws
 SCHEDULES = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]  # that one needs rules
 WARMUP_EPOCHS, WARMUP_START, FINAL_RATE = 5, 0.1, 1e-6
@@ -212,6 +217,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora_rank", type=POSITIVE_COUNT, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
     add("--cloth_dropout", type=SHARE, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
     add("--guidance_scale", type=NOT_NEGATIVE, help="recommended in the adapter (default: the best of seven on the test persons, else 7.5)")  # fmt: skip
+    add("--perceptual_loss", choices=("latent", "lpips"), help="add what the VAE's decoder (LPL, arXiv:2411.04873) or LPIPS (needs torchvision, and downloads VGG) sees of the error in the mask (default off)")  # fmt: skip
+    add("--perceptual_weight", type=POSITIVE, default=1.0, help="its weight (default 1)")
+    add("--perceptual_max_timestep", type=COUNT, default=500, help="the noisiest timestep that it looks at (default 500)")  # fmt: skip
+    add("--adversarial_weight", type=POSITIVE, help="add what a discriminator of noised latents holds against the predicted ones, as LADD, arXiv:2403.12015; 0.001 to 0.03 is usual (default off)")  # fmt: skip
+    add("--adversarial_start_step", type=COUNT, default=1000, help="updates before it begins (default 1000)")
     add("--snr_gamma", type=POSITIVE, help="Min-SNR weighting of the loss, arXiv:2303.09556; 5 is usual (default off)")
     add("--dream_detail_preservation", type=POSITIVE, help="DREAM's p, arXiv:2312.00210; CatVTON trained with 10 (default off)")  # fmt: skip
 
@@ -933,6 +943,178 @@ def unet_target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timestep
     return scheduler.get_velocity(clean, noise, timesteps)
 
 
+def predicted_latents(scheduler: DDPMScheduler, noisy: Tensor, predicted: Tensor, timesteps: Tensor) -> Tensor:
+    """The clean latents that follow from noisy ones and the noise, or the velocity, that is predicted of them."""
+    alpha = scheduler.alphas_cumprod.to(noisy.device)[timesteps].view(-1, 1, 1, 1)
+    if scheduler.config.prediction_type == "epsilon":
+        return (noisy - (1 - alpha).sqrt() * predicted) / alpha.sqrt()
+    return alpha.sqrt() * noisy - (1 - alpha).sqrt() * predicted
+
+
+class PerceptualLoss:
+    """How unlike predicted and true latents look in the hole that is painted, to a frozen network that knows pictures.
+
+    `"latent"` compares what the blocks of the VAE's decoder make of them: LPL, arXiv:2411.04873, with features normalised by
+    the true ones', and the l-th block weighing 2**-l. `"lpips"` compares decoded pictures, the true one's pixels standing around
+    the hole, with VGG: arXiv:1801.03924. Rows noisier than `max_timestep` count nothing, since there is no picture in them yet.
+
+    Raises:
+        ImportError, OSError: LPIPS lacks torchvision, torchmetrics or its weights.
+    """
+
+    def __init__(self, kind: str, vae: AutoencoderKL, max_timestep: int, checkpointing: bool) -> None:
+        self.vae, self.max_timestep, self.checkpointing = vae, max_timestep, checkpointing
+        self.errors, self.lpips = self.decoder_errors, None
+        if kind == "lpips":
+            self.errors, self.lpips = self.picture_errors, load_lpips().to(vae.device)
+            if checkpointing:
+                vae.enable_gradient_checkpointing()
+
+    def __call__(self, found: Tensor, clean: Tensor, hole: Tensor, timesteps: Tensor) -> Tensor:
+        """The batch's mean, of scaled latents (B, 4, h, w), a mask (B, 1, h, w) and timesteps (B,)."""
+        rows = timesteps <= self.max_timestep
+        if not rows.any():
+            return clean.new_zeros(())
+        unscaled = (latents[rows] / self.vae.config.scaling_factor for latents in (found, clean))
+        return self.errors(*unscaled, hole[rows]).sum() / len(timesteps)
+
+    def decoder_errors(self, found: Tensor, clean: Tensor, hole: Tensor) -> Tensor:
+        """(B,), from unscaled latents."""
+        with torch.no_grad():
+            true_features = self.decoder_features(clean)
+        errors = torch.zeros(len(clean), device=clean.device)
+        for level, (features, true) in enumerate(zip(self.decoder_features(found), true_features)):
+            deviation, mean = torch.std_mean(true, dim=(2, 3), keepdim=True)
+            compared = F.interpolate(hole, size=true.shape[-2:]) * ((true - mean).abs() < OUTLIER * deviation)
+            squares = ((features - true) / (deviation + 1e-6)).square() * compared
+            errors = errors + 2.0**-level * squares.sum(dim=(1, 2, 3)) / compared.sum(dim=(1, 2, 3)).clamp(min=1)
+        return errors
+
+    def decoder_features(self, latents: Tensor) -> list[Tensor]:
+        """What the decoder's blocks, from the lowest resolution up, make of unscaled latents."""
+        decoder, first, features = self.vae.decoder, self.vae.post_quant_conv, []
+        hidden = latents.to(self.vae.dtype)
+        hidden = decoder.conv_in(hidden if first is None else first(hidden))
+        for block in (decoder.mid_block, *decoder.up_blocks):
+            hidden = checkpoint(block, hidden, use_reentrant=False) if self.checkpointing else block(hidden)
+            features.append(hidden.float())
+        return features
+
+    def picture_errors(self, found: Tensor, clean: Tensor, hole: Tensor) -> Tensor:
+        """(B,), from unscaled latents."""
+        with torch.no_grad():
+            truth = self.vae.decode(clean.to(self.vae.dtype), return_dict=False)[0].float()
+        shown = self.vae.decode(found.to(self.vae.dtype), return_dict=False)[0].float()
+        hole = F.interpolate(hole, size=truth.shape[-2:])
+        return self.lpips(hole * shown + (1 - hole) * truth, truth).flatten()
+
+
+class LatentDiscriminator(torch.nn.Module):
+    """Tells true latents from predicted ones, both noised, patch by patch, knowing the timestep and the cloth.
+
+    On noised latents as in LADD, arXiv:2403.12015, which lends its discriminator the eyes of a trained network; these are
+    its own: two of diffusers' blocks.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        told, wide = 4 * width, {"temb_channels": 4 * width, "resnet_groups": 8}
+        self.frequencies = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(width, told)
+        self.cloth = torch.nn.Sequential(
+            *(torch.nn.Conv2d(4, width, 3, stride=2, padding=1), torch.nn.SiLU()),
+            *(torch.nn.Conv2d(width, told, 3, stride=2, padding=1), torch.nn.SiLU()),
+            *(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(told, told)),
+        )
+        self.conv_in = torch.nn.Conv2d(4, width, 3, padding=1)
+        self.blocks = torch.nn.ModuleList([DownBlock2D(k * width, 2 * k * width, **wide) for k in (1, 2)])
+        self.conv_out = torch.nn.Sequential(
+            torch.nn.GroupNorm(8, 4 * width), torch.nn.SiLU(), torch.nn.Conv2d(4 * width, 1, 1)
+        )
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, cloth: Tensor) -> Tensor:
+        """Logits (B, 1, h/4, w/4), high for true ones, of latents (B, 4, h, w), timesteps (B,) and cloths (B, 4, h, w)."""
+        told = self.time(self.frequencies(timesteps)) + self.cloth(cloth)
+        hidden = self.conv_in(noisy)
+        for block in self.blocks:
+            hidden, _ = block(hidden, told)
+        return self.conv_out(hidden)
+
+
+class AdversarialLoss:
+    """What a `LatentDiscriminator` holds against predicted latents, and how it learns: softplus losses, R1 on true latents.
+
+    It has an optimiser of its own, which makes an update where the UNet's does. Every process has the same discriminator:
+    their gradients are averaged.
+    """
+
+    def __init__(self, accelerator: accelerate.Accelerator, scheduler: DDPMScheduler, seed: int) -> None:
+        self.accelerator, self.scheduler = accelerator, scheduler
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model = LatentDiscriminator().to(accelerator.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), DISCRIMINATOR_RATE, betas=(0.0, 0.99))
+        self.loss, self.quiet = torch.zeros(()), 0  # of the last batch; updates in a row in which it was as good as 0
+
+    def noised(self, latents: Tensor, timesteps: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Latents, and the timesteps, at least as noisy as those that were predicted from: what noise hid is no fault."""
+        steps = self.scheduler.config.num_train_timesteps
+        later = timesteps + (drawn["time"] * (steps - timesteps)).long()
+        later = later.clamp(max=steps - 1)  # the product may be rounded up
+        return self.scheduler.add_noise(latents, drawn["noise"], later), later
+
+    def __call__(
+        self, found: Tensor, clean: Tensor, cloth: Tensor, timesteps: Tensor, drawn: dict[str, Tensor]
+    ) -> Tensor:
+        """The UNet's loss for `found` instead of `clean` (B, 4, h, w); the discriminator's gradients are added up on the way."""
+        (found, later), (true, _) = (self.noised(latents, timesteps, drawn) for latents in (found, clean))
+        self.model.requires_grad_(False)
+        loss = F.softplus(-self.model(found, later, cloth)).mean()
+        self.model.requires_grad_(True)
+        self.learn(found.detach(), true, cloth, later)
+        return loss
+
+    @torch.enable_grad()
+    def learn(self, found: Tensor, true: Tensor, cloth: Tensor, timesteps: Tensor) -> None:
+        """Add up the gradients of softplus(-D(true)) + softplus(D(found)) and R1, arXiv:1801.04406."""
+        true = true.detach().requires_grad_()
+        for_true, for_found = self.model(true, timesteps, cloth), self.model(found, timesteps, cloth)
+        (slope,) = torch.autograd.grad(for_true.sum(), true, create_graph=True)
+        penalty = slope.square().sum(dim=(1, 2, 3)).mean()
+        loss = F.softplus(-for_true).mean() + F.softplus(for_found).mean()
+        ((loss + R1_WEIGHT / 2 * penalty) / self.accelerator.gradient_accumulation_steps).backward()
+        self.loss = loss.detach()
+
+    def update(self) -> None:
+        """One step of the optimiser; a collapse is logged once it has lasted."""
+        for parameter in self.model.parameters():
+            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.quiet = self.quiet + 1 if self.loss.item() < COLLAPSED else 0
+        if self.quiet == COLLAPSE_AFTER:
+            said = "the discriminator has told true from predicted latents without an error for %d updates and has nothing to teach"
+            logger.warning(f"{said}: a smaller --adversarial_weight, or a later --adversarial_start_step", self.quiet)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "quiet": self.quiet}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.quiet = state["quiet"]
+
+
+def load_lpips() -> torch.nn.Module:
+    """torchmetrics' LPIPS with VGG, frozen: two pictures (B, 3, H, W) in [-1, 1] to (B, 1, 1, 1)."""
+    for library in ("torchvision", "torchmetrics"):
+        optional(library, "perceptual_loss lpips")
+    try:
+        return importlib.import_module("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity("vgg").net
+    except OSError as error:
+        raise OSError(f"--perceptual_loss lpips: VGG's weights are not there and do not come: {error}") from error
+
+
 @torch.no_grad()
 def dream_noise(
     scheduler: DDPMScheduler, predict: Callable, clean: Tensor, noise: Tensor, timesteps: Tensor, p: float
@@ -1067,6 +1249,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self)
         self.load_data()
         self.validation = Validation(self)
+        self.prepare_losses()
         self.prepare_parameters()
         self.prepare_training()
         self.checkpoints.register()
@@ -1209,6 +1392,18 @@ class Trainer:
         workers = min(1, args.dataloader_num_workers)
         self.loader = DataLoader(self.dataset, batch_size=args.train_batch_size, num_workers=workers)
 
+    def prepare_losses(self) -> None:
+        """What is added to the noise's error."""
+        args = self.args
+        self.parts: dict[str, Tensor] = {}  # of this process' last batch, for the log
+        self.perceptual = None
+        if args.perceptual_loss is not None:
+            options = (args.perceptual_max_timestep, args.gradient_checkpointing)
+            self.perceptual = PerceptualLoss(args.perceptual_loss, self.vae, *options)
+        self.adversary = None
+        if args.adversarial_weight is not None:
+            self.adversary = AdversarialLoss(self.accelerator, self.noise_scheduler, args.seed)
+
     def prepare_parameters(self) -> None:
         """What learns, in float32: the adapter's weights, or a LoRA of the same modules."""
         args = self.args
@@ -1331,9 +1526,46 @@ class Trainer:
         scheduler, p = self.noise_scheduler, self.args.dream_detail_preservation
         if p:
             noise = dream_noise(scheduler, predict, clean, noise, timesteps, p)
-        predicted = predict(scheduler.add_noise(clean, noise, timesteps))
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        predicted = predict(noisy)
         target = unet_target(scheduler, clean, noise, timesteps)
-        return noise_loss(scheduler, predicted, target, timesteps, self.args.snr_gamma)
+        loss = noise_loss(scheduler, predicted, target, timesteps, self.args.snr_gamma)
+        if self.perceptual is None and not self.is_contested:
+            return loss
+        found = predicted_latents(scheduler, noisy, predicted, timesteps)
+        return loss + self.picture_losses(conditioning, found, clean, timesteps, seen, batch["seed"])
+
+    @property
+    def is_contested(self) -> bool:
+        """Whether a discriminator is at work by now."""
+        return self.adversary is not None and self.step >= self.args.adversarial_start_step
+
+    def picture_losses(
+        self,
+        conditioning: TryOnLatents,
+        found: Tensor,
+        clean: Tensor,
+        timesteps: Tensor,
+        seen: Tensor,
+        seeds: Iterable[int],
+    ) -> Tensor | float:
+        """What else is said of predicted latents, `found` instead of `clean`, (B, 4, h, w) or a canvas; of the hole alone."""
+        if self.args.cloth_conditioning == "joint":
+            found, clean = conditioning.person_part(found), conditioning.person_part(clean)
+        total = 0.0
+        if self.perceptual is not None:
+            part = self.perceptual(found, clean, conditioning.mask, timesteps)
+            total += self.args.perceptual_weight * part
+            self.parts["perceptual"] = part.detach()
+        if self.is_contested:
+            found = conditioning.mask * found + (1 - conditioning.mask) * clean
+            others = [np.random.SeedSequence([int(seed), 1]).generate_state(1)[0] for seed in seeds]
+            drawn = {name: value.to(clean.device) for name, value in draw(others, clean.shape[1:]).items()}
+            cloth = conditioning.cloth * seen.view(-1, 1, 1, 1)  # of a row that saw none, none is told
+            part = self.adversary(found, clean, cloth, timesteps, drawn)
+            total += self.args.adversarial_weight * part
+            self.parts |= {"adversarial": part.detach(), "discriminator": self.adversary.loss}
+        return total
 
     def update(self, batch: dict[str, Any]) -> float:
         """Forward, backward and, every `gradient_accumulation_steps` batches, one update; returns this batch's loss."""
@@ -1354,6 +1586,8 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
         if accelerator.sync_gradients:
+            if self.is_contested:
+                self.adversary.update()
             self.schedule.step()
             self.ema.step(self.trained)
             self.step += 1
@@ -1363,7 +1597,8 @@ class Trainer:
         """accelerate divides by `gradient_accumulation_steps`; an epoch's last update may have had fewer batches."""
         missing = self.args.gradient_accumulation_steps / self.accumulated
         if missing > 1:
-            for gradient in (p.grad for p in self.trained if p.grad is not None):
+            discriminator = [] if self.adversary is None else self.adversary.model.parameters()
+            for gradient in (p.grad for p in (*self.trained, *discriminator) if p.grad is not None):
                 gradient.mul_(missing)
         self.accumulated = 0
 
@@ -1432,7 +1667,7 @@ class Trainer:
             "grad_norm": self.grad_norm,
             "images_per_second": pairs / seconds,
             "memory_gib": memory_gib(self.accelerator.device),
-        }
+        } | {f"loss_{name}": part.item() for name, part in self.parts.items()}
         bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")})
         saving = self.step % args.checkpointing_steps == 0 or last or self.stopping
         if saving:
@@ -1647,16 +1882,22 @@ class Checkpoints:
         """A run goes on as what it is: what its weights have learnt with does not change."""
         with safe_open(self.resumed / ADAPTER_NAME, "pt") as file:
             before = asdict(AdapterSettings.from_metadata(file.metadata(), self.resumed / ADAPTER_NAME))
-        before |= {name: self.progress().get(name) for name in RESUMED_FLAGS}
-        now = asdict(self.trainer.settings) | self.resumed_flags()
-        changed = [name for name in (*RESUMED_SETTINGS, *RESUMED_FLAGS) if before[name] != now[name]]
+        flags = self.resumed_flags()
+        before |= {name: self.progress().get(name) for name in flags}
+        now = asdict(self.trainer.settings) | flags
+        changed = [name for name in (*RESUMED_SETTINGS, *flags) if before[name] != now[name]]
         if changed:
             was, is_now = (", ".join(f"{name} {run[name]}" for name in changed) for run in (before, now))
             raise ValueError(f"--resume_from_checkpoint: {self.resumed} was trained with {was}, not with {is_now}")
 
     def resumed_flags(self) -> dict[str, Any]:
-        """As JSON has them."""
-        return json.loads(json.dumps({name: getattr(self.args, name) for name in RESUMED_FLAGS}))
+        """What no adapter says of itself and does not change either, as JSON has it."""
+        args = self.args
+        flags = {
+            "lora_rank": args.lora_rank,
+            "resolutions": args.resolutions and [list(size) for size in args.resolutions],
+        }
+        return flags | {"adversarial_loss": True if args.adversarial_weight else None}
 
     def progress(self) -> dict[str, Any]:
         return json.loads((self.resumed / "progress.json").read_text(encoding="utf-8"))
@@ -1664,6 +1905,8 @@ class Checkpoints:
     def register(self) -> None:
         """What accelerate saves and loads."""
         self.accelerator.register_for_checkpointing(self.trainer.schedule, self.trainer.ema)
+        if self.trainer.adversary is not None:
+            self.accelerator.register_for_checkpointing(self.trainer.adversary)
         self.accelerator.register_save_state_pre_hook(self.save_weights)
         self.accelerator.register_load_state_pre_hook(self.load_weights)
 

@@ -1407,10 +1407,13 @@ NUMBERS = {
         "checkpointing_steps validation_steps", "0 -1",
     ),
     "a whole number from 0": (
-        "dataloader_num_workers lr_warmup_steps checkpoints_total_limit num_validation_pairs", "-1",
+        "dataloader_num_workers lr_warmup_steps checkpoints_total_limit num_validation_pairs perceptual_max_timestep "
+        "adversarial_start_step", "-1",
     ),
     "a whole number from 0 to 4294967295": ("seed", "-1 4294967296"),
-    "a positive number": ("learning_rate max_grad_norm snr_gamma dream_detail_preservation", "0 -1 nan inf"),
+    "a positive number": (
+        "learning_rate max_grad_norm snr_gamma dream_detail_preservation perceptual_weight adversarial_weight", "0 -1 nan inf",
+    ),
     "a number from 0": ("guidance_scale adam_weight_decay", "-1 nan inf -inf"),
     "at least 0 and at most 1": ("cloth_dropout", "-0.1 1.1 nan"),
     "at least 0 and less than 1": ("ema_decay", "-0.1 1 nan"),
