@@ -21,6 +21,7 @@ import codecs
 import contextlib
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -36,12 +37,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar, NoReturn
 
 import accelerate
 import numpy as np
@@ -59,10 +61,13 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.unets.unet_2d_blocks import DownBlock2D
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
+from diffusers.training_utils import EMAModel, cast_training_params, compute_snr, find_nearest_bucket
 from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
 from huggingface_hub import ModelCard, create_repo, upload_folder
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import ExifTags, Image, ImageOps
@@ -70,7 +75,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -94,6 +100,7 @@ from pipeline_vton import (
     convert_profile,
     fit_cloth,
     fit_size,
+    hub_repository,
     is_sdxl,
     read_adapter,
     read_safetensors,
@@ -105,6 +112,9 @@ from pipeline_vton import (
 
 
 logger = get_logger("train_vton")
+OUTLIER = 5.0  # standard deviations: what a decoder's feature does beyond them is no measure of likeness
+DISCRIMINATOR_RATE, R1_WEIGHT = 1e-4, 0.1
+COLLAPSED, COLLAPSE_AFTER = 0.05, 200  # a discriminator's loss that is as good as 0, and for how many updates
 SEED_GUIDANCE = 7.5  # where nothing better is known
 ASPECT_TOLERANCE = 1.1
 HULL_SIDES = 32  # of the polygon that stands for a convex hull
@@ -120,11 +130,15 @@ GUIDANCE_SCALES, GUIDANCE_STEPS = (1, 1.5, 2, 2.5, 3.5, 5, 7.5), 25
 LOCAL_FLAGS = {"dataset_root", "output_dir", "cache_latents", "resume_from_checkpoint"}  # folders of this machine
 RESUMED_SETTINGS = (  # what a checkpoint's weights have learnt with
     "base_in_channels", "cloth_conditioning", "canvas_axis", "cross_attention", "condition_latents", "mask_free", "pose",
-    "trainable", "lora_rank", "height", "width",
+    "trainable", "height", "width",
 )  # fmt: skip
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process looks at files or draws
 SCHEDULES = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]  # that one needs rules
 WARMUP_EPOCHS, WARMUP_START, FINAL_RATE = 5, 0.1, 1e-6
+ADAPTER_FLAGS = {  # what an adapter says that training begins from, and what holds where neither it nor a flag does
+    "cloth_conditioning": "reference", "cross_attention": "skip", "condition_latents": None, "mask_free": False,
+    "pose": False, "trainable": "self_attention", "prompt": "",
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -152,12 +166,23 @@ DECAY = number(float, "at least 0 and less than 1", lambda value: 0 <= value < 1
 SEED = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 
+def resolution(text: str) -> tuple[int, int]:
+    """A `type` for argparse: a height and a width in pixels."""
+    if (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)) is None:
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, as 512x384, got {text}")
+    return int(match[1]), int(match[2])
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for add_arguments in (add_data_arguments, add_model_arguments, add_optimisation_arguments, add_report_arguments):
         add_arguments(parser)
     args = parser.parse_args(input_args)
     check_args(parser, args)
+    if args.init_adapter is None:
+        for name, default in ADAPTER_FLAGS.items():
+            setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+        check_settings(args, parser.error)
     if args.cache_latents is True:
         args.cache_latents = args.output_dir / "latents"
     return args
@@ -184,6 +209,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pose_folder", help="--pose: the folder beside the persons', such as image-densepose (default: openpose_img, DressCode's skeletons)")  # fmt: skip
     add("--height", type=POSITIVE_COUNT, help="training height in pixels (default: the base's native area at the data's aspect)")  # fmt: skip
     add("--width", type=POSITIVE_COUNT, help="training width in pixels, at the data's aspect")
+    add("--resolutions", nargs="+", type=resolution, metavar="HEIGHTxWIDTH", help="train at all of these, a batch at one that is nearest to its persons' aspect; the first that suits most persons is the adapter's own (default: one size)")  # fmt: skip
     add("--augment", nargs="*", default=[], choices=("flip", "crop", "color", "mask"), help="mirror, zoom in, recolour, loosen masks (default none)")  # fmt: skip
     add("--cache_latents", nargs="?", type=Path, const=True, help="encode once into this folder (default OUTPUT_DIR/latents)")  # fmt: skip
     add("--dataloader_num_workers", type=COUNT, default=2, help="reading processes (default 2)")
@@ -191,18 +217,30 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how the cloth is shown, and what learns").add_argument
-    add("--cloth_conditioning", choices=AdapterSettings.choices("cloth_conditioning"), default="reference", help="cloth tokens in every attn1 (default), or one canvas")  # fmt: skip
-    add("--cross_attention", choices=("skip", "prompt"), default="skip", help="leave attn2 out (default), or feed it text")  # fmt: skip
-    add("--prompt", default="", help="the text of every picture with --cross_attention prompt (default empty)")
+    add("--init_adapter", help="begin from this adapter, a Hub repository, a folder or a file: its settings hold (default: from the base)")  # fmt: skip
+    add("--init_subfolder", help="where in the repository or folder it lies, as mix-48k-1024/attention in CatVTON's")
+    add("--cloth_conditioning", choices=AdapterSettings.choices("cloth_conditioning"), help="cloth tokens in every attn1 (reference, the default), or one canvas")  # fmt: skip
+    add("--cross_attention", choices=("skip", "prompt"), help="leave attn2 out (default), or feed it text")
+    add("--prompt", help="the text of every picture with --cross_attention prompt (default empty)")
     add("--condition_latents", choices=AdapterSettings.choices("condition_latents"), help="default: unscaled for 8-channel bases (instruct-pix2pix), else scaled")  # fmt: skip
-    add("--mask_free", action="store_true", help="condition on the whole person, in another cloth, instead of a masked one")  # fmt: skip
-    add("--pose", action="store_true", help="paint a picture of the pose into the hole that the mask leaves")
+    add("--mask_free", action="store_true", default=None, help="condition on the whole person, in another cloth, instead of a masked one")  # fmt: skip
+    add(
+        "--pose",
+        action="store_true",
+        default=None,
+        help="paint a picture of the pose into the hole that the mask leaves",
+    )
     add("--pose_dropout", type=SHARE, default=0.1, help="--pose: share of rows whose hole is grey, for calls without a pose (default 0.1)")  # fmt: skip
-    add("--trainable", choices=AdapterSettings.choices("trainable"), default="self_attention", help="which UNet weights learn (default self_attention)")  # fmt: skip
+    add("--trainable", choices=AdapterSettings.choices("trainable"), help="which UNet weights learn (default self_attention)")  # fmt: skip
     add("--lora_rank", type=POSITIVE_COUNT, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
     add("--cloth_dropout", type=SHARE, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
     add("--guidance_scale", type=NOT_NEGATIVE, help="recommended in the adapter (default: the best of seven on the test persons, else 7.5)")  # fmt: skip
     add("--guidance_distillation", type=POSITIVE, metavar="W", help="learn what the weights that the run begins from see with guidance W, arXiv:2210.03142: half the work of a call (default off)")  # fmt: skip
+    add("--perceptual_loss", choices=("latent", "lpips"), help="add what the VAE's decoder (LPL, arXiv:2411.04873) or LPIPS (needs torchvision, and downloads VGG) sees of the error in the mask (default off)")  # fmt: skip
+    add("--perceptual_weight", type=POSITIVE, default=1.0, help="its weight (default 1)")
+    add("--perceptual_max_timestep", type=COUNT, default=500, help="the noisiest timestep that it looks at (default 500)")  # fmt: skip
+    add("--adversarial_weight", type=POSITIVE, help="add what a discriminator of noised latents holds against the predicted ones, as LADD, arXiv:2403.12015; 0.001 to 0.03 is usual (default off)")  # fmt: skip
+    add("--adversarial_start_step", type=COUNT, default=1000, help="updates before it begins (default 1000)")
     add("--snr_gamma", type=POSITIVE, help="Min-SNR weighting of the loss, arXiv:2303.09556; 5 is usual (default off)")
     add("--dream_detail_preservation", type=POSITIVE, help="DREAM's p, arXiv:2312.00210; CatVTON trained with 10 (default off)")  # fmt: skip
 
@@ -248,6 +286,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--output_dir must be a folder, got the file {args.output_dir}")
     if (args.height is None) != (args.width is None):
         parser.error(f"--height and --width go together, got {args.height} and {args.width}")
+    if args.resolutions and (args.height or args.streaming):
+        parser.error("--resolutions takes the place of --height and --width, and sorts all pairs, which --streaming cannot")  # fmt: skip
     resumed = args.resume_from_checkpoint
     if resumed not in {None, "latest"} and not (Path(resumed) / "progress.json").is_file():
         parser.error(f"--resume_from_checkpoint must be latest or a checkpoint's folder, got {resumed}")
@@ -259,28 +299,49 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--streaming needs --dataset_name and, its length being unknown, --max_train_steps")
     if args.category != "all" and args.dataset_root is None:
         parser.error(f"--category {args.category} needs --dataset_root in DressCode's layout")
-    if args.caption_column and (args.dataset_name is None or args.cross_attention != "prompt"):
-        parser.error(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
     if args.cache_latents and (args.augment or args.streaming or args.caption_column):
         parser.error("--cache_latents would freeze --augment, and knows neither --streaming nor --caption_column")
     if args.guidance_distillation and args.dream_detail_preservation:
         parser.error("--dream_detail_preservation moves the noise that --guidance_distillation does not learn: give one of them")  # fmt: skip
     if args.guidance_distillation and args.guidance_scale is None:
         args.guidance_scale = 1.0  # what is learnt needs no guidance
-    if args.mask_free and "mask" in args.augment:
-        parser.error("--augment mask loosens masks, and --mask_free has none")
-    if args.num_cloths > 1 and args.cloth_conditioning == "joint":
-        parser.error(
-            f"--num_cloths {args.num_cloths} needs --cloth_conditioning reference: a joint canvas holds one cloth"
-        )
-    if args.pose and args.mask_free:
-        parser.error("--pose paints into the hole that a mask leaves, and --mask_free has none")
-    if args.pose_folder and not (args.pose and args.dataset_root):
-        parser.error(f"--pose_folder {args.pose_folder} needs --pose and --dataset_root")
-    if args.lora_rank and args.trainable not in {"self_attention", "attention"}:
-        parser.error(f"--lora_rank needs --trainable self_attention or attention, got {args.trainable}")
+    if args.pose_folder and args.dataset_root is None:
+        parser.error(f"--pose_folder {args.pose_folder} needs --dataset_root")
     if args.lora_rank and args.push_to_hub:
         parser.error("--push_to_hub uploads an adapter and its code: upload a LoRA's OUTPUT_DIR with hf upload")
+    if args.lora_rank and args.init_adapter:
+        parser.error("--lora_rank learns an update of the base alone: an adapter to begin from is trained whole")
+    if args.init_subfolder and not args.init_adapter:
+        parser.error(f"--init_subfolder {args.init_subfolder} needs --init_adapter")
+
+
+def check_settings(args: argparse.Namespace, fail: Callable[[str], Any]) -> None:
+    """The same of flags that depend on what an adapter says that training begins from."""
+    if args.caption_column and (args.dataset_name is None or args.cross_attention != "prompt"):
+        fail(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
+    if args.mask_free and "mask" in args.augment:
+        fail("--augment mask loosens masks, and --mask_free has none")
+    if args.num_cloths > 1 and args.cloth_conditioning == "joint":
+        fail(f"--num_cloths {args.num_cloths} needs --cloth_conditioning reference: a joint canvas holds one cloth")
+    if args.pose and args.mask_free:
+        fail("--pose paints into the hole that a mask leaves, and --mask_free has none")
+    if args.pose_folder and not args.pose:
+        fail(f"--pose_folder {args.pose_folder} needs --pose")
+    if args.lora_rank and args.trainable not in {"self_attention", "attention"}:
+        fail(f"--lora_rank needs --trainable self_attention or attention, got {args.trainable}")
+
+
+def settle(args: argparse.Namespace, said: dict[str, Any]) -> None:
+    """Give the flags of `ADAPTER_FLAGS` what is `said` of them; ValueError names one that was given and disagrees."""
+    for name in ADAPTER_FLAGS:
+        given = getattr(args, name)
+        if given not in {None, said[name]}:
+            raise ValueError(f"--{name} {given}: --init_adapter {args.init_adapter} was trained with {said[name]}")
+        setattr(args, name, said[name])
+
+
+def refuse(sentence: str) -> NoReturn:
+    raise ValueError(sentence)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -408,7 +469,7 @@ def in_persons_colours(pictures: dict[str, Image.Image]) -> dict[str, Image.Imag
     return pictures
 
 
-def picture_size(file: Path, where: str) -> tuple[int, int]:
+def picture_size(file: Path | BinaryIO, where: str) -> tuple[int, int]:
     """Width and height as shown, from the file's head alone."""
     try:
         with Image.open(file) as picture:
@@ -655,6 +716,9 @@ class TreePairs:
         """Widths and heights."""
         return [tuple(facts[2:]) for (role, _), facts in self.learnt.items() if role == "person"]
 
+    def person_size(self, index: int) -> tuple[int, int]:
+        return tuple(self.learnt["person", str(self.pairs[index][2]["person"])][2:])
+
     def identity(self) -> list:
         """What a cache of these pairs depends on: the files, their sizes and when they were written."""
         files = [(role, str(file)) for _, _, files in self.pairs for role, file in files.items()]
@@ -766,6 +830,12 @@ class RowPairs:
         else:  # a stream: its first
             some = self.rows.take(SIZED_ROWS)
         return [row_pictures(row, person, self.name(i))["person"].size for i, row in enumerate(some)]
+
+    def person_size(self, index: int) -> tuple[int, int]:
+        name, column = self.name(index), self.columns["person"]
+        cell = filled(self.rows[index][column], f"{name}: the column {column}")
+        picture = Path(cell["path"]) if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+        return picture_size(picture, f"{name}, column {column}")
 
     def identity(self) -> list:
         return [self.rows._fingerprint, self.columns]
@@ -927,6 +997,84 @@ def tree_pairs(root: Path, split: str, *args: Any, **options: Any) -> TreePairs:
     return (OutfitPairs if OutfitPairs.list_of(root, split).is_file() else TreePairs)(root, split, *args, **options)
 
 
+@dataclass(eq=False)
+class PairsAtSizes(Dataset):
+    """The same pairs at several sizes: an item is asked for by its size's place and its own."""
+
+    sizes: list[PairDataset]
+
+    @property
+    def epoch(self) -> int:
+        return self.sizes[0].epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        for dataset in self.sizes:
+            dataset.set_epoch(epoch)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        size, index = place
+        return self.sizes[size][index]
+
+
+def nearest_aspect(height: int, width: int, resolutions: Sequence[tuple[int, int]]) -> list[int]:
+    """The places of the resolutions (height, width) whose aspect is nearest to a person's: of all that have that one."""
+    aspects = list(dict.fromkeys(Fraction(w, h) for h, w in resolutions))
+    nearest = aspects[find_nearest_bucket(height, width, [(1, float(aspect)) for aspect in aspects])]
+    return [place for place, (h, w) in enumerate(resolutions) if Fraction(w, h) == nearest]
+
+
+def group_by_aspect(
+    pairs: TreePairs | RowPairs, resolutions: Sequence[tuple[int, int]]
+) -> list[tuple[list[int], list[int]]]:
+    """For every aspect the places of its resolutions, and of the pairs whose persons are nearest to it."""
+    if len({Fraction(w, h) for h, w in resolutions}) == 1:
+        return [(list(range(len(resolutions))), list(range(len(pairs))))]
+    groups, stretched = defaultdict(list), 0
+    for index in tqdm(range(len(pairs)), desc="sort by aspect", delay=3):
+        width, height = pairs.person_size(index)
+        places = nearest_aspect(height, width, resolutions)
+        groups[tuple(places)].append(index)
+        ratio = resolutions[places[0]][0] / resolutions[places[0]][1] / (height / width)
+        stretched += not 1 / ASPECT_TOLERANCE <= ratio <= ASPECT_TOLERANCE
+    if unused := set(range(len(resolutions))) - set(itertools.chain(*groups)):
+        height, width = resolutions[min(unused)]
+        raise ValueError(f"--resolutions: no person's aspect is nearest to that of {height}x{width}: leave it out")
+    if stretched:
+        logger.warning("--resolutions: %d of %d persons are stretched by more than a tenth", stretched, len(pairs))
+    return [(list(places), indices) for places, indices in groups.items()]
+
+
+@dataclass(eq=False)
+class ResolutionBatches(Sampler):
+    """The batches of an epoch, every step at one resolution, with as many for every process.
+
+    The pairs of an aspect are shuffled anew in every epoch and cut into steps, each at one of the aspect's resolutions, drawn; a
+    last step that they do not fill takes some of them twice. `processes` batches in a row make a step: accelerate deals them
+    out, so that the processes' batches are disjoint and of one size.
+    """
+
+    dataset: PairsAtSizes
+    groups: list[tuple[list[int], list[int]]]  # places of resolutions, and of pairs
+    batch_size: int  # of a process
+    processes: int
+    seed: int
+
+    def __len__(self) -> int:
+        rows = self.batch_size * self.processes
+        return self.processes * sum(math.ceil(len(pairs) / rows) for _, pairs in self.groups)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rng = np.random.default_rng([self.seed, self.dataset.epoch, 2])
+        rows, steps = self.batch_size * self.processes, []
+        for sizes, pairs in self.groups:
+            whole = np.resize(rng.permutation(pairs), math.ceil(len(pairs) / rows) * rows)  # goes around
+            steps += [(rng.choice(sizes).item(), step.tolist()) for step in whole.reshape(-1, rows)]
+        for place in rng.permutation(len(steps)):
+            size, step = steps[place]
+            for start in range(0, rows, self.batch_size):
+                yield [(size, index) for index in step[start : start + self.batch_size]]
+
+
 def load_pairs(
     args: argparse.Namespace, columns: dict[str, str], accelerator: accelerate.Accelerator
 ) -> TreePairs | RowPairs:
@@ -995,6 +1143,178 @@ def unet_target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timestep
     return scheduler.get_velocity(clean, noise, timesteps)
 
 
+def predicted_latents(scheduler: DDPMScheduler, noisy: Tensor, predicted: Tensor, timesteps: Tensor) -> Tensor:
+    """The clean latents that follow from noisy ones and the noise, or the velocity, that is predicted of them."""
+    alpha = scheduler.alphas_cumprod.to(noisy.device)[timesteps].view(-1, 1, 1, 1)
+    if scheduler.config.prediction_type == "epsilon":
+        return (noisy - (1 - alpha).sqrt() * predicted) / alpha.sqrt()
+    return alpha.sqrt() * noisy - (1 - alpha).sqrt() * predicted
+
+
+class PerceptualLoss:
+    """How unlike predicted and true latents look in the hole that is painted, to a frozen network that knows pictures.
+
+    `"latent"` compares what the blocks of the VAE's decoder make of them: LPL, arXiv:2411.04873, with features normalised by
+    the true ones', and the l-th block weighing 2**-l. `"lpips"` compares decoded pictures, the true one's pixels standing around
+    the hole, with VGG: arXiv:1801.03924. Rows noisier than `max_timestep` count nothing, since there is no picture in them yet.
+
+    Raises:
+        ImportError, OSError: LPIPS lacks torchvision, torchmetrics or its weights.
+    """
+
+    def __init__(self, kind: str, vae: AutoencoderKL, max_timestep: int, checkpointing: bool) -> None:
+        self.vae, self.max_timestep, self.checkpointing = vae, max_timestep, checkpointing
+        self.errors, self.lpips = self.decoder_errors, None
+        if kind == "lpips":
+            self.errors, self.lpips = self.picture_errors, load_lpips().to(vae.device)
+            if checkpointing:
+                vae.enable_gradient_checkpointing()
+
+    def __call__(self, found: Tensor, clean: Tensor, hole: Tensor, timesteps: Tensor) -> Tensor:
+        """The batch's mean, of scaled latents (B, 4, h, w), a mask (B, 1, h, w) and timesteps (B,)."""
+        rows = timesteps <= self.max_timestep
+        if not rows.any():
+            return clean.new_zeros(())
+        unscaled = (latents[rows] / self.vae.config.scaling_factor for latents in (found, clean))
+        return self.errors(*unscaled, hole[rows]).sum() / len(timesteps)
+
+    def decoder_errors(self, found: Tensor, clean: Tensor, hole: Tensor) -> Tensor:
+        """(B,), from unscaled latents."""
+        with torch.no_grad():
+            true_features = self.decoder_features(clean)
+        errors = torch.zeros(len(clean), device=clean.device)
+        for level, (features, true) in enumerate(zip(self.decoder_features(found), true_features)):
+            deviation, mean = torch.std_mean(true, dim=(2, 3), keepdim=True)
+            compared = F.interpolate(hole, size=true.shape[-2:]) * ((true - mean).abs() < OUTLIER * deviation)
+            squares = ((features - true) / (deviation + 1e-6)).square() * compared
+            errors = errors + 2.0**-level * squares.sum(dim=(1, 2, 3)) / compared.sum(dim=(1, 2, 3)).clamp(min=1)
+        return errors
+
+    def decoder_features(self, latents: Tensor) -> list[Tensor]:
+        """What the decoder's blocks, from the lowest resolution up, make of unscaled latents."""
+        decoder, first, features = self.vae.decoder, self.vae.post_quant_conv, []
+        hidden = latents.to(self.vae.dtype)
+        hidden = decoder.conv_in(hidden if first is None else first(hidden))
+        for block in (decoder.mid_block, *decoder.up_blocks):
+            hidden = checkpoint(block, hidden, use_reentrant=False) if self.checkpointing else block(hidden)
+            features.append(hidden.float())
+        return features
+
+    def picture_errors(self, found: Tensor, clean: Tensor, hole: Tensor) -> Tensor:
+        """(B,), from unscaled latents."""
+        with torch.no_grad():
+            truth = self.vae.decode(clean.to(self.vae.dtype), return_dict=False)[0].float()
+        shown = self.vae.decode(found.to(self.vae.dtype), return_dict=False)[0].float()
+        hole = F.interpolate(hole, size=truth.shape[-2:])
+        return self.lpips(hole * shown + (1 - hole) * truth, truth).flatten()
+
+
+class LatentDiscriminator(torch.nn.Module):
+    """Tells true latents from predicted ones, both noised, patch by patch, knowing the timestep and the cloth.
+
+    On noised latents as in LADD, arXiv:2403.12015, which lends its discriminator the eyes of a trained network; these are
+    its own: two of diffusers' blocks.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        told, wide = 4 * width, {"temb_channels": 4 * width, "resnet_groups": 8}
+        self.frequencies = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(width, told)
+        self.cloth = torch.nn.Sequential(
+            *(torch.nn.Conv2d(4, width, 3, stride=2, padding=1), torch.nn.SiLU()),
+            *(torch.nn.Conv2d(width, told, 3, stride=2, padding=1), torch.nn.SiLU()),
+            *(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(told, told)),
+        )
+        self.conv_in = torch.nn.Conv2d(4, width, 3, padding=1)
+        self.blocks = torch.nn.ModuleList([DownBlock2D(k * width, 2 * k * width, **wide) for k in (1, 2)])
+        self.conv_out = torch.nn.Sequential(
+            torch.nn.GroupNorm(8, 4 * width), torch.nn.SiLU(), torch.nn.Conv2d(4 * width, 1, 1)
+        )
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, cloth: Tensor) -> Tensor:
+        """Logits (B, 1, h/4, w/4), high for true ones, of latents (B, 4, h, w), timesteps (B,) and cloths (B, 4, h, w)."""
+        told = self.time(self.frequencies(timesteps)) + self.cloth(cloth)
+        hidden = self.conv_in(noisy)
+        for block in self.blocks:
+            hidden, _ = block(hidden, told)
+        return self.conv_out(hidden)
+
+
+class AdversarialLoss:
+    """What a `LatentDiscriminator` holds against predicted latents, and how it learns: softplus losses, R1 on true latents.
+
+    It has an optimiser of its own, which makes an update where the UNet's does. Every process has the same discriminator:
+    their gradients are averaged.
+    """
+
+    def __init__(self, accelerator: accelerate.Accelerator, scheduler: DDPMScheduler, seed: int) -> None:
+        self.accelerator, self.scheduler = accelerator, scheduler
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model = LatentDiscriminator().to(accelerator.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), DISCRIMINATOR_RATE, betas=(0.0, 0.99))
+        self.loss, self.quiet = torch.zeros(()), 0  # of the last batch; updates in a row in which it was as good as 0
+
+    def noised(self, latents: Tensor, timesteps: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Latents, and the timesteps, at least as noisy as those that were predicted from: what noise hid is no fault."""
+        steps = self.scheduler.config.num_train_timesteps
+        later = timesteps + (drawn["time"] * (steps - timesteps)).long()
+        later = later.clamp(max=steps - 1)  # the product may be rounded up
+        return self.scheduler.add_noise(latents, drawn["noise"], later), later
+
+    def __call__(
+        self, found: Tensor, clean: Tensor, cloth: Tensor, timesteps: Tensor, drawn: dict[str, Tensor]
+    ) -> Tensor:
+        """The UNet's loss for `found` instead of `clean` (B, 4, h, w); the discriminator's gradients are added up on the way."""
+        (found, later), (true, _) = (self.noised(latents, timesteps, drawn) for latents in (found, clean))
+        self.model.requires_grad_(False)
+        loss = F.softplus(-self.model(found, later, cloth)).mean()
+        self.model.requires_grad_(True)
+        self.learn(found.detach(), true, cloth, later)
+        return loss
+
+    @torch.enable_grad()
+    def learn(self, found: Tensor, true: Tensor, cloth: Tensor, timesteps: Tensor) -> None:
+        """Add up the gradients of softplus(-D(true)) + softplus(D(found)) and R1, arXiv:1801.04406."""
+        true = true.detach().requires_grad_()
+        for_true, for_found = self.model(true, timesteps, cloth), self.model(found, timesteps, cloth)
+        (slope,) = torch.autograd.grad(for_true.sum(), true, create_graph=True)
+        penalty = slope.square().sum(dim=(1, 2, 3)).mean()
+        loss = F.softplus(-for_true).mean() + F.softplus(for_found).mean()
+        ((loss + R1_WEIGHT / 2 * penalty) / self.accelerator.gradient_accumulation_steps).backward()
+        self.loss = loss.detach()
+
+    def update(self) -> None:
+        """One step of the optimiser; a collapse is logged once it has lasted."""
+        for parameter in self.model.parameters():
+            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.quiet = self.quiet + 1 if self.loss.item() < COLLAPSED else 0
+        if self.quiet == COLLAPSE_AFTER:
+            said = "the discriminator has told true from predicted latents without an error for %d updates and has nothing to teach"
+            logger.warning(f"{said}: a smaller --adversarial_weight, or a later --adversarial_start_step", self.quiet)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "quiet": self.quiet}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.quiet = state["quiet"]
+
+
+def load_lpips() -> torch.nn.Module:
+    """torchmetrics' LPIPS with VGG, frozen: two pictures (B, 3, H, W) in [-1, 1] to (B, 1, 1, 1)."""
+    for library in ("torchvision", "torchmetrics"):
+        optional(library, "perceptual_loss lpips")
+    try:
+        return importlib.import_module("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity("vgg").net
+    except OSError as error:
+        raise OSError(f"--perceptual_loss lpips: VGG's weights are not there and do not come: {error}") from error
+
+
 @torch.no_grad()
 def dream_noise(
     scheduler: DDPMScheduler, predict: Callable, clean: Tensor, noise: Tensor, timesteps: Tensor, p: float
@@ -1036,18 +1356,23 @@ def forgiven(what: str) -> Iterator[None]:
         logger.warning("%s failed, and training goes on: %s", what, reason, main_process_only=False)
 
 
+def middle_person(persons: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The width and height with the middle aspect."""
+    return sorted(persons, key=lambda size: size[0] / size[1])[len(persons) // 2]
+
+
 def training_size(
     pipe: StableDiffusionVTONPipeline, persons: Sequence[tuple[int, int]], asked: tuple[int, int] | None
 ) -> tuple[int, int]:
     """Height and width to train at, which are those that a call without a size works at.
 
     Args:
-        pipe: still without a size of its own, so that it works at the base's native area.
+        pipe: still without a size of its own, so that it works at the area of the adapter to begin from, or the base's.
         persons: widths and heights; the one with the middle aspect stands for all.
-        asked: (height, width), refused where the aspect differs from the persons' by more than a tenth; None takes the
-            native area.
+        asked: (height, width), refused where the aspect differs from the persons' by more than a tenth; None takes
+            that area.
     """
-    width, height = sorted(persons, key=lambda size: size[0] / size[1])[len(persons) // 2]
+    width, height = middle_person(persons)
     size, again = None, asked or pipe.resolve_size(height, width, None, None)
     while size != again:  # rounding may take more than once to come to rest
         size, area = again, again[0] * again[1]
@@ -1097,7 +1422,6 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        unused = args.cross_attention == "skip" and args.trainable != "self_attention"  # attn2 may learn, left out
         self.accelerator = accelerate.Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
@@ -1107,7 +1431,7 @@ class Trainer:
                 use_seedable_sampler=True, data_seed=args.seed, non_blocking=True
             ),
             dynamo_backend="inductor" if args.torch_compile else None,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused), PATIENCE],
+            kwargs_handlers=[DistributedDataParallelKwargs(), PATIENCE],
         )
         refuse_sharding(self.accelerator.distributed_type)
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
@@ -1130,14 +1454,19 @@ class Trainer:
         self.checkpoints = Checkpoints(self)
         self.load_data()
         self.validation = Validation(self)
+        self.prepare_losses()
         self.prepare_parameters()
         self.prepare_training()
         self.checkpoints.register()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is frozen."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
     def load(self, cls: type, subfolder: str, **instead: Any) -> torch.nn.Module:
         """A frozen model of the base, in the mixed precision's dtype; or with other arguments of `from_pretrained`."""
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
-        options = {**self.base, "subfolder": subfolder, "dtype": dtype} | instead
+        options = {**self.base, "subfolder": subfolder, "dtype": self.dtype} | instead
         model = cls.from_pretrained(**options, use_safetensors=True)
         return model.to(self.accelerator.device).eval().requires_grad_(False)
 
@@ -1154,9 +1483,8 @@ class Trainer:
     def load_base(self) -> None:
         args = self.args
         self.base = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision")}
-        self.unet = self.load(UNet2DConditionModel, "unet")
-        check_unet(self.unet, args.cloth_conditioning == "reference")
-        refuse_sdxl_text(self.unet, args.cross_attention)
+        whole = torch.float32 if args.init_adapter else self.dtype  # so that the adapter's weights are not rounded
+        self.unet = self.load(UNet2DConditionModel, "unet", dtype=whole)
         self.vae = self.load_vae()
         self.noise_scheduler = DDPMScheduler.from_pretrained(**self.base, subfolder="scheduler", clip_sample=False)
         kind = self.noise_scheduler.config.prediction_type
@@ -1165,15 +1493,35 @@ class Trainer:
         self.in_channels = self.unet.config.in_channels
         if self.in_channels not in {4, 8, 9}:
             raise ValueError(f"the base's UNet must have 4, 8 or 9 input channels, got {self.in_channels}")
-        if self.in_channels == 4:
-            if args.lora_rank:
-                raise ValueError("--lora_rank cannot train the conv_in that a 4-channel base gets: take one of 8 or 9")
+        if self.in_channels == 4 and args.lora_rank:
+            raise ValueError("--lora_rank cannot train the conv_in that a 4-channel base gets: take one of 8 or 9")
+        parts = (self.vae, self.unet, self.noise_scheduler)
+        self.pipe = StableDiffusionVTONPipeline(*parts, base_in_channels=self.in_channels)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.brought = self.load_init_adapter() if args.init_adapter else None
+        check_unet(self.unet, args.cloth_conditioning == "reference")
+        refuse_sdxl_text(self.unet, args.cross_attention)
+        if self.in_channels == 4 and self.brought is None:
             widen_conv_in(self.unet)
         self.tokenizer = self.text_encoder = self.prompt_embeds = self.empty_embeds = None  # the embeds (1, 77, 768)
         if args.cross_attention == "prompt":
             self.tokenizer = CLIPTokenizer.from_pretrained(**self.base, subfolder="tokenizer")
             self.text_encoder = self.load(CLIPTextModel, "text_encoder")
+            self.pipe.register_modules(tokenizer=self.tokenizer, text_encoder=self.text_encoder)
             self.prompt_embeds, self.empty_embeds = self.embed([args.prompt]), self.embed([""])
+
+    def load_init_adapter(self) -> AdapterSettings:
+        """Put the weights to begin from into the UNet; their settings, which hold from now on."""
+        args = self.args
+        self.pipe.load_vton_adapter(args.init_adapter, subfolder=args.init_subfolder, mask_free=args.mask_free)
+        config = self.pipe.config
+        brought = AdapterSettings(**{setting.name: config[setting.name] for setting in fields(AdapterSettings)})
+        settle(args, asdict(brought) | {"prompt": brought.prompt or "", "pose": brought.pose == "painted"})
+        check_settings(args, refuse)
+        logger.info(
+            "begun from %s: %s", args.init_adapter, ", ".join(f"{k} {getattr(args, k)}" for k in ADAPTER_FLAGS)
+        )
+        return brought
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> Tensor:
@@ -1185,28 +1533,41 @@ class Trainer:
     def load_settings(self) -> None:
         """The size, and the settings that travel with the adapter."""
         args = self.args
-        parts = (self.vae, self.unet, self.noise_scheduler, self.text_encoder, self.tokenizer)
-        self.pipe = StableDiffusionVTONPipeline(*parts, base_in_channels=self.in_channels)
-        self.pipe.set_progress_bar_config(disable=True)
+        unsaid = {"scheduler_class": "DDPMScheduler", "guidance_scale": SEED_GUIDANCE}
+        said = unsaid if self.brought is None else asdict(self.brought)
         size = (args.height, args.width) if args.height else None
+        if args.resolutions:
+            size = self.own_resolution()
         self.height, self.width = training_size(self.pipe, self.pairs.person_sizes(), size)
-        self.settings = AdapterSettings(
-            base_in_channels=self.in_channels,
-            cloth_conditioning=args.cloth_conditioning,
-            cross_attention=args.cross_attention,
-            condition_latents=args.condition_latents or ("unscaled" if self.in_channels == 8 else "scaled"),
-            mask_free=args.mask_free,
-            pose="painted" if args.pose else "none",
-            trainable=args.trainable,
-            guidance_scale=SEED_GUIDANCE if args.guidance_scale is None else args.guidance_scale,
-            scheduler_class="DDPMScheduler",
-            prompt=args.prompt if args.cross_attention == "prompt" else None,
-            base_model=args.pretrained_model_name_or_path,
-            height=self.height,
-            width=self.width,
-        )
+        own = {
+            "base_in_channels": self.in_channels,
+            "cloth_conditioning": args.cloth_conditioning,
+            "cross_attention": args.cross_attention,
+            "condition_latents": args.condition_latents or ("unscaled" if self.in_channels == 8 else "scaled"),
+            "mask_free": args.mask_free,
+            "pose": "painted" if args.pose else "none",
+            "trainable": args.trainable,
+            "guidance_scale": said["guidance_scale"] if args.guidance_scale is None else args.guidance_scale,
+            "prompt": args.prompt if args.cross_attention == "prompt" else None,
+            "base_model": args.pretrained_model_name_or_path,
+            "height": self.height,
+            "width": self.width,
+            "trained_steps": None,
+        }
+        self.settings = AdapterSettings(**said | own)
         self.pipe.register_to_config(**asdict(self.settings))
         self.prepare = Preparation(self.height, self.width, args.seed, args.augment, args.num_cloths)
+
+    def own_resolution(self) -> tuple[int, int]:
+        """The adapter's own of `--resolutions`: the first of those whose aspect is nearest to the middle person's."""
+        resolutions, multiple = self.args.resolutions, self.pipe.size_multiple
+        for height, width in resolutions:
+            if height % multiple or width % multiple:
+                raise ValueError(
+                    f"--resolutions must have sides that are multiples of {multiple}, got {height}x{width}"
+                )
+        width, height = middle_person(self.pairs.person_sizes())
+        return resolutions[nearest_aspect(height, width, resolutions)[0]]
 
     def load_data(self) -> None:
         args, captions = self.args, None
@@ -1214,18 +1575,34 @@ class Trainer:
             return self.load_stream()
         if args.caption_column:
             captions = self.pairs.rows[args.caption_column]
-        self.dataset = PairDataset(self.pairs, self.prepare, captions)
         loading = {"batch_size": args.train_batch_size, "num_workers": args.dataloader_num_workers}
         rows = args.train_batch_size * self.accelerator.num_processes
-        if len(self.dataset) < rows:
+        if len(self.pairs) < rows:
             source = "--dataset_root" if args.dataset_root is not None else "--dataset_name"
-            raise ValueError(f"--train_batch_size: a step takes {rows} pairs, and {source} has {len(self.dataset)}")
-        if args.cache_latents is not None:
-            folder = args.cache_latents / cache_key(self.vae, self.settings, self.pairs)
-            self.dataset = LatentCache(self.pairs, self.prepare, folder=folder)
-            self.dataset.fill(partial(self.encode, unposed=args.pose), self.accelerator, **loading)
-        loading |= self.reading(args.dataloader_num_workers)
-        self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
+            raise ValueError(f"--train_batch_size: a step takes {rows} pairs, and {source} has {len(self.pairs)}")
+        if args.resolutions is None:
+            self.dataset = self.pairs_at(self.height, self.width, captions, loading)
+            loading |= self.reading(args.dataloader_num_workers)
+            self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
+            return
+        groups, processes = group_by_aspect(self.pairs, args.resolutions), self.accelerator.num_processes
+        self.dataset = PairsAtSizes([self.pairs_at(*size, captions, loading) for size in args.resolutions])
+        batches = ResolutionBatches(self.dataset, groups, args.train_batch_size, processes, args.seed)
+        loading = {"batch_sampler": batches, "num_workers": args.dataloader_num_workers}
+        self.loader = DataLoader(self.dataset, **loading, **self.reading(args.dataloader_num_workers))
+
+    def pairs_at(
+        self, height: int, width: int, captions: Sequence[str] | None, loading: dict[str, int]
+    ) -> PairDataset:
+        """The pairs at one size, with what the VAE makes of them if that is to be cached."""
+        prepare = replace(self.prepare, height=height, width=width)
+        if self.args.cache_latents is None:
+            return PairDataset(self.pairs, prepare, captions)
+        settings = replace(self.settings, height=height, width=width)
+        folder = self.args.cache_latents / cache_key(self.vae, settings, self.pairs)
+        dataset = LatentCache(self.pairs, prepare, folder=folder)
+        dataset.fill(partial(self.encode, unposed=self.args.pose), self.accelerator, **loading)
+        return dataset
 
     def load_stream(self) -> None:
         """Every process reads its own part, and has one reader, which keeps the order."""
@@ -1242,6 +1619,18 @@ class Trainer:
         pinned = self.accelerator.device.type == "cuda"
         return {"collate_fn": collate, "persistent_workers": workers > 0, "pin_memory": pinned}
 
+    def prepare_losses(self) -> None:
+        """What is added to the noise's error."""
+        args = self.args
+        self.parts: dict[str, Tensor] = {}  # of this process' last batch, for the log
+        self.perceptual = None
+        if args.perceptual_loss is not None:
+            options = (args.perceptual_max_timestep, args.gradient_checkpointing)
+            self.perceptual = PerceptualLoss(args.perceptual_loss, self.vae, *options)
+        self.adversary = None
+        if args.adversarial_weight is not None:
+            self.adversary = AdversarialLoss(self.accelerator, self.noise_scheduler, args.seed)
+
     def prepare_parameters(self) -> None:
         """What learns, in float32: the adapter's weights, or a LoRA of the same modules."""
         args = self.args
@@ -1256,6 +1645,9 @@ class Trainer:
             parameter.requires_grad_(True)
         cast_training_params(self.unet, dtype=torch.float32)
         self.teacher = [p.detach().clone() for p in self.trained] if args.guidance_distillation else None
+        for parameter in self.unet.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(self.dtype)  # an adapter to begin from was loaded onto float32
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.unet.train()
@@ -1265,6 +1657,8 @@ class Trainer:
         eight_bit = args.use_8bit_adam and optional("bitsandbytes", "use_8bit_adam").optim.AdamW8bit
         adam = eight_bit or torch.optim.AdamW
         self.optimizer = adam(self.trained, args.learning_rate, (0.9, 0.999), weight_decay=args.adam_weight_decay)
+        unused = args.cross_attention != "prompt" and args.trainable != "self_attention"  # attn2 may learn, left out
+        self.accelerator.ddp_handler.find_unused_parameters = unused
         self.model, self.optimizer = self.accelerator.prepare(self.unet, self.optimizer)
         if args.streaming:
             self.steps_per_epoch = args.max_train_steps
@@ -1328,8 +1722,9 @@ class Trainer:
         if self.args.num_cloths > 1:
             encoded |= {name: encoded[name].flatten(0, 1) for name in CLOTH_LATENTS}
             encoded["cloth_worn"] = encoded.pop("worn").flatten()
-        channels, num_cloths = self.unet.config.in_channels, self.args.num_cloths
-        return TryOnLatents(**encoded, channels=channels, num_cloths=num_cloths), mean, std
+        canvas_dim = 2 if self.settings.canvas_axis == "height" else 3
+        settings = {"channels": self.unet.config.in_channels, "canvas_dim": canvas_dim}
+        return TryOnLatents(**encoded, **settings, num_cloths=self.args.num_cloths), mean, std
 
     def predict(
         self,
@@ -1394,7 +1789,43 @@ class Trainer:
         if self.teacher is not None:
             target = self.guided(predict, noisy, seen)
         predicted = predict(noisy)
-        return noise_loss(scheduler, predicted, target, timesteps, self.args.snr_gamma)
+        loss = noise_loss(scheduler, predicted, target, timesteps, self.args.snr_gamma)
+        if self.perceptual is None and not self.is_contested:
+            return loss
+        found = predicted_latents(scheduler, noisy, predicted, timesteps)
+        return loss + self.picture_losses(conditioning, found, clean, timesteps, seen, batch["seed"])
+
+    @property
+    def is_contested(self) -> bool:
+        """Whether a discriminator is at work by now."""
+        return self.adversary is not None and self.step >= self.args.adversarial_start_step
+
+    def picture_losses(
+        self,
+        conditioning: TryOnLatents,
+        found: Tensor,
+        clean: Tensor,
+        timesteps: Tensor,
+        seen: Tensor,
+        seeds: Iterable[int],
+    ) -> Tensor | float:
+        """What else is said of predicted latents, `found` instead of `clean`, (B, 4, h, w) or a canvas; of the hole alone."""
+        if self.args.cloth_conditioning == "joint":
+            found, clean = conditioning.person_part(found), conditioning.person_part(clean)
+        total = 0.0
+        if self.perceptual is not None:
+            part = self.perceptual(found, clean, conditioning.mask, timesteps)
+            total += self.args.perceptual_weight * part
+            self.parts["perceptual"] = part.detach()
+        if self.is_contested:
+            found = conditioning.mask * found + (1 - conditioning.mask) * clean
+            others = [np.random.SeedSequence([int(seed), 1]).generate_state(1)[0] for seed in seeds]
+            drawn = {name: value.to(clean.device) for name, value in draw(others, clean.shape[1:]).items()}
+            cloth = conditioning.cloth * seen.view(-1, 1, 1, 1)  # of a row that saw none, none is told
+            part = self.adversary(found, clean, cloth, timesteps, drawn)
+            total += self.args.adversarial_weight * part
+            self.parts |= {"adversarial": part.detach(), "discriminator": self.adversary.loss}
+        return total
 
     @torch.no_grad()
     def guided(self, predict: Callable[[Tensor, Tensor], Tensor], noisy: Tensor, seen: Tensor) -> Tensor:
@@ -1420,6 +1851,8 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
         if accelerator.sync_gradients:
+            if self.is_contested:
+                self.adversary.update()
             self.schedule.step()
             self.ema.step(self.trained)
             self.step, self.pending = self.step + 1, []
@@ -1443,7 +1876,8 @@ class Trainer:
         """accelerate divides by `gradient_accumulation_steps`; an epoch's last update may have had fewer batches."""
         missing = self.args.gradient_accumulation_steps / len(self.pending)
         if missing > 1:
-            for gradient in (p.grad for p in self.trained if p.grad is not None):
+            discriminator = [] if self.adversary is None else self.adversary.model.parameters()
+            for gradient in (p.grad for p in (*self.trained, *discriminator) if p.grad is not None):
                 gradient.mul_(missing)
 
     def require_finite(self, what: str, value: float, names: list[str]) -> None:
@@ -1522,7 +1956,7 @@ class Trainer:
             "grad_norm": self.grad_norm,
             "images_per_second": pairs / seconds,
             "memory_gib": memory_gib(self.accelerator.device),
-        }
+        } | {f"loss_{name}": part.item() for name, part in self.parts.items()}
         bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")})
         saving = self.step % args.checkpointing_steps == 0 or last or self.stopping
         if saving:
@@ -1708,8 +2142,9 @@ class Validation:
     def best_guidance(self) -> float:
         """The scale with which test persons in their own cloths come out nearest to their photographs, inside the mask."""
         if not len(self.paired):
-            logger.info("no test persons in their own cloths: guidance %g is recommended", SEED_GUIDANCE)
-            return SEED_GUIDANCE
+            known = self.trainer.settings.guidance_scale
+            logger.info("no test persons in their own cloths: guidance %g is recommended", known)
+            return known
         errors, masked = dict.fromkeys(GUIDANCE_SCALES, 0.0), 0.0
         size = {"height": self.trainer.height, "width": self.trainer.width}
         bar = tqdm(total=len(errors) * len(self.paired), desc="guidance")
@@ -1758,12 +2193,22 @@ class Checkpoints:
         """A run goes on as what it is: what its weights have learnt with does not change."""
         with safe_open(self.resumed / ADAPTER_NAME, "pt") as file:
             before = asdict(AdapterSettings.from_metadata(file.metadata(), self.resumed / ADAPTER_NAME))
-        before["lora_rank"] = self.progress().get("lora_rank")
-        now = asdict(self.trainer.settings) | {"lora_rank": self.args.lora_rank}
-        changed = [name for name in RESUMED_SETTINGS if before[name] != now[name]]
+        flags = self.resumed_flags()
+        before |= {name: self.progress().get(name) for name in flags}
+        now = asdict(self.trainer.settings) | flags
+        changed = [name for name in (*RESUMED_SETTINGS, *flags) if before[name] != now[name]]
         if changed:
             was, is_now = (", ".join(f"{name} {run[name]}" for name in changed) for run in (before, now))
             raise ValueError(f"--resume_from_checkpoint: {self.resumed} was trained with {was}, not with {is_now}")
+
+    def resumed_flags(self) -> dict[str, Any]:
+        """What no adapter says of itself and does not change either, as JSON has it."""
+        args = self.args
+        flags = {
+            "lora_rank": args.lora_rank,
+            "resolutions": args.resolutions and [list(size) for size in args.resolutions],
+        }
+        return flags | {"adversarial_loss": True if args.adversarial_weight else None}
 
     def progress(self) -> dict[str, Any]:
         return json.loads((self.resumed / "progress.json").read_text(encoding="utf-8"))
@@ -1771,6 +2216,8 @@ class Checkpoints:
     def register(self) -> None:
         """What accelerate saves and loads."""
         self.accelerator.register_for_checkpointing(self.trainer.schedule, self.trainer.ema)
+        if self.trainer.adversary is not None:
+            self.accelerator.register_for_checkpointing(self.trainer.adversary)
         self.accelerator.register_save_state_pre_hook(self.save_weights)
         self.accelerator.register_load_state_pre_hook(self.load_weights)
 
@@ -1823,7 +2270,7 @@ class Checkpoints:
         places = gather_object([self.trainer.place])
         if self.accelerator.is_main_process:
             trainer = self.trainer
-            progress = {"step": trainer.step, "losses": trainer.losses, "lora_rank": self.args.lora_rank}
+            progress = {"step": trainer.step, "losses": trainer.losses, **self.resumed_flags()}
             progress |= {"places": places} if self.args.streaming else {}
             write_text(unfinished / "progress.json", json.dumps(progress))
             if final.exists():  # a run that was resumed from an earlier one
@@ -1871,13 +2318,17 @@ class Checkpoints:
 
     def upload(self, repo_id: str) -> None:
         """The published weights as the pipeline uploads them, and on the card how they were trained."""
-        trainer, private = self.trainer, self.args.hub_private_repo or None
+        trainer, private, parent = self.trainer, self.args.hub_private_repo or None, self.args.init_adapter
+        licence = None if parent is None else parent_licence(parent)
         base = None if Path(trainer.settings.base_model).exists() else trainer.settings.base_model
         trainer.pipe.register_to_config(trained_steps=trainer.step, base_model=base)
         with trainer.published_weights():
-            trainer.pipe.push_to_hub(repo_id, f"Step {trainer.step}", private=private, adapter_only=True)
+            options = {"private": private, "adapter_only": True, "license": licence}
+            trainer.pipe.push_to_hub(repo_id, f"Step {trainer.step}", **options)
         repo_id = create_repo(repo_id, exist_ok=True).repo_id  # with its owner
         card, pictures = ModelCard.load(repo_id), sorted((self.folder / "validation").glob("*.png"))[-1:]
+        if parent is not None and (repository := hub_repository(parent)) is not None:
+            card.data.base_model = [base, repository] if base else repository
         card.text += training_card(self.args, trainer.losses, trainer.validation.guidance_errors, pictures)
         with tempfile.TemporaryDirectory() as folder:
             card.save(Path(folder) / "README.md")
@@ -1895,7 +2346,7 @@ def training_card(
     part = math.ceil(len(losses) / 10)
     curve = [(i + part, losses[i : i + part]) for i in range(0, len(losses), part)]
     flags = {name: value for name, value in vars(args).items() if value is not None and name not in LOCAL_FLAGS}
-    for name in ("pretrained_model_name_or_path", "vae_name_or_path", "dataset_name"):
+    for name in ("pretrained_model_name_or_path", "vae_name_or_path", "dataset_name", "init_adapter"):
         if name in flags and Path(flags[name]).exists():
             flags[name] = "a local folder"
     tables = {
@@ -1908,6 +2359,18 @@ def training_card(
         if rows:
             parts.append("\n".join([head, "|---|---|", *(f"| {name} | {in_a_cell(value)} |" for name, value in rows)]))
     return "\n" + "\n\n".join(parts) + "\n"
+
+
+def parent_licence(adapter: str) -> str | None:
+    """What the card of an adapter that training begins from says of its licence: None of a folder without a card."""
+    repository, place = hub_repository(adapter), Path(adapter)
+    if repository is None:
+        card = (place if place.is_dir() else place.parent) / "README.md"
+        return ModelCard.load(card).data.license if card.is_file() else None
+    try:
+        return ModelCard.load(repository).data.license or "unknown"
+    except EntryNotFoundError:
+        return "unknown"
 
 
 def in_a_cell(value: Any) -> str:

@@ -48,6 +48,7 @@ JOINT, DREAM = "--cloth_conditioning joint", "--dream_detail_preservation 10"
 EVERYTHING = (
     "--trainable all --learning_rate 5e-4"  # at the others' rate, a whole UNet would unlearn what the base knows
 )
+ADVERSARIAL = "--adversarial_weight 0.01 --adversarial_start_step 100"
 NO_CLOTH = Method("no cloth, with the prompt", "--cloth_dropout 1 --cross_attention prompt")
 METHODS = [
     NO_CLOTH,
@@ -64,6 +65,11 @@ METHODS = [
     Method("reference, with the prompt", "--cross_attention prompt", by_default=False),
     Method("reference, LoRA rank 4", "--lora_rank 4", by_default=False),
     Method("reference, conv_in widened from 4 channels", channels=4, by_default=False),
+    Method("reference, three resolutions", "--resolutions 128x96 64x48 192x144", by_default=False),
+    Method("reference, perceptual loss", "--perceptual_loss latent", by_default=False),
+    Method("reference, perceptual loss, another seed", "--perceptual_loss latent", seed=1, by_default=False),
+    Method("reference, adversarial loss", ADVERSARIAL, by_default=False),
+    Method("reference, adversarial loss, another seed", ADVERSARIAL, seed=1, by_default=False),
 ]
 
 
@@ -113,6 +119,8 @@ def train(method: Method, base: Path, folder: Path, args: argparse.Namespace) ->
         "resume_from_checkpoint": "latest",
         "seed": method.seed,
     }
+    if "--resolutions" in method.flags:
+        del options["height"], options["width"]
     for name, value in options.items():
         command += [f"--{name}", value]
     subprocess.run([str(word) for word in (*command, *method.flags.split())], check=True)

@@ -3,8 +3,10 @@ at once and would wait for each other's: set before anything imports `huggingfac
 """
 
 import os
+import shutil
 import socket
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +46,40 @@ def fresh_accelerate():
         yield
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> dict[int, Path]:
+    """Bases with 4, 8 and 9 input channels, as diffusers folders."""
+    from tiny import tiny_pipe
+
+    root = tmp_path_factory.mktemp("bases")
+    for channels in (4, 8, 9):
+        for name, component in tiny_pipe(channels, text=True).components.items():
+            if component is not None:
+                component.save_pretrained(root / str(channels) / name)
+    return {channels: root / str(channels) for channels in (4, 8, 9)}
+
+
+@pytest.fixture(scope="session")
+def tested(tmp_path_factory) -> Path:
+    """Ten drawn training pairs and four test pairs of 64 x 48 pixels."""
+    from demo.make_dataset import make_dataset
+
+    root = tmp_path_factory.mktemp("tested")
+    make_dataset(root, 10, 4, seed=0, height=64)
+    return root
+
+
+@pytest.fixture(scope="session")
+def data(tested, tmp_path_factory) -> Path:
+    """The same without a test list: there is nothing to validate with."""
+    root = Path(shutil.copytree(tested, tmp_path_factory.mktemp("data") / "data"))
+    (root / "test_pairs.txt").unlink()
+    return root
+
+
+@pytest.fixture
+def own_data(tested, tmp_path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(tested, tmp_path / "own"))

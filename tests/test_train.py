@@ -36,7 +36,6 @@ from tiny import ROOT, box_mask, picture, run, seeded, tiny_pipe
 from torch.utils.data import DataLoader
 
 import train_vton
-from demo.make_dataset import make_dataset
 from pipeline_vton import (
     ADAPTER_NAME,
     LORA_NAME,
@@ -74,45 +73,16 @@ from train_vton import (
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-TRAIN, TEST = 10, 4  # pairs: 5 batches of 2, 3 updates of 2 batches an epoch, the last one of a single batch
+TRAIN, TEST = (
+    10,
+    4,
+)  # pairs of `tested`: 5 batches of 2, 3 updates of 2 batches an epoch, the last one of a single batch
 
 
 @pytest.fixture(autouse=True)
 def no_sleep_after_a_stream(monkeypatch):
     """`datasets` waits five seconds at the end of every epoch of shuffled parquet, whatever there was to wait for."""
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
-
-
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory) -> dict[int, Path]:
-    """Bases with 4, 8 and 9 input channels, as diffusers folders."""
-    root = tmp_path_factory.mktemp("bases")
-    for channels in (4, 8, 9):
-        for name, component in tiny_pipe(channels, text=True).components.items():
-            if component is not None:
-                component.save_pretrained(root / str(channels) / name)
-    return {channels: root / str(channels) for channels in (4, 8, 9)}
-
-
-@pytest.fixture(scope="session")
-def tested(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("tested")
-    make_dataset(root, TRAIN, TEST, seed=0, height=64)
-    return root
-
-
-@pytest.fixture(scope="session")
-def data(tested, tmp_path_factory) -> Path:
-    """The same without a test list: there is nothing to validate with."""
-    root = Path(shutil.copytree(tested, tmp_path_factory.mktemp("data") / "data"))
-    (root / "test_pairs.txt").unlink()
-    return root
-
-
-@pytest.fixture
-def own_data(tested, tmp_path) -> Path:
-    """A copy that a test may spoil."""
-    return Path(shutil.copytree(tested, tmp_path / "own"))
 
 
 def flags(base: Path, data: Path, out: Path, **changed) -> list[str]:
@@ -1561,10 +1531,13 @@ NUMBERS = {
         "checkpointing_steps validation_steps", "0 -1",
     ),
     "a whole number from 0": (
-        "dataloader_num_workers lr_warmup_steps checkpoints_total_limit num_validation_pairs", "-1",
+        "dataloader_num_workers lr_warmup_steps checkpoints_total_limit num_validation_pairs perceptual_max_timestep "
+        "adversarial_start_step", "-1",
     ),
     "a whole number from 0 to 4294967295": ("seed", "-1 4294967296"),
-    "a positive number": ("learning_rate max_grad_norm snr_gamma dream_detail_preservation", "0 -1 nan inf"),
+    "a positive number": (
+        "learning_rate max_grad_norm snr_gamma dream_detail_preservation perceptual_weight adversarial_weight", "0 -1 nan inf",
+    ),
     "a number from 0": ("guidance_scale adam_weight_decay", "-1 nan inf -inf"),
     "at least 0 and at most 1": ("cloth_dropout pose_dropout", "-0.1 1.1 nan"),
     "at least 0 and less than 1": ("ema_decay", "-0.1 1 nan"),
