@@ -265,12 +265,18 @@ class VAETraining:
         return torch.cat(batch)
 
     def loss(self) -> torch.Tensor:
+        """Of the decoded sample, and of the halved picture, which halved latents must show: smooth latents, which a UNet learns
+        far sooner (arXiv:2502.09509). The divergence is a sum over latents and the error a mean: at 1e-6 it drowns channels.
+        """
         batch = self.draw()
         posterior = self.vae.encode(batch).latent_dist
-        error = torch.einsum(
-            "cd,bdhw->bchw", self.whitening(-0.25), self.vae.decode(posterior.sample()).sample - batch
-        )
-        return error.square().mean() + 0.1 * error.abs().mean() + 1e-6 * posterior.kl().mean()
+        latents = posterior.sample()
+        halved = self.error(F.avg_pool2d(latents, 2), F.avg_pool2d(batch, 2))
+        return self.error(latents, batch) + 0.25 * halved + 1e-8 * posterior.kl().mean()
+
+    def error(self, latents: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+        error = torch.einsum("cd,bdhw->bchw", self.whitening(-0.25), self.vae.decode(latents).sample - pictures)
+        return error.square().mean() + 0.1 * error.abs().mean()
 
     def decoder_loss(self) -> torch.Tensor:
         batch = self.draw()
