@@ -1233,8 +1233,12 @@ class LatentDiscriminator(torch.nn.Module):
         )
 
     def forward(self, noisy: Tensor, timesteps: Tensor, cloth: Tensor) -> Tensor:
-        """Logits (B, 1, h/4, w/4), high for true ones, of latents (B, 4, h, w), timesteps (B,) and cloths (B, 4, h, w)."""
-        told = self.time(self.frequencies(timesteps)) + self.cloth(cloth)
+        """Logits (B, 1, h/4, w/4), high for true ones, of latents (B, 4, h, w), timesteps (B,) and cloths (B, 4, h, w).
+
+        Of several cloths a row, (B * n, 4, h, w), what each says is added up.
+        """
+        told = self.time(self.frequencies(timesteps))
+        told = told + self.cloth(cloth).unflatten(0, (len(noisy), -1)).sum(dim=1)
         hidden = self.conv_in(noisy)
         for block in self.blocks:
             hidden, _ = block(hidden, told)
@@ -1821,7 +1825,8 @@ class Trainer:
             found = conditioning.mask * found + (1 - conditioning.mask) * clean
             others = [np.random.SeedSequence([int(seed), 1]).generate_state(1)[0] for seed in seeds]
             drawn = {name: value.to(clean.device) for name, value in draw(others, clean.shape[1:]).items()}
-            cloth = conditioning.cloth * seen.view(-1, 1, 1, 1)  # of a row that saw none, none is told
+            told = seen.repeat_interleave(len(conditioning.cloth) // len(seen))  # of a row that saw no cloth, none
+            cloth = conditioning.cloth * told.view(-1, 1, 1, 1)
             part = self.adversary(found, clean, cloth, timesteps, drawn)
             total += self.args.adversarial_weight * part
             self.parts |= {"adversarial": part.detach(), "discriminator": self.adversary.loss}

@@ -13,7 +13,7 @@ from tiny import seeded, tiny_pipe
 
 import train_vton
 from pipeline_vton import ADAPTER_NAME, ClothBesideAttnProcessor, vton_attention
-from train_vton import OUTLIER, PerceptualLoss, main, parse_args, predicted_latents
+from train_vton import OUTLIER, LatentDiscriminator, PerceptualLoss, main, parse_args, predicted_latents
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -187,6 +187,16 @@ def test_the_discriminator_learns_by_softplus_and_r1(bases, data, tmp_path, monk
 
     assert apart(learnt, expected) < 0.01 < 0.1 < apart(learnt, by_softplus)
     assert adversary.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_several_cloths_of_a_row_are_told_together():
+    model, noisy, timesteps = LatentDiscriminator(16), latents(1), torch.tensor([10, 500])
+    cloths = latents(3, rows=4)
+    both = model(noisy, timesteps, cloths)
+    swapped, mixed = model(noisy, timesteps, cloths[[1, 0, 3, 2]]), model(noisy, timesteps, cloths[[0, 2, 1, 3]])
+    assert both.shape == (2, 1, 2, 2)
+    assert torch.allclose(both, swapped, atol=1e-5) and not torch.allclose(both, mixed, atol=1e-4)
 
 
 def test_a_discriminator_tells_true_from_shifted_latents_and_its_collapse_is_logged(
