@@ -976,7 +976,7 @@ class Trainer:
         self.prepare_training()
         self.checkpoints.register()
 
-    def load(self, cls: type, subfolder: str, **instead: Any) -> torch.nn.Module:
+    def load(self, cls: type, subfolder: str | None, **instead: Any) -> torch.nn.Module:
         """A frozen model of the base, in the mixed precision's dtype; or with other arguments of `from_pretrained`."""
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
         options = {**self.base, "subfolder": subfolder, "dtype": dtype} | instead
@@ -985,12 +985,12 @@ class Trainer:
 
     def load_vae(self) -> AutoencoderKL:
         """The base's VAE or --vae_name_or_path; SDXL's own overflows in fp16, and works in float32 there."""
-        place = {}
+        subfolder, place = "vae", {}
         if self.args.vae_name_or_path is not None:
-            place = {"pretrained_model_name_or_path": self.args.vae_name_or_path, "revision": None, "subfolder": None}
-        vae = self.load(AutoencoderKL, "vae", **place)
+            subfolder, place = None, {"pretrained_model_name_or_path": self.args.vae_name_or_path, "revision": None}
+        vae = self.load(AutoencoderKL, subfolder, **place)
         if vae.dtype == torch.float16 and vae.config.force_upcast and is_sdxl(self.unet):
-            vae = self.load(AutoencoderKL, "vae", **place, dtype=torch.float32)
+            vae = self.load(AutoencoderKL, subfolder, **place, dtype=torch.float32)
         return vae
 
     def load_base(self) -> None:
