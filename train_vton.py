@@ -303,6 +303,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--cache_latents would freeze --augment, and knows neither --streaming nor --caption_column")
     if args.guidance_distillation and args.dream_detail_preservation:
         parser.error("--dream_detail_preservation moves the noise that --guidance_distillation does not learn: give one of them")  # fmt: skip
+    if args.guidance_distillation and (args.perceptual_loss or args.adversarial_weight):
+        parser.error("--guidance_distillation learns no pictures, of which --perceptual_loss and --adversarial_weight judge: give one of them")  # fmt: skip
     if args.guidance_distillation and args.guidance_scale is None:
         args.guidance_scale = 1.0  # what is learnt needs no guidance
     if args.pose_folder and args.dataset_root is None:
@@ -1468,7 +1470,7 @@ class Trainer:
         """Of what is frozen."""
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
 
-    def load(self, cls: type, subfolder: str, **instead: Any) -> torch.nn.Module:
+    def load(self, cls: type, subfolder: str | None, **instead: Any) -> torch.nn.Module:
         """A frozen model of the base, in the mixed precision's dtype; or with other arguments of `from_pretrained`."""
         options = {**self.base, "subfolder": subfolder, "dtype": self.dtype} | instead
         model = cls.from_pretrained(**options, use_safetensors=True)
@@ -1476,12 +1478,12 @@ class Trainer:
 
     def load_vae(self) -> AutoencoderKL:
         """The base's VAE or --vae_name_or_path; SDXL's own overflows in fp16, and works in float32 there."""
-        place = {}
+        subfolder, place = "vae", {}
         if self.args.vae_name_or_path is not None:
-            place = {"pretrained_model_name_or_path": self.args.vae_name_or_path, "revision": None, "subfolder": None}
-        vae = self.load(AutoencoderKL, "vae", **place)
+            subfolder, place = None, {"pretrained_model_name_or_path": self.args.vae_name_or_path, "revision": None}
+        vae = self.load(AutoencoderKL, subfolder, **place)
         if vae.dtype == torch.float16 and vae.config.force_upcast and is_sdxl(self.unet):
-            vae = self.load(AutoencoderKL, "vae", **place, dtype=torch.float32)
+            vae = self.load(AutoencoderKL, subfolder, **place, dtype=torch.float32)
         return vae
 
     def load_base(self) -> None:

@@ -306,7 +306,7 @@ def answer(
         counted = {row: count_flops(pipe, row, size, batch) for row in ROWS}
         times = ratios(counted, steps)
         return ["", "GFLOP a step", f"of the bare UNet, {steps} steps"], [
-            [row.name, f"{flops / 1e9:.1f}", f"{times[row]:.3f}"] for row, flops in counted.items()
+            [row.name, f"{flops / 1e9:.5g}", f"{times[row]:.3f}"] for row, flops in counted.items()
         ]
     if question == "stages":
         spent = time_stages(pipe, size, batch, steps)
