@@ -396,7 +396,8 @@ class Page:
     """The page of one pipeline: its components, column by column, and what its buttons do.
 
     Args:
-        pipe, examples, note: as for `build_page`.
+        pipe, note: as for `build_page`.
+        examples: those to choose from, below the columns.
     """
 
     def __init__(self, pipe: StableDiffusionVTONPipeline, examples: list[Example], note: str):
