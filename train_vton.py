@@ -1007,7 +1007,7 @@ class PairsAtSizes(Dataset):
 
     @property
     def epoch(self) -> int:
-        return self.sizes[0].epoch
+        return int(self.sizes[0].epoch)
 
     def set_epoch(self, epoch: int) -> None:
         for dataset in self.sizes:
