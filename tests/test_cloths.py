@@ -208,6 +208,16 @@ def test_outfits_train_cached_or_not_and_load(base, outfits, tmp_path, monkeypat
     assert np.isfinite(run(pipe, cloth=OUTFITS[:1])).all()
 
 
+def test_a_resumed_run_on_outfits_with_poses_equals_an_uninterrupted_one(base, outfits, tmp_path):  # noqa: F811
+    options = {"num_cloths": 2, "pose": True, "pose_dropout": 0.5, "cloth_dropout": 0.4, "augment": "color"}
+    options |= {"max_train_steps": 4, "checkpointing_steps": 2}
+    main(parse_args(flags(base, outfits, tmp_path / "whole", **options)))
+    begun = tmp_path / "whole" / "checkpoint-2"
+    main(parse_args(flags(base, outfits, tmp_path / "resumed", resume_from_checkpoint=begun, **options)))
+    one, two = (load_file(tmp_path / name / f"checkpoint-4/{ADAPTER_NAME}") for name in ("whole", "resumed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def dress_code_mr(outfits: Path, root: Path) -> Path:
     """The same pictures in DressCode-MR's layout."""
     lines = {"train": [], "test": []}
