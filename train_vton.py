@@ -1107,7 +1107,7 @@ def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 def draw_share(seeds: Iterable[int], share: float) -> Tensor:
     """False in a share of the rows (B,), each from its own seed, apart from what else is drawn of it."""
-    return torch.tensor([np.random.default_rng([int(seed), 1]).random() >= share for seed in seeds])
+    return torch.tensor([np.random.default_rng([seed, 1]).random() >= share for seed in seeds])
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
@@ -1825,7 +1825,7 @@ class Trainer:
             self.parts["perceptual"] = part.detach()
         if self.is_contested:
             found = conditioning.mask * found + (1 - conditioning.mask) * clean
-            others = [np.random.SeedSequence([int(seed), 1]).generate_state(1)[0] for seed in seeds]
+            others = [int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]) for seed in seeds]
             drawn = {name: value.to(clean.device) for name, value in draw(others, clean.shape[1:]).items()}
             told = seen.repeat_interleave(len(conditioning.cloth) // len(seen))  # of a row that saw no cloth, none
             cloth = conditioning.cloth * told.view(-1, 1, 1, 1)

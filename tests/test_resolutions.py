@@ -103,7 +103,7 @@ def test_pictures_of_a_batch_share_the_size_of_their_aspect(bases, mixed, tmp_pa
         assert across == {size == (24, 32)} and size in resolutions
         names.update(batch["name"])
         shapes[size] += 1
-        seeds += batch["seed"].tolist()
+        seeds += batch["seed"]
         place = next(i for i in range(len(pairs)) if pairs.name(i) == batch["name"][0])
         item = Preparation(*size)(pairs.pictures(place), 0, place)
         assert all(torch.equal(batch[role][0], item[role]) for role in ("person", "cloth", "mask"))
