@@ -305,6 +305,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--dream_detail_preservation moves the noise that --guidance_distillation does not learn: give one of them")  # fmt: skip
     if args.guidance_distillation and (args.perceptual_loss or args.adversarial_weight):
         parser.error("--guidance_distillation learns no pictures, of which --perceptual_loss and --adversarial_weight judge: give one of them")  # fmt: skip
+    if args.guidance_distillation and not args.init_adapter:
+        parser.error(
+            f"--guidance_distillation {args.guidance_distillation:g} learns from an adapter: give --init_adapter"
+        )
     if args.guidance_distillation and args.guidance_scale is None:
         args.guidance_scale = 1.0  # what is learnt needs no guidance
     if args.pose_folder and args.dataset_root is None:

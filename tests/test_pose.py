@@ -253,7 +253,7 @@ def test_pose_dropout_takes_its_share_apart_from_the_cloths():
             {"pose": True, "mask_free": True},
             "--pose paints into the hole that a mask leaves, and --mask_free has none",
         ),
-        ({"pose_folder": "dense"}, "--pose_folder dense needs --pose and --dataset_root"),
+        ({"pose_folder": "dense"}, "--pose_folder dense needs --pose"),
     ],
 )
 def test_flags_that_do_not_go_together(capsys, changed, message):

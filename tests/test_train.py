@@ -999,12 +999,26 @@ def test_half_precision_trains_whole_weights(bases, tested, tmp_path):
     tiny_pipe(9).load_vton_adapter(tmp_path)
 
 
+def save_teacher(folder: Path, **settings) -> Path:
+    tiny_pipe(9, seed=5, **settings).save_vton_adapter(folder)
+    return folder
+
+
+def test_distillation_needs_a_teacher(bases, data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(flags(bases[9], data, tmp_path, guidance_distillation=2))
+    assert "--guidance_distillation 2 learns from an adapter: give --init_adapter" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mode", ["reference", "joint"])
 def test_distillation_learns_the_guided_noise_of_where_it_began(bases, data, tmp_path, mode):
     options = {"cloth_conditioning": mode, "cloth_dropout": 0, "learning_rate": 1e-3, "guidance_scale": None}
+    options["init_adapter"] = save_teacher(tmp_path / "teacher", cloth_conditioning=mode)
     losses, trainers = {}, {}
     for scale in (1, 3):
-        trainer = trainers[scale] = trainer_of(bases[9], data, tmp_path, guidance_distillation=scale, **options)
+        trainer = trainers[scale] = trainer_of(
+            bases[9], data, tmp_path / "out", guidance_distillation=scale, **options
+        )
         assert trainer.settings.guidance_scale == 1
         batch = next(trainer.batches())
         processor = ClothBesideAttnProcessor if mode == "reference" else None
@@ -1033,6 +1047,7 @@ def test_distillation_learns_the_guided_noise_of_where_it_began(bases, data, tmp
 
 def test_a_distillation_goes_on_with_the_teacher_that_it_had(bases, data, tmp_path):
     options = {"guidance_distillation": 2, "max_train_steps": 4, "checkpointing_steps": 2, "cloth_dropout": 0.4}
+    options["init_adapter"] = save_teacher(tmp_path / "teacher")
     main(parse_args(flags(bases[9], data, tmp_path / "whole", **options)))
     begun = tmp_path / "whole" / "checkpoint-2"
     main(parse_args(flags(bases[9], data, tmp_path / "again", resume_from_checkpoint=begun, **options)))
