@@ -18,7 +18,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from demo.recognition import ATTRIBUTES, CLASSIFIER, ClothClassifier, load_classifier, recognize
-from demo.try_on import BATCH_SIZE, DEMO, Line, check_count, draw_lines, load_pipeline, noises, picture_height, try_on
+from demo.try_on import (
+    BATCH_SIZE,
+    DEMO,
+    MASKS,
+    MASKS_HELP,
+    Line,
+    check_count,
+    draw_lines,
+    load_pipeline,
+    noises,
+    picture_height,
+    try_on,
+    with_masks,
+)
 from demo.world import CATEGORIES, FACTORS, LEVELS
 from evaluate_vton import Interval, bootstrap, decibels, squared_error, ssim, table
 
@@ -203,6 +216,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--guidance_scale", type=float, nargs="+", default=[None], help="one row each (default: the adapter's own)")
     add("--cloth_scale", type=float, nargs="+", default=[1.0], help="how large the cloth is read, 1 to 2, one row each (default 1)")  # fmt: skip
     add("--trim_cloth", action="store_true", help="without the white around the cloth, in rows of their own")
+    add("--masks", nargs="+", choices=MASKS, default=["true"], help=f"{MASKS_HELP}, one row each (default true)")
     add("--by", nargs="*", choices=GROUPS, metavar="FACTOR", help=f"break down by these, all if none is named: {', '.join(GROUPS)}")  # fmt: skip
     add(
         "--steps", type=int, nargs="+", default=[], help="the adapter's figures after each number of steps, as a curve"
@@ -224,9 +238,11 @@ def compare(
     """The adapter and what it has to beat; it is unloaded on the way."""
     rows, run = {}, (args.num_inference_steps, args.seed)
     trims = (False, True) if args.trim_cloth else (False,)
-    for scale, size, trim in itertools.product(args.guidance_scale, args.cloth_scale, trims):
-        results = try_on(pipe, lines, *run, scale, cloth_scale=size, trim_cloth=trim)
+    for masks, scale, size, trim in itertools.product(args.masks, args.guidance_scale, args.cloth_scale, trims):
+        masked = lines if masks == "true" else with_masks(pipe, lines, masks)
+        results = try_on(pipe, masked, *run, scale, cloth_scale=size, trim_cloth=trim)
         read = (f", the cloth at {size:g}" if size != 1 else "") + (", trimmed" if trim else "")
+        read += "" if masks == "true" else f", {masks} masks of the parser"
         rows[f"(a) the adapter, guidance {pipe.guidance_scale:g}{read}"] = score(results)
     pipe.unload_vton_adapter()
     return rows | {
@@ -257,7 +273,7 @@ def main(args: argparse.Namespace) -> None:
         plot_steps(by_steps, args.output_dir / "steps.png")
     for name in args.by:
         broken_down = [
-            [level, str(len(numbers)), method.split(",")[0], *cells(figures([found[i] for i in numbers]))]
+            [level, str(len(numbers)), method, *cells(figures([found[i] for i in numbers]))]
             for level, numbers in groups(lines, name).items()
             for method, found in rows.items()
         ]

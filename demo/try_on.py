@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from PIL import Image, ImageDraw
 
 from demo.make_dataset import World, describe
 from demo.world import CATEGORIES, LIP, draw_cloth, draw_person, draw_skeleton, keypoints
+from pipeline_vton import LOOSENESS
 
 
 DEMO = Path(__file__).resolve().parent
 COLUMNS = ("person", "cloth", "mask", "result", "truth")
 SHOWN_HEIGHT, MARGIN, TITLE = 256, 8, 18  # pixels of the sheet
 BATCH_SIZE = 16
+MASKS = ("true", *LOOSENESS)
+MASKS_HELP = "the drawn world's masks (true), or the human parser's of a looseness"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,11 @@ def noises(seed: int, start: int, stop: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed * 100_003 + i) for i in range(start, stop)]
 
 
+def with_masks(pipe: DiffusionPipeline, lines: Sequence[Line], looseness: str) -> list[Line]:
+    """The same lines with the masks that the model's human parser proposes."""
+    return [replace(line, mask=pipe.predict_mask(line.person, line.category, looseness)) for line in lines]
+
+
 def try_on(
     pipe: DiffusionPipeline, lines: Sequence[Line], steps: int, seed: int, scale: float | None = None, **options: Any
 ) -> list[Image.Image]:
@@ -168,6 +176,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
     parser.add_argument("--guidance_scale", type=float, help="default: the adapter's own")
+    parser.add_argument("--masks", choices=MASKS, default="loose", help=f"{MASKS_HELP} (default loose)")
     args = parser.parse_args(input_args)
     check_count(parser, "count", args.count)
     return args
@@ -176,6 +185,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.model)
     lines = draw_lines(args.count, args.seed, picture_height(pipe))
+    if args.masks != "true":
+        lines = with_masks(pipe, lines, args.masks)
     results = try_on(pipe, lines, args.num_inference_steps, args.seed, args.guidance_scale)
     sheet, file = contact_sheet(lines, results), args.output_dir / "contact_sheet.png"
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def pipe():
     pipe = tiny_pipe()
     parser, processor = tiny_parser(["background", "top", "face"])
     pipe.register_modules(human_parser=parser, human_parser_processor=processor)
-    pipe.unet.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+    pipe.unet.register_forward_pre_hook(lambda *_: time.sleep(0.05))
     return pipe
 
 
@@ -294,7 +294,7 @@ def test_two_visitors_at_once_wait_their_turn_and_get_their_own_person_back(page
         upload_person(page, save(person, tmp_path / f"person{number}.png"))
         upload(page, "cloth", save(picture(3 + number), tmp_path / f"cloth{number}.jpg"))
         expect(page.locator("#cloth img")).to_be_visible(timeout=PATIENCE)
-        set_steps(page, 60)
+        set_steps(page, 100)
         pages.append(page)
     for page in pages:
         page.locator("#start").click()

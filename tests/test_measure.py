@@ -75,6 +75,19 @@ def test_the_demo_writes_a_contact_sheet(tmp_path, capsys):
     assert "--count must be at least 6" in capsys.readouterr().err
 
 
+def test_the_parser_proposes_masks_that_cover_what_changes(lines, pipe):
+    """Of what differs between person and truth, nearly all, with loose masks more than with tight ones."""
+    shares = {}
+    for looseness in ("tight", "loose"):
+        covered = changed = 0
+        for line, masked in zip(lines, try_on.with_masks(pipe, lines, looseness)):
+            differs = (pixels([line.person])[0] != pixels([line.truth])[0]).any(axis=-1)
+            covered, changed = covered + (differs & (pixels([masked.mask])[0] > 0.5)).sum(), changed + differs.sum()
+            assert masked.person is line.person and masked.truth is line.truth
+        shares[looseness] = covered / changed
+    assert 0.8 < shares["tight"] < shares["loose"] and shares["loose"] > 0.93, shares
+
+
 def test_the_mean_colour_is_painted_where_the_cloth_is_seen_and_nowhere_else(lines):
     for line in lines:
         painted, truth = np.asarray(measure.mean_color(line)), np.asarray(line.truth)
@@ -125,19 +138,23 @@ def test_the_report_has_every_table_and_plot(tmp_path):
         "--guidance_scale",
         "1.5",
         "2",
+        "--masks",
+        "true",
+        "tight",
     ]
     measure.main(measure.parse_args([*arguments, "--by", "category", "sleeve", "--steps", "1", "2"]))
     starts = [row.split("|")[1].strip() for row in (tmp_path / "report.md").read_text().splitlines() if row[:1] == "|"]
     assert {
         "(a) the adapter, guidance 1.5",
         "(a) the adapter, guidance 2",
+        "(a) the adapter, guidance 2, tight masks of the parser",
         "the truth",
         "1",
         "2",
         "upper",
         "longer",
     } <= set(starts)
-    assert starts.count("dress") == 7  # methods
+    assert starts.count("dress") == 9  # methods
     for name in ("by.png", "steps.png"):
         assert Image.open(tmp_path / name).width > 500
     assert measure.parse_args(["--by"]).by == list(measure.GROUPS) and measure.parse_args([]).by == []
