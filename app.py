@@ -570,7 +570,13 @@ class Page:
             **quietly,
         )
         asked = [self.editor, self.cloth_type, self.looseness]
-        self.propose.click(self.page_mask, asked, [self.editor, self.progress], api_visibility="private")
+        self.propose.click(  # progress shown on the editor would stay there
+            self.page_mask,
+            asked,
+            [self.editor, self.progress],
+            show_progress_on=self.progress,
+            api_visibility="private",
+        )
 
     def connect_examples(self) -> None:
         # An empty canvas takes the new picture's size, and so does its layer; it wants a moment to be empty.

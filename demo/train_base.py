@@ -3,7 +3,7 @@
 Like SD1.5, it sees people and flat cloths, in whole and through masks, but never a person beside their cloth: what it learns
 is how the drawn world looks, not how to try a cloth on. The result is an ordinary diffusers folder.
 
-The VAE, the UNet and once more the VAE's decoder are trained in turn, or the UNet alone for a VAE that is there. The same command goes on where a killed one stopped:
+The VAE, the UNet and once more the VAE's decoder are trained in turn. The same command goes on where a killed one stopped:
 every stage keeps checkpoints (weights, optimiser, averages, generators), and a finished stage is kept and used. TensorBoard
 logs and sheets of held-out samples lie in `--output_dir`.
 """
@@ -491,7 +491,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--dataset_root", type=Path, required=True, help="a folder that `python -m demo.make_dataset` wrote"
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="where the diffusers folder goes")
-    parser.add_argument("--vae_name_or_path", help="take this VAE instead of training one, as demo/vae")
     parser.add_argument("--vae_steps", type=int, default=1500, help="steps of the VAE (default 1500)")
     parser.add_argument("--unet_steps", type=int, default=10000, help="steps of the UNet (default 10000)")
     parser.add_argument("--decoder_steps", type=int, default=1500, help="steps of the decoder alone (default 1500)")
@@ -518,10 +517,7 @@ def main(args: argparse.Namespace) -> None:
     pictures = load_pictures(pairs)
     held_out = load_pictures(TreePairs(args.dataset_root, "test", paired=True))
 
-    if args.vae_name_or_path is None:
-        vae = train_vae(pictures, held_out["person"], args)
-    else:
-        vae = AutoencoderKL.from_pretrained(args.vae_name_or_path, dtype=torch.float32).eval().requires_grad_(False)
+    vae = train_vae(pictures, held_out["person"], args)
     latents = cached_latents(vae, pictures, pairs, args.output_dir / "latents.safetensors")
 
     torch.manual_seed(args.seed)
@@ -535,8 +531,7 @@ def main(args: argparse.Namespace) -> None:
     stage = Stage("unet", unet, list(unet.parameters()), args.unet_steps, args.learning_rate, 1e-3, True, args)
     stage.train(training.loss, training.report)
 
-    if args.vae_name_or_path is None:
-        train_decoder(vae, pictures, held_out["person"], args)
+    train_decoder(vae, pictures, held_out["person"], args)
     # The text encoder stays in float32: transformers loads what was saved, and a default load must not mix dtypes.
     vae.to(torch.float16)
     unet.to(torch.float16)
