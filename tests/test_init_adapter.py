@@ -147,3 +147,13 @@ def test_parent_and_licence_are_on_the_card(bases, data, tmp_path, hub, monkeypa
     card = ModelCard.load(tmp_path / "card.md")
     assert card.data.license == (licence or "unknown") and card.data.base_model == parent
     assert f"| init_adapter | {parent} |" in card.text and f"(here: `{licence or 'unknown'}`)" in card.text
+
+
+def test_an_adapter_of_poses_trains_with_poses(bases, tested, tmp_path):
+    save_own(tmp_path / "posed", pose="painted")
+    save_own(tmp_path / "unposed")
+    trainer = trainer_of(bases[9], tested, tmp_path / "out", init_adapter=tmp_path / "posed")
+    assert trainer.args.pose is True and trainer.settings.pose == "painted"
+    assert next(trainer.batches())["pose"].shape[1] == 3
+    with pytest.raises(ValueError, match="--pose True: --init_adapter .* was trained with False"):
+        trainer_of(bases[9], tested, tmp_path / "out", init_adapter=tmp_path / "unposed", pose=True)
