@@ -18,9 +18,9 @@ import diffusers
 from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 
-from demo.measure import figures, measure, recognition
-from demo.recognition import CLASSIFIER, ClothClassifier, load_classifier
-from demo.try_on import DEMO, Line, check_count, draw_lines, load_pipeline, picture_height, try_on
+from demo.measure import add_lines_arguments, figures, measure, recognition
+from demo.recognition import ClothClassifier, load_classifier
+from demo.try_on import Line, check_count, draw_lines, load_pipeline, picture_height, try_on
 from evaluate_vton import table
 
 
@@ -156,12 +156,8 @@ def plot(results: Sequence[Result], file: Path) -> None:
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, default=DEMO / "model", help="base and adapter (default demo/model)")
-    add("--adapter", type=Path, help="another adapter for the base (default: the one beside it)")
-    add("--classifier", type=Path, default=CLASSIFIER, help="what recognises cloths (default demo/classifier)")
+    add_lines_arguments(add)
     add("--output_dir", type=Path, default=Path("runs/fewer-steps"), help="default runs/fewer-steps")
-    add("--lines", type=int, default=64, help="held-out unpaired lines, at least 6 (default 64)")
-    add("--seed", type=int, default=1, help="of people, cloths and noise (default 1)")
     add("--schedulers", nargs="+", choices=SCHEDULERS, default=list(SCHEDULERS), help="default: all four")
     add("--steps", type=int, nargs="+", default=[2, 4, 8, 15, 25, 50], help="default 2 4 8 15 25 50")
     add("--guidance_scale", type=float, nargs="+", default=[1, 1.5, 2.5, 5, 7.5], help="of the best three (default 1 1.5 2.5 5 7.5)")  # fmt: skip

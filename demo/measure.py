@@ -203,15 +203,20 @@ def plot_steps(by_steps: dict[int, Figures], file: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------- main
 
 
-def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+def add_lines_arguments(add: Callable[..., argparse.Action]) -> None:
+    """Which model is measured, on which lines."""
     add("--model", type=Path, default=DEMO / "model", help="base and adapter (default demo/model)")
     add("--adapter", type=Path, help="another adapter for the base (default: the one beside it)")
     add("--classifier", type=Path, default=CLASSIFIER, help="what recognises cloths (default demo/classifier)")
-    add("--output_dir", type=Path, default=Path("runs/measure"), help="for tables and plots (default runs/measure)")
     add("--lines", type=int, default=64, help="held-out unpaired lines, at least 6 (default 64)")
     add("--seed", type=int, default=1, help="seed of people, cloths and noise (default 1)")
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add_lines_arguments(add)
+    add("--output_dir", type=Path, default=Path("runs/measure"), help="for tables and plots (default runs/measure)")
     add("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
     add("--guidance_scale", type=float, nargs="+", default=[None], help="one row each (default: the adapter's own)")
     add("--cloth_scale", type=float, nargs="+", default=[1.0], help="how large the cloth is read, 1 to 2, one row each (default 1)")  # fmt: skip

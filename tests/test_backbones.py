@@ -11,7 +11,6 @@ from test_train import flags
 from tiny import picture, run, seeded, tiny_pipe, tiny_unet
 
 from benchmarks import backbones
-from demo.make_dataset import make_dataset
 from pipeline_vton import (
     ADAPTER_NAME,
     LORA_NAME,
@@ -51,13 +50,6 @@ def shaped_pipe(shape: str, channels: int = 9, **settings) -> StableDiffusionVTO
     pipe = StableDiffusionVTONPipeline(tiny.vae, unet, scheduler, **settings)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("drawn")
-    make_dataset(root, 4, 0, seed=0, height=64)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +98,11 @@ def test_sdxl_is_told_the_size_that_is_worked_at():
     assert not torch.equal(seen[0][0], reading[0])
 
 
-def test_sdxl_has_no_one_text_encoder(shaped, drawn, tmp_path):
+def test_sdxl_has_no_one_text_encoder(shaped, data, tmp_path):
     pipe = shaped_pipe("sdxl", cross_attention="prompt")
     with pytest.raises(ValueError, match="`cross_attention` 'prompt' needs one text encoder, and SDXL's"):
         run(pipe)
-    line = flags(shaped["sdxl", 9], drawn, tmp_path, cross_attention="prompt")
+    line = flags(shaped["sdxl", 9], data, tmp_path, cross_attention="prompt")
     with pytest.raises(ValueError, match="`cross_attention` 'prompt' needs one text encoder, and SDXL's"):
         Trainer(parse_args(line))
 
@@ -136,8 +128,8 @@ def test_sdxls_own_vae_works_in_float32_where_all_is_float16(shape, upcast):
 @pytest.mark.parametrize("shape, channels, options", [
     ("sd2", 9, {}), ("sdxl", 9, {"gradient_checkpointing": True}), ("sdxl", 4, {}), ("sdxl", 9, {"lora_rank": 2}),
 ])  # fmt: skip
-def test_a_shape_trains_and_what_it_learnt_loads(shaped, drawn, tmp_path, shape, channels, options):
-    main(parse_args(flags(shaped[shape, channels], drawn, tmp_path, **options)))
+def test_a_shape_trains_and_what_it_learnt_loads(shaped, data, tmp_path, shape, channels, options):
+    main(parse_args(flags(shaped[shape, channels], data, tmp_path, **options)))
     pipe = shaped_pipe(shape, channels)
     before = None if channels == 4 else latents_of(pipe)
     if options.get("lora_rank"):
@@ -149,10 +141,10 @@ def test_a_shape_trains_and_what_it_learnt_loads(shaped, drawn, tmp_path, shape,
     assert torch.isfinite(after).all() and (before is None or not torch.equal(before, after))
 
 
-def test_another_vae_takes_the_place_of_the_bases(shaped, drawn, tmp_path):
+def test_another_vae_takes_the_place_of_the_bases(shaped, data, tmp_path):
     vae = AutoencoderKL.from_pretrained(shaped["sd2", 9], subfolder="vae", scaling_factor=0.25)
     vae.save_pretrained(tmp_path / "vae")
-    line = flags(shaped["sd2", 9], drawn, tmp_path / "out", vae_name_or_path=tmp_path / "vae")
+    line = flags(shaped["sd2", 9], data, tmp_path / "out", vae_name_or_path=tmp_path / "vae")
     assert Trainer(parse_args(line)).vae.config.scaling_factor == 0.25
 
 
