@@ -279,7 +279,7 @@ class Studio:
 
     def __init__(self, pipe: StableDiffusionVTONPipeline):
         self.pipe = pipe
-        self.turn = threading.Lock()  # whoever cancels leaves gradio's queue before the model has stopped
+        self.turn = threading.Lock()  # whoever leaves the page leaves gradio's queue before the model has stopped
 
         @on_gpu
         def run(*arguments) -> Iterator[tuple[int, Image.Image]]:
@@ -479,6 +479,7 @@ class Page:
     def buttons(self) -> None:
         self.start = gr.Button("Try it on", variant="primary", elem_id="start")
         self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
+        self.stopped = gr.State()  # a `threading.Event` of the visitor's last run
         self.progress = gr.HTML(status("Choose a person and a cloth."), elem_id="status")
 
     # ---- the right column
@@ -503,8 +504,10 @@ class Page:
     # ---- what the buttons do
 
     def page_try_on(
-        self, editor, cloth, cloth_type, looseness, steps, guidance_scale, seed, height
+        self, stopped, editor, cloth, cloth_type, looseness, steps, guidance_scale, seed, height
     ) -> Iterator[dict[Component, Any]]:
+        if stopped.is_set():  # while it waited: the visitor may be at the next run
+            return
         try:
             person, mask = read_editor(editor)
             if person is None:
@@ -515,6 +518,8 @@ class Page:
             before = shown(person)
             before_file = save_picture(before, "before", self.cache)
             for at in self.studio.try_on(person, open_picture(cloth, "cloth"), mask, settings):
+                if stopped.is_set():
+                    return
                 if at.finished:
                     break
                 after = save_picture(at.picture.resize(before.size), f"step-{at.done}", self.cache)
@@ -530,9 +535,10 @@ class Page:
                 self.download: gr.DownloadButton(value=file, interactive=True),
                 self.summary: f"Seed {at.seed}, {steps} steps, {at.seconds:.1f} s, {size}",
                 self.progress: status("Done."),
+                **self.idle(),
             }
         except gr.Error as error:
-            yield {self.progress: status(error.message, failed=True)}
+            yield {self.progress: status(error.message, failed=True), **self.idle()}
 
     def page_mask(self, editor, cloth_type, looseness) -> tuple[Any, str]:
         try:
@@ -546,29 +552,35 @@ class Page:
         except gr.Error as error:
             return gr.skip(), status(error.message, failed=True)
 
+    def idle(self) -> dict[Component, Any]:
+        return {self.start: gr.Button(visible=True), self.stop: gr.Button(visible=False)}
+
+    def page_begin(self) -> dict[Component, Any]:
+        return {
+            self.stopped: threading.Event(),
+            self.start: gr.Button(visible=False),
+            self.stop: gr.Button(visible=True),
+        }
+
+    def page_stop(self, stopped) -> dict[Component, Any]:
+        """A run ends at its next step, one that waits when it is its turn; gradio's own `cancels` closes the stream on which
+        the visitor's next run is told of."""
+        stopped.set()
+        return {self.progress: status("Stopped."), **self.idle()}
+
     def connect_buttons(self) -> None:
         buttons, quietly = [self.start, self.stop], {"queue": False, "api_visibility": "private"}
-        busy, idle = (
-            lambda: (gr.Button(visible=False), gr.Button(visible=True)),
-            lambda: (gr.Button(visible=True), gr.Button(visible=False)),
-        )
-        self.start.click(busy, None, buttons, **quietly)
-        run = self.start.click(
+        run = self.start.click(self.page_begin, None, [self.stopped, *buttons], **quietly).then(
             self.page_try_on,
-            [self.editor, self.cloth, *self.options],
-            [self.result, self.used_mask, self.download, self.summary, self.progress],
+            [self.stopped, self.editor, self.cloth, *self.options],
+            [self.result, self.used_mask, self.download, self.summary, self.progress, *buttons],
             show_progress_on=self.progress,
+            trigger_mode="multiple",  # the next run, while a stopped one still waits
             api_visibility="private",
             **ONE_AT_A_TIME,
         )
-        run.then(idle, None, buttons, **quietly)
-        self.stop.click(
-            lambda: (status("Stopped."), gr.Button(visible=True), gr.Button(visible=False)),
-            None,
-            [self.progress, *buttons],
-            cancels=run,
-            **quietly,
-        )
+        run.failure(self.idle, None, buttons, **quietly)
+        self.stop.click(self.page_stop, self.stopped, [self.progress, *buttons], **quietly)
         asked = [self.editor, self.cloth_type, self.looseness]
         self.propose.click(  # progress shown on the editor would stay there
             self.page_mask,

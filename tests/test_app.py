@@ -300,6 +300,10 @@ def test_two_visitors_at_once_wait_their_turn_and_get_their_own_person_back(page
     expect(pages[0].locator("#status progress")).to_be_visible(timeout=PATIENCE)
     pages[1].locator("#start").click()
     expect(pages[1].locator("#status")).to_contain_text("queue: 1/1", timeout=PATIENCE)
+    pages[1].locator("#stop").click()  # who waits may think again
+    wait_until(pages[1], "Stopped")
+    pages[1].locator("#start").click()
+    expect(pages[1].locator("#status")).to_contain_text("queue: 2/2", timeout=PATIENCE)
     for page, person in zip(pages, persons):
         wait_until(page, "Done")
         result, used = downloaded(page), np.asarray(pipe.predict_mask(person)) > 0
