@@ -254,7 +254,7 @@ def test_outfits_are_read_from_folders_lists_and_rows_alike(base, outfits, tmp_p
         assert items[0]["cloth"].shape == (2, 3, 32, 24) and items[0]["worn"].tolist() == (
             [1, 0] if i == 1 else [1, 1]
         )
-    assert (items[0]["cloth"] < 1).flatten(1).any(dim=1).all()
+    assert (items[0]["cloth"] < 255).flatten(1).any(dim=1).all()
     unpaired = tree_pairs(tmp_path / "mr", "test", False, roles[:4])  # without a list of them, in the next one's
     names = [{role: file.name for role, file in files.items()} for *_, files in unpaired.pairs]
     assert [row["cloth_2"] == row["cloth"] != row["person"] for row in names] == [True, True]

@@ -13,7 +13,16 @@ from test_train import COLUMNS, equal, flags
 from tiny import tiny_pipe
 
 from pipeline_vton import ADAPTER_NAME
-from train_vton import Preparation, ResolutionBatches, Trainer, TreePairs, main, nearest_aspect, parse_args
+from train_vton import (
+    Preparation,
+    ResolutionBatches,
+    Trainer,
+    TreePairs,
+    main,
+    nearest_aspect,
+    parse_args,
+    to_values,
+)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -105,7 +114,7 @@ def test_pictures_of_a_batch_share_the_size_of_their_aspect(bases, mixed, tmp_pa
         shapes[size] += 1
         seeds += batch["seed"]
         place = next(i for i in range(len(pairs)) if pairs.name(i) == batch["name"][0])
-        item = Preparation(*size)(pairs.pictures(place), 0, place)
+        item = to_values(Preparation(*size)(pairs.pictures(place), 0, place))
         assert all(torch.equal(batch[role][0], item[role]) for role in ("person", "cloth", "mask"))
     assert shapes[24, 32] == 4 and len(shapes) == 3 and set(names.values()) == {4} and len(set(seeds)) == 40
 

@@ -68,6 +68,7 @@ from train_vton import (
     refuse_sharding,
     row_pictures,
     to_pixels,
+    to_values,
     training_size,
 )
 
@@ -701,7 +702,7 @@ def test_the_guidance_that_suits_best_is_recommended(
     assert pipe.config.guidance_scale == best
 
     size, total, masked = {"height": 32, "width": 24}, 0.0, 0.0  # the same by hand
-    for item in tree(data, "test", roles=trainer.roles, condition_folder="condition"):
+    for item in map(to_values, tree(data, "test", roles=trainer.roles, condition_folder="condition")):
         person = item["condition"] if "mask_free" in options else item["person"]
         mask = None if "mask_free" in options else item["mask"]
         said = {"generator": seeded(item["seed"]), "prompt": options.get("prompt"), "num_inference_steps": 2}
@@ -1108,7 +1109,9 @@ def test_pixels_are_those_of_diffusers_processor():
         VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True),
     )
     for size in ((48, 40), (32, 24)):
-        assert torch.equal(to_pixels(rgb, *size), images.preprocess(rgb, *size)[0])
+        pixels = to_pixels(rgb, *size)
+        assert pixels.dtype == torch.uint8  # what reading processes send
+        assert torch.equal(to_values({"person": pixels})["person"], images.preprocess(rgb, *size)[0])
         assert torch.equal(to_pixels(grey, *size), masks.preprocess(grey, *size)[0])
 
 
@@ -1247,7 +1250,7 @@ def test_cloths_are_trained_in_their_persons_colours(own_data):
     assert torch.equal(
         after["cloth"], Preparation(32, 24)({"person": as_pil(profiled), "cloth": as_pil(profiled)}, 0, 0)["cloth"]
     )
-    assert (after["cloth"] - before["cloth"]).abs().max() > 0.1
+    assert (after["cloth"].int() - before["cloth"].int()).abs().max() > 12
 
 
 @pytest.mark.parametrize("kind", ["alpha", "photograph", "grey"])
@@ -1357,17 +1360,17 @@ def test_augmentation_is_the_same_for_all_pictures():
     pictures = {"person": person, "mask": mask, "cloth": person}
     plain, moved = Preparation(320, 240), Preparation(320, 240, augment=("flip", "crop"))
     colored, flipped = Preparation(320, 240, augment=("color",)), Preparation(320, 240, augment=("flip",))
-    before, items = plain(pictures, 0, 0), [moved(pictures, 0, i) for i in range(8)]
+    before, items = to_values(plain(pictures, 0, 0)), [to_values(moved(pictures, 0, i)) for i in range(8)]
     for item in items:
         assert ((item["person"][:1] > 0) == (item["mask"] > 0.5)).float().mean() > 0.98
     assert len({item["person"].mean().item() for item in items}) == 8
-    assert torch.equal(moved(pictures, 0, 3)["person"], items[3]["person"])  # drawn for this pair and epoch
-    mirrored = [flipped(pictures, 0, i) for i in range(8)]
+    assert torch.equal(to_values(moved(pictures, 0, 3))["person"], items[3]["person"])  # drawn for this pair and epoch
+    mirrored = [to_values(flipped(pictures, 0, i)) for i in range(8)]
     assert {torch.equal(item["person"], before["person"].flip(-1)) for item in mirrored} == {True, False}
     assert all(torch.equal(item["person"], item["cloth"]) for item in mirrored)
 
     gray = {"person": Image.new("RGB", (240, 320), (50, 120, 255)), "mask": mask}
-    item = colored(gray | {"cloth": gray["person"]}, 0, 0)
+    item = to_values(colored(gray | {"cloth": gray["person"]}, 0, 0))
     colors = item["person"].mean(dim=(1, 2)), item["cloth"].mean(dim=(1, 2))
     assert (
         torch.equal(*colors) and colors[0][2] == 1 and not torch.allclose(colors[0][0], torch.tensor(50 / 127.5 - 1))
