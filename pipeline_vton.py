@@ -424,7 +424,7 @@ def trim_margins(cloth: Image.Image) -> Image.Image:
     coloured = torch.from_numpy(np.asarray(cloth.convert("RGB")).min(axis=-1) < 250)
     if not coloured.any():
         return cloth
-    top, bottom, left, right = _extent(coloured)
+    top, bottom, left, right = extent(coloured)
     rim = round(0.02 * max(bottom - top, right - left))
     return cloth.crop(
         (max(0, left - rim), max(0, top - rim), min(cloth.width, right + rim), min(cloth.height, bottom + rim))
@@ -526,7 +526,7 @@ def composite_result(
     left, top, right, bottom = region
     if mask is None:
         return as_floats(resize(image, bottom - top, right - left))
-    seen = _extent(mask[0, top:bottom, left:right] > 0)
+    seen = extent(mask[0, top:bottom, left:right] > 0)
     part, image = enlarged_part(image, bottom - top, right - left, seen)
     window = (slice(top + part[0], top + part[1]), slice(left + part[2], left + part[3]))
     alpha, result = feather(mask, max(bottom - top, right - left) // 128)[(0, *window)], person.clone()
@@ -611,35 +611,34 @@ def agnostic_mask(parsed: torch.Tensor, roles: dict[int, str], cloth_types: list
     region = shows(*repainted)
     if not region.any():
         return region
-    cleaned = _grow(~_grow(~region, 1), 1)  # without specks, one of which would stretch a hull over half the picture
+    cleaned = grow(~grow(~region, 1), 1)  # without specks, one of which would stretch a hull over half the picture
     cleaned = cleaned if cleaned.any() else region
-    top, bottom, left, right = _extent(cleaned)
+    top, bottom, left, right = extent(cleaned)
     side = max(bottom - top, right - left)
-    mask = _grow(region, 0.03 * side)
+    mask = grow(region, max(1, round(0.03 * side)))
     if looseness != "tight":
         reached = cleaned.clone()
         if "legs" in repainted:
-            _, _, left, right = _extent(cleaned[bottom - (bottom - top + 9) // 10 : bottom])
+            _, _, left, right = extent(cleaned[bottom - (bottom - top + 9) // 10 : bottom])
             flare = round(0.15 * (bottom - top))
             reached[bottom - 1, max(0, left - flare) : right + flare] = True
         else:
             reached |= shows("skirt", "trousers", "belt", "legs") & _above_hips(shows("head"), top, bottom)
-        mask |= _hull(reached, side) if looseness == "loose" else _box(reached, side)
+        mask |= _blurred_hull(reached, side) if looseness == "loose" else _box(reached, side)
     if "arms" not in repainted:
         return mask & ~shows("arms", *KEPT)
-    hands = ~_grow(~shows("hands"), 0.01 * side)  # their rim is the cuff's
+    hands = ~grow(~shows("hands"), max(1, round(0.01 * side)))  # their rim is the cuff's
     return mask & ~hands & ~shows(*(KEPT - {"hands"}))
 
 
-def _extent(region: torch.Tensor) -> tuple[int, int, int, int]:
+def extent(region: torch.Tensor) -> tuple[int, int, int, int]:
     """First and last row, first and last column, the last ones exclusive."""
     (rows,), (columns,) = region.any(dim=1).nonzero(as_tuple=True), region.any(dim=0).nonzero(as_tuple=True)
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
 
 
-def _grow(region: torch.Tensor, pixels: float) -> torch.Tensor:
-    """The region and all within so many pixels, at least one, of it along both axes."""
-    reach = max(1, round(pixels))
+def grow(region: torch.Tensor, reach: int) -> torch.Tensor:
+    """A region (H, W), true or false, and all within `reach` pixels of it along both axes."""
     grown = region.float()[None]
     for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):  # a square, one side after the other
         grown = F.max_pool2d(grown, kernel, stride=1, padding=tuple(size // 2 for size in kernel))
@@ -652,13 +651,13 @@ def _above_hips(head: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
     """
     hips = bottom + (bottom - top) / 3
     if head.any() and not head[0].any():
-        crown, chin, _, _ = _extent(head)
+        crown, chin, _, _ = extent(head)
         hips = crown + 4 * (chin - crown)
     return torch.arange(len(head))[:, None] < hips
 
 
-def _hull(region: torch.Tensor, side: int) -> torch.Tensor:
-    """The convex hull (Andrew's monotone chain), blurred by 3 % of the side and so grown by 4 %."""
+def convex_hull(region: torch.Tensor) -> Image.Image:
+    """A region (H, W), of which something is true, and all between two points of it (Andrew's monotone chain): mode L, 0 or 255."""
     rows = region.any(dim=1).nonzero()[:, 0].tolist()
     left = region.int().argmax(dim=1).tolist()
     right = (region.shape[1] - 1 - region.flip(1).int().argmax(dim=1)).tolist()
@@ -677,11 +676,17 @@ def _hull(region: torch.Tensor, side: int) -> torch.Tensor:
     outline = chain([(right[y], y) for y in rows]) + chain([(left[y], y) for y in reversed(rows)])
     hull = Image.new("L", (region.shape[1], region.shape[0]))
     ImageDraw.Draw(hull).polygon(outline, fill=255, outline=255)
-    return torch.from_numpy(np.array(hull.filter(ImageFilter.GaussianBlur(0.03 * side)))) > 0.1 * 255
+    return hull
+
+
+def _blurred_hull(region: torch.Tensor, side: int) -> torch.Tensor:
+    """The convex hull, blurred by 3 % of the side and so grown by 4 %."""
+    blurred = convex_hull(region).filter(ImageFilter.GaussianBlur(0.03 * side))
+    return torch.from_numpy(np.array(blurred)) > 0.1 * 255
 
 
 def _box(region: torch.Tensor, side: int) -> torch.Tensor:
-    top, bottom, left, right = _extent(region)
+    top, bottom, left, right = extent(region)
     x, y = round(0.06 * side), round(0.02 * side)
     box = torch.zeros_like(region)
     box[max(0, top - y) : bottom + y, max(0, left - x) : right + x] = True

@@ -98,8 +98,11 @@ from pipeline_vton import (
     as_tensors,
     check_unet,
     convert_profile,
+    convex_hull,
+    extent,
     fit_cloth,
     fit_size,
+    grow,
     hub_repository,
     is_sdxl,
     read_adapter,
@@ -117,7 +120,6 @@ DISCRIMINATOR_RATE, R1_WEIGHT = 1e-4, 0.1
 COLLAPSED, COLLAPSE_AFTER = 0.05, 200  # a discriminator's loss that is as good as 0, and for how many updates
 SEED_GUIDANCE = 7.5  # where nothing better is known
 ASPECT_TOLERANCE = 1.1
-HULL_SIDES = 32  # of the polygon that stands for a convex hull
 PROBED_TIMESTEPS = (250, 500, 750)  # where the masked error without, with and with a wrong cloth is logged
 PROBED_PAIRS = 16
 UNLIT = {"mask", "pose", "worn"}  # whose values are no colours of things: neither a profile nor the light changes them
@@ -443,22 +445,16 @@ def to_values(batch: dict[str, Any]) -> dict[str, Any]:
 
 def loosen(mask: Tensor, rng: np.random.Generator) -> Tensor:
     """A mask (1, H, W) that tells less of the cloth that is worn: itself, its hull or its box, grown by up to H/16 pixels."""
-    margin, sides = rng.uniform(0, mask.shape[1] / 16), rng.choice([0, HULL_SIDES, 4])
-    if sides:
-        return circumscribe(mask, sides, margin) if mask.any() else mask
-    reach = round(margin)
-    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):
-        mask = F.max_pool2d(mask, kernel, stride=1, padding=tuple(side // 2 for side in kernel))
-    return mask
-
-
-def circumscribe(mask: Tensor, sides: int, margin: float) -> Tensor:
-    """The polygon around a mask (1, H, W) whose sides, evenly turned, are `margin` pixels off it: four make a box, many its hull."""
-    rows, columns = (torch.arange(side, dtype=torch.float32) for side in mask.shape[1:])
-    angles = torch.arange(sides)[:, None, None] * (2 * math.pi / sides)
-    along = angles.cos() * columns + angles.sin() * rows[:, None]  # (sides, H, W), how far each pixel lies to a side
-    farthest = along[:, mask[0] >= 0.5].amax(dim=1) + margin + 1e-3  # a rounding error
-    return (along <= farthest[:, None, None]).all(dim=0, keepdim=True).to(mask.dtype)
+    reach, shape = round(rng.uniform(0, mask.shape[1] / 16)), rng.choice(["own", "hull", "box"])
+    region = mask[0] >= 0.5
+    if not region.any():
+        return mask
+    if shape == "hull":
+        region = torch.from_numpy(np.array(convex_hull(region))) > 0
+    if shape == "box":
+        top, bottom, left, right = extent(region)
+        region[top:bottom, left:right] = True
+    return grow(region, reach)[None].to(mask.dtype)
 
 
 def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> Image.Image:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from tiny import picture, seeded, tiny_parser, tiny_pipe
 from transformers import ViTConfig
 
-from pipeline_vton import LOOSENESS, agnostic_mask, parser_roles
+from pipeline_vton import LOOSENESS, agnostic_mask, convex_hull, grow, parser_roles
 
 
 ATR = (
@@ -38,6 +38,19 @@ COVERED = {  # what every set calls what each kind of cloth repaints
 }
 COVERED = {cloth_type: set(names.replace("_", "-").split()) for cloth_type, names in COVERED.items()}
 COVERED["dress"] = COVERED["upper"] | COVERED["lower"]
+
+
+def test_a_region_is_grown_along_both_axes_and_its_hull_spans_its_corners():
+    region = torch.zeros(64, 48, dtype=torch.bool)
+    region[20:40, 10:16] = region[34:40, 10:36] = True  # an L
+    hull = torch.from_numpy(np.array(convex_hull(region))) > 0
+    assert (
+        (hull >= region).all() and hull[34, 22] and not hull[21, 34] and not hull[:20].any() and not hull[:, :10].any()
+    )
+    point = torch.zeros(9, 9, dtype=torch.bool)
+    point[4, 4] = True
+    assert torch.equal(grow(point, 2).nonzero(), torch.cartesian_prod(torch.arange(2, 7), torch.arange(2, 7)))
+    assert torch.equal(grow(point, 0), point)
 
 
 def parser_pipe(labels, only=None, size=(64, 64), in_channels=9):
