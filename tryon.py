@@ -9,6 +9,7 @@
   python tryon.py --person person.jpg --cloth cloth.jpg --output result.png
   python tryon.py --person people/ --cloth cloths/ --output results/                    every cloth on every person
   python tryon.py --person people/ --cloth cloths/ --pairs list.txt --output results/   the pairs of a list
+  python tryon.py --person people/ --cloth cloths/ --one_each --output results/         each person in one other cloth
   accelerate launch --num_processes 4 tryon.py ...                                      the same on four GPUs
 
 A result has its person's size, colour profile and file format, and no EXIF; outside the mask it is the person's picture. What is
@@ -89,23 +90,38 @@ def pair_of(args: argparse.Namespace, person: Path, cloth: Path, output: Path) -
     return Pair(person, cloth, *beside)
 
 
+def one_each(people: list[Path], cloths: list[Path], seed: int) -> list[tuple[Path, Path]]:
+    """Every person in a cloth that has not their name, as few of them twice as can be; drawn by the seed."""
+    drawn, pairs = [cloths[i] for i in np.random.default_rng(seed).permutation(len(cloths))], []
+    for i, person in enumerate(people):
+        now, next_one = i % len(drawn), (i + 1) % len(drawn)
+        if drawn[now].stem == person.stem:
+            drawn[now], drawn[next_one] = drawn[next_one], drawn[now]
+        if drawn[now].stem == person.stem:
+            raise ValueError(f"--one_each: there is no cloth for {person} but their own, {drawn[now]}")
+        pairs.append((person, drawn[now]))
+    return pairs
+
+
 def find_pairs(args: argparse.Namespace) -> list[Pair]:
     """All that is asked for; a few cloths at a time, and of those person by person, so that little is encoded again."""
     if args.pairs is not None:
         pairs = [(args.person / person, args.cloth / cloth) for person, cloth, _ in read_list(args.pairs)]
     else:
         people, cloths = pictures_in(args.person, "--person"), pictures_in(args.cloth, "--cloth")
-        pairs = [(person, cloth) for person in people for cloth in cloths]
+        every = [(person, cloth) for person in people for cloth in cloths]
+        pairs = one_each(people, cloths, args.seed) if args.one_each else every
     if args.pairs is None and args.person.is_file() and args.cloth.is_file() and args.output.suffix.lower() in WRITTEN:
         return [pair_of(args, *pairs[0], args.output)]
     ends = {person: person.suffix if person.suffix.lower() in WRITTEN else ".png" for person, _ in pairs}
     found: dict[Path, Pair] = {}
     for person, cloth in dict.fromkeys(pairs):
-        output = args.output / f"{person.stem}__{cloth.stem}{ends[person]}"
+        name = person.stem if args.one_each else f"{person.stem}__{cloth.stem}"
+        output = args.output / f"{name}{ends[person]}"
         if output in found:
-            other = found[output]
+            other, remedy = found[output], "name a person once" if args.one_each else "rename one"
             raise ValueError(
-                f"{person} with {cloth} and {other.person} with {other.cloth} would both be written to {output}: rename one"
+                f"{person} with {cloth} and {other.person} with {other.cloth} would both be written to {output}: {remedy}"
             )
         found[output] = pair_of(args, person, cloth, output)
     order = {cloth: i // CLOTHS_KEPT for i, cloth in enumerate(dict.fromkeys(pair.cloth for pair in found.values()))}
@@ -284,6 +300,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="a file for one pair, else a folder: PERSON__CLOTH.EXT",
     )
+    add("--one_each", action="store_true", help="name results after their persons, in one cloth each: of --pairs, else one that is drawn and has another name; this is what --mask_free trains on")  # fmt: skip
     add("--mask", type=Path, metavar="PATH", help="white where to repaint: a file, or a folder with the persons' names (default: drawn by the human parser)")  # fmt: skip
     add("--pose", type=Path, metavar="PATH", help="skeletons or the like, for an adapter that reads poses: a file, or a folder with the persons' names")  # fmt: skip
     add("--overwrite", action="store_true", help="make results anew that are there already")

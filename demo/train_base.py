@@ -275,8 +275,11 @@ class VAETraining:
         return self.error(latents, batch) + 0.25 * halved + 1e-8 * posterior.kl().mean()
 
     def error(self, latents: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-        error = torch.einsum("cd,bdhw->bchw", self.whitening(-0.25), self.vae.decode(latents).sample - pictures)
-        return error.square().mean() + 0.1 * error.abs().mean()
+        """Its fine part with colours whitened half-way, its coarse part, most of what is wrong with colours, whitened."""
+        error = self.vae.decode(latents).sample - pictures
+        fine = torch.einsum("cd,bdhw->bchw", self.whitening(-0.25), error)
+        coarse = torch.einsum("cd,bdhw->bchw", self.whitening(-0.5), F.avg_pool2d(error, 4))
+        return fine.square().mean() + 0.1 * fine.abs().mean() + 0.5 * coarse.square().mean()
 
     def decoder_loss(self) -> torch.Tensor:
         batch = self.draw()

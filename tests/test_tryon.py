@@ -92,6 +92,34 @@ def test_a_list_names_the_pairs(shop, model):
     assert sorted(file.name for file in (shop / "results").iterdir()) == ["ann__tee.png", "bob__red.png"]
 
 
+def test_one_cloth_each_is_never_a_persons_own_and_results_have_persons_names(shop, model, capsys):
+    for i in range(7):
+        save(picture(i), shop / f"train/image/{i}.jpg")
+        save(picture(i), shop / f"train/cloth/{i}.png")
+    flags = [
+        "--person",
+        str(shop / "train/image"),
+        "--cloth",
+        str(shop / "train/cloth"),
+        "--output",
+        str(shop / "out"),
+    ]
+    drawn = [find_pairs(parse_args([*flags, "--one_each", "--seed", str(seed)])) for seed in range(9)]
+    assert all(pair.cloth.stem != pair.person.stem == pair.output.stem for pairs in drawn for pair in pairs)
+    assert all([pair.output.name for pair in pairs] == [f"{i}.jpg" for i in range(7)] for pairs in drawn)
+    assert all(len({pair.cloth for pair in pairs}) >= 6 for pairs in drawn)
+    assert len({tuple(pair.cloth for pair in pairs) for pairs in drawn}) > 5
+
+    (shop / "list.txt").write_text("ann.png tee.png\nbob.png red.png\n")
+    assert run(shop, model, "--one_each", "--pairs", str(shop / "list.txt")) == 0
+    assert sorted(file.name for file in (shop / "results").iterdir()) == ["ann.png", "bob.png"]
+    (shop / "list.txt").write_text("ann.png tee.png\nann.png red.png\n")
+    assert run(shop, model, "--one_each", "--pairs", str(shop / "list.txt")) == 2
+    assert "would both be written" in capsys.readouterr().err
+    assert run(shop, model, "--one_each", person="people/ann.png", cloth="people/ann.png") == 2
+    assert "no cloth for" in capsys.readouterr().err
+
+
 def test_what_is_there_is_passed_over_and_a_stopped_run_goes_on(shop, model, capsys):
     assert run(shop, model) == 0
     kept, gone = shop / "results/ann__red.png", shop / "results/bob__tee.png"
