@@ -1,10 +1,16 @@
 #!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 """The try-on page: two photographs in, one picture out, in a browser. A Hugging Face Space starts this very file.
 
 `python app.py` serves the demo model on http://127.0.0.1:7860. Environment variables name other weights:
 
     VTON_MODEL           base, or whole pipeline: a Hub repository or a folder (default: demo/model)
     VTON_ADAPTER         try-on adapter: a Hub repository, a folder or a file (default: the demo's on the demo's base, else none)
+    VTON_ADAPTER_SUBFOLDER  where in there, such as CatVTON's mix-48k-1024/attention
     VTON_HUMAN_PARSER    a Segformer that proposes masks: a Hub repository or a folder (default: what the model has)
     VTON_EXAMPLES        folder of examples, CATEGORY-NAME/{person,cloth,mask}.png (default: the demo's on the demo's base, else none)
 
@@ -42,11 +48,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline_vton import (
     StableDiffusionVTONPipeline,
+    as_mask_image,
     as_pictures,
     as_pil,
     colour_profiles,
     encode_latents,
     load_pipeline,
+    within_range,
 )
 
 
@@ -72,16 +80,26 @@ ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model"}
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
+def serves_demo() -> bool:
+    return Path(os.environ.get("VTON_MODEL") or DEMO_MODEL).resolve() == DEMO_MODEL
+
+
 def load_from_environment() -> StableDiffusionVTONPipeline:
     """What VTON_MODEL, VTON_ADAPTER and VTON_HUMAN_PARSER name, else the demo; float16 on a GPU, else float32."""
     model = os.environ.get("VTON_MODEL") or str(DEMO_MODEL)
-    adapter = os.environ.get("VTON_ADAPTER") or (model if model == str(DEMO_MODEL) else None)
-    pipe = load_pipeline(model, adapter, os.environ.get("VTON_HUMAN_PARSER") or None)
+    adapter = os.environ.get("VTON_ADAPTER") or (model if serves_demo() else None)
+    subfolder = os.environ.get("VTON_ADAPTER_SUBFOLDER") or None
+    pipe = load_pipeline(model, adapter, os.environ.get("VTON_HUMAN_PARSER") or None, adapter_subfolder=subfolder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def in_words(sentence: str) -> gr.Error:
+    """What the page says; the server's log says nothing of it, since it may name a visitor's file."""
+    return gr.Error(sentence, print_exception=False)
 
 
 def photograph(**options) -> gr.Image:
@@ -94,21 +112,21 @@ def photograph(**options) -> gr.Image:
 def open_picture(file: str | None, what: str) -> Image.Image:
     """The picture in a file; `what` it shows is for the errors."""
     if file is None:
-        raise gr.Error(f"There is no picture of the {what} yet.")
+        raise in_words(f"There is no picture of the {what} yet.")
     try:
         with Image.open(file) as picture:
             check_pixels(picture, what)
             return ImageOps.exif_transpose(picture)
     except Image.DecompressionBombError:
-        raise gr.Error(f"The picture of the {what} is too large: the limit is {MAX_PIXELS:,} pixels.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError):
-        raise gr.Error(f"The file for the {what} ({Path(file).name}) is no picture that can be read.") from None
+        raise in_words(f"The picture of the {what} is too large: the limit is {MAX_PIXELS:,} pixels.") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, AssertionError):
+        raise in_words(f"The file for the {what} ({Path(file).name}) is no picture that can be read.") from None
 
 
 def check_pixels(picture: Image.Image, what: str) -> None:
     if picture.width * picture.height > MAX_PIXELS:
         size = f"{picture.width} x {picture.height}"
-        raise gr.Error(f"The picture of the {what} has {size} pixels, the limit is {MAX_PIXELS:,} in all.")
+        raise in_words(f"The picture of the {what} has {size} pixels, the limit is {MAX_PIXELS:,} in all.")
 
 
 def read_editor(editor: dict | None) -> tuple[Image.Image | None, Image.Image | None]:
@@ -190,10 +208,11 @@ class Previewer:
 
     def __init__(self, pipe: StableDiffusionVTONPipeline, person: Image.Image, mask: Image.Image, height: int | None):
         self.person = shown(person, PREVIEW_SIDE)
-        self.mask = mask.resize(self.person.size)
+        self.mask = as_mask_image(mask, "mask_image").resize(self.person.size)
         size = pipe.resolve_size(person.height, person.width, height, None)
         pixels = pipe.image_processor.preprocess(self.person, *size).to(pipe._execution_device)
-        latents = encode_latents(pipe.vae, pixels)[0] * pipe.vae.config.scaling_factor
+        with within_range(pipe.vae, pipe.unet):
+            latents = encode_latents(pipe.vae, pixels)[0] * pipe.vae.config.scaling_factor
         self.size = latents.shape[-2:]
         colors = torch.nn.functional.interpolate(pixels.float(), self.size, mode="area")[0]  # (3, h, w) in [-1, 1]
         self.to_rgb = torch.linalg.lstsq(self._columns(latents), colors.flatten(1).T.cpu()).solution  # (4 + 1, 3)
@@ -264,9 +283,9 @@ def errors_in_words() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise gr.Error(str(error)) from error
+        raise in_words(str(error)) from error
     except torch.OutOfMemoryError as error:
-        raise gr.Error("The graphics card has too little memory for this size: choose a smaller one.") from error
+        raise in_words("The graphics card has too little memory for this size: choose a smaller one.") from error
 
 
 def on_gpu(function: Callable) -> Callable:
@@ -298,7 +317,7 @@ class Studio:
     def predict_mask(self, person: Image.Image, cloth_type: str, looseness: str) -> Image.Image:
         """Where a cloth of this kind may change the person: white, in the person's size."""
         if not self.proposes_masks:
-            raise gr.Error("This page has no human parser: paint over what may change.")
+            raise in_words("This page has no human parser: paint over what may change.")
         with errors_in_words():
             return self._parse(person, cloth_type, looseness)
 
@@ -307,13 +326,17 @@ class Studio:
     ) -> Iterator[Progress]:
         """Put the cloth on the person; without a mask one is predicted, where the model needs one."""
         if not 1 <= settings.steps <= MAX_STEPS:
-            raise gr.Error(f"The steps must be from 1 to {MAX_STEPS}, not {settings.steps}.")
-        if settings.height is not None and settings.height > MAX_SIDE:
-            raise gr.Error(f"The height must be at most {MAX_SIDE} pixels, not {settings.height}.")
+            raise in_words(f"The steps must be from 1 to {MAX_STEPS}, not {settings.steps}.")
+        with errors_in_words():
+            height, width = self.pipe.resolve_size(person.height, person.width, settings.height, None)
+        if max(height, width) > MAX_SIDE:
+            raise in_words(
+                f"The model works at {MAX_SIDE} pixels a side at most, and this would be {height} x {width}."
+            )
         if mask is None and self.proposes_masks:
             mask = self.predict_mask(person, settings.cloth_type, settings.looseness)
         if mask is None and not self.pipe.config.mask_free:
-            raise gr.Error("Paint over what the new cloth may change: the model sees nothing of the person there.")
+            raise in_words("Paint over what the new cloth may change: the model sees nothing of the person there.")
         seed = secrets.randbelow(2**32) if settings.seed is None else settings.seed
         with errors_in_words(), self.turn:
             start = time.monotonic()
@@ -468,8 +491,9 @@ class Page:
             self.cloth_type = gr.Radio(CATEGORIES, value="upper", label="Kind of cloth", elem_id="cloth_type")
             with gr.Accordion("More settings", open=False):
                 self.steps = gr.Slider(1, MAX_STEPS, value=STEPS, step=1, label="Steps", elem_id="steps")
+                own = pipe.config.guidance_scale
                 self.guidance_scale = gr.Slider(
-                    1, 10, value=pipe.config.guidance_scale, step=0.1, label="Guidance: pull of the cloth"
+                    min(1, own), max(10, own), value=own, step=0.1, label="Guidance: pull of the cloth"
                 )
                 self.seed = gr.Number(
                     None, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, placeholder="random"
@@ -511,15 +535,17 @@ class Page:
         try:
             person, mask = read_editor(editor)
             if person is None:
-                raise gr.Error("There is no picture of the person yet.")
+                raise in_words("There is no picture of the person yet.")
             check_pixels(person, "person")
             settings = Settings(cloth_type, looseness, steps, guidance_scale, seed, height or None)
             yield {self.progress: status("Reading the pictures", 0, steps)}
-            before = shown(person)
-            before_file = save_picture(before, "before", self.cache)
+            before, before_file = shown(person), None
             for at in self.studio.try_on(person, open_picture(cloth, "cloth"), mask, settings):
                 if stopped.is_set():
                     return
+                before_file = before_file or save_picture(
+                    before, "before", self.cache
+                )  # gradio deletes what it is given
                 if at.finished:
                     break
                 after = save_picture(at.picture.resize(before.size), f"step-{at.done}", self.cache)
@@ -544,7 +570,7 @@ class Page:
         try:
             person, _ = read_editor(editor)
             if person is None:
-                raise gr.Error("There is no picture of the person yet.")
+                raise in_words("There is no picture of the person yet.")
             check_pixels(person, "person")
             mask = self.studio.predict_mask(person, cloth_type, looseness)
             filled = save_editor(person, mask, self.cache)
@@ -727,7 +753,7 @@ def main() -> None:
     if args.write_space is not None:
         write_space(args.write_space)
         return
-    demo = not os.environ.get("VTON_MODEL")
+    demo = serves_demo()
     examples = os.environ.get("VTON_EXAMPLES") or (DEMO_EXAMPLES if demo else None)
     page = build_page(load_from_environment(), examples and Path(examples), DEMO_NOTE if demo else "")
     launch(page)

@@ -58,6 +58,7 @@ from pipeline_vton import (
     as_pil,
     as_tensors,
     composite_result,
+    is_scheduler,
     load_pipeline,
     resize,
 )
@@ -137,6 +138,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="the base, or a whole pipeline: a Hub repository or a folder")
     add("--revision", help="its revision on the Hub (default main)")
     add("--adapter", help="the adapter, a Hub repository, a folder or a file; or a LoRA's folder or file (default: none, the model is whole)")  # fmt: skip
+    add("--adapter_subfolder", help="where in there, such as CatVTON's mix-48k-1024/attention")
     add("--pred_dir", type=Path, help="or pictures that another model made: [SETTING/][CATEGORY/]PERSON__CLOTH.png or PERSON.png")  # fmt: skip
     add("--pred_composited", action="store_true", help="they are the photographs outside the masks, which is checked (default: pasted into them here)")  # fmt: skip
     add("--height", type=int, help="to work at (default: the adapter's, at the persons' aspect)")
@@ -190,6 +192,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--list must be a file, and goes with --dataset_root, got {args.list} and {args.dataset_root}")
     if args.drop_duplicates and args.train_root is None:
         parser.error("--drop_duplicates needs --train_root")
+    if args.scheduler is not None and not is_scheduler(args.scheduler):
+        parser.error(f"--scheduler must be the name of a scheduler class of diffusers, got {args.scheduler}")
     if args.pred_dir is not None and (args.seeds > 1 or args.push_to_hub or args.masks == "parser"):
         parser.error("--pred_dir has one seed, no adapter to push and no human parser")
     if args.human_parser is not None and args.masks != "parser":
@@ -655,8 +659,10 @@ class Model:
         self.args, dtype = args, args.dtype and getattr(torch, args.dtype)
         self.pipe = load_pipeline(  # without the safety checker, whose black pictures would be measured
             args.model, args.adapter, args.human_parser, args.scheduler, dtype, device,
-            revision=args.revision, safety_checker=None,
+            args.adapter_subfolder, revision=args.revision, safety_checker=None,
         )  # fmt: skip
+        if args.push_to_hub and getattr(self.pipe.unet, "peft_config", None):
+            raise ValueError(f"--push_to_hub uploads adapters and whole pipelines, not LoRAs such as {args.adapter}")
         self.pipe.set_progress_bar_config(disable=True)
         self.mask_free, self.posed = self.pipe.config.mask_free, self.pipe.config.pose == "painted"
 
@@ -673,6 +679,7 @@ class Model:
             "model": args.model,
             "revision": args.revision,
             "adapter": args.adapter,
+            **({} if args.adapter_subfolder is None else {"adapter_subfolder": args.adapter_subfolder}),
             "weights": fingerprint([*pipe.unet.state_dict().values(), *pipe.vae.state_dict().values()]),
             "scheduler": type(pipe.scheduler).__name__,
             "num_inference_steps": args.num_inference_steps,

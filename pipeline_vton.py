@@ -354,7 +354,7 @@ def _opened(picture: Image.Image, name: str, background: str) -> Image.Image | n
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
     if space in PROFILE_SPACES:  # the result, an RGB picture, could not carry it
         picture = picture.convert("L" if space == "GRAY" else space)
-        return ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return _change_profile(picture, profile, ImageCms.createProfile("sRGB"), name, outputMode="RGB")
     return (
         picture if picture.mode in {"L", "RGB"} else picture.convert("RGB")
     )  # a copy already, as exif_transpose makes
@@ -383,17 +383,27 @@ def colour_profiles(pictures: PictureInput) -> list[bytes | None]:
     return [picture.info["icc_profile"] if space == "RGB" else None for picture, space in zip(pictures, spaces)]
 
 
+def _change_profile(picture: Image.Image, before: Any, after: Any, name: str, **options: Any) -> Image.Image:
+    try:
+        return ImageCms.profileToProfile(picture, before, after, **options)
+    except ImageCms.PyCMSError as error:  # a scanner's or a camera's, which goes one way only
+        raise ValueError(f"`{name}`: colours cannot be converted by its ICC profile: {error}") from error
+
+
 def convert_profile(picture: torch.Tensor, before: bytes | None, after: bytes | None) -> torch.Tensor:
-    """The same colours (3, H, W) by another ICC profile, by way of eight bits; None is sRGB."""
+    """The same colours (3, H, W) by another ICC profile, by way of eight bits; None is sRGB.
+
+    Raises:
+        ValueError: the profiles are none between which colours can be converted.
+    """
     if before == after:
         return picture
     profiles = [
         ImageCms.createProfile("sRGB") if profile is None else ImageCms.ImageCmsProfile(io.BytesIO(profile))
         for profile in (before, after)
     ]
-    converted = ImageCms.profileToProfile(
-        as_pil(picture), *profiles, renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC
-    )
+    intent = {"renderingIntent": ImageCms.Intent.RELATIVE_COLORIMETRIC}
+    converted = _change_profile(as_pil(picture), *profiles, "person_image", **intent)
     return _as_tensor(converted, "image", "white")
 
 
@@ -1184,7 +1194,7 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _is_scheduler(name: str) -> bool:
+def is_scheduler(name: str) -> bool:
     scheduler = getattr(diffusers, name, None)
     return isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)
 
@@ -1225,7 +1235,7 @@ class AdapterSettings:
     mask_free: bool = _choice(False, True)
     pose: str = _choice("none", "painted")
     guidance_scale: float = _number(7.5, float, "a finite number")
-    scheduler_class: str | None = _free("the name of a diffusers scheduler", _is_scheduler)
+    scheduler_class: str | None = _free("the name of a diffusers scheduler", is_scheduler)
     eta: float | None = _number(None, float, "a number from 0 to 1", low=0, high=1)
     prompt: str | None = _free("a text")
     height: int | None = _number(None, int, "a positive whole number", low=1)
@@ -1658,8 +1668,11 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
             )
         self._refuse_changed_unet()
+        self._write_adapter(Path(save_directory), dtype, self._settings(loras=False))
+
+    def _write_adapter(self, folder: Path, dtype: torch.dtype | None, settings: AdapterSettings) -> None:
         weights = {name: parameter.detach().to(dtype) for name, parameter in self._adapter_parameters().items()}
-        write_adapter(Path(save_directory) / ADAPTER_NAME, weights, self._settings(loras=False))
+        write_adapter(folder / ADAPTER_NAME, weights, settings)
 
     def _adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
         """What an adapter of this UNet holds, LoRAs aside."""
@@ -1847,7 +1860,7 @@ CARD_TEXT = """{note}
 
 # {name}
 
-Virtual try-on with Stable Diffusion 1.5: it puts the cloth of one photograph on the person of another. {kind}
+Virtual try-on with Stable Diffusion: it puts the cloth of one photograph on the person of another. {kind}
 
 ```python
 {code}
@@ -1949,11 +1962,12 @@ class VTONHubMixin:
                 # transformers' name where torchvision is missing; the plain one loads anywhere
                 if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
                     component[-1] = component[-1].removesuffix("Pil")
+            index["base_model"] = self._published_settings().base_model
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (folder / self.config_name).write_text(text, encoding="utf-8")
             self._write_code(folder)
             if self.unet.config.in_channels != 4:
-                self.save_vton_adapter(folder, dtype=self._lossless_dtype())
+                self._write_adapter(folder, self._lossless_dtype(), self._published_settings())
             if (own := Path(save_directory, "README.md")).is_file():
                 shutil.copy(own, folder)
             self._write_card(
@@ -2012,7 +2026,7 @@ class VTONHubMixin:
 
     def _save_adapter_repository(self, folder: Path, repo_id: str) -> None:
         """The adapter, its code, and a `vton.py` that tells who loads it as a whole pipeline how to load it."""
-        self.save_vton_adapter(folder, dtype=self._lossless_dtype())
+        self._write_adapter(folder, self._lossless_dtype(), self._published_settings())
         self._write_code(folder)
         base = self._published_base() or "BASE"
         message = (
@@ -2040,9 +2054,14 @@ class VTONHubMixin:
         parameters = self._adapter_parameters().values()
         return torch.float16 if all(torch.equal(p, p.half().to(p.dtype)) for p in parameters) else None
 
+    def _published_settings(self) -> AdapterSettings:
+        """The adapter's, without the name of a folder: that is nobody else's business."""
+        settings = self._settings(loras=False)
+        return replace(settings, base_model=hub_repository(settings.base_model))
+
     def _published_base(self) -> str | None:
         """The base's repository on the Hub, as the adapter or the loading says, unless it is a folder."""
-        return hub_repository(self._settings(loras=False).base_model) or hub_repository(self.name_or_path)
+        return self._published_settings().base_model or hub_repository(self.name_or_path)
 
     def _write_card(
         self,
@@ -2072,7 +2091,7 @@ class VTONHubMixin:
         human_parser_license: str | None,
         eval_results: list[EvalResult],
     ) -> ModelCard:
-        base, settings = self._published_base(), self._settings(loras=False)
+        base, settings = self._published_base(), self._published_settings()
         if license is None:
             license = "creativeml-openrail-m" if base in OPENRAIL_BASES else "unknown"
             if settings.cross_attention == "identity":  # CatVTON's weights, whatever became of them
@@ -2089,7 +2108,7 @@ class VTONHubMixin:
             adapter=f'pipe.load_vton_adapter("{name}")\n' if adapter_only else "",
             mask="None" if settings.mask_free or human_parser_license else 'load_image("mask.png")',
         )
-        known = asdict(settings) | {"base_model": base}  # a folder of somebody's is nobody else's business
+        known = asdict(settings) | {"base_model": base}
         known = {name: value for name, value in known.items() if value is not None}
         measured = [
             f"| {r.dataset_name} | {r.metric_name or r.metric_type} | {r.metric_value} |" for r in eval_results
@@ -3392,6 +3411,7 @@ def load_pipeline(
     scheduler: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    adapter_subfolder: str | None = None,
     **options: Any,
 ) -> StableDiffusionVTONPipeline:
     """A pipeline that is ready for calls, from the names of its parts.
@@ -3403,14 +3423,21 @@ def load_pipeline(
         scheduler: a scheduler class of diffusers; None is the adapter's, or the model's.
         dtype: of all weights; None is float16 on a GPU, else float32.
         device: None is a GPU where there is one.
+        adapter_subfolder: of `adapter`, such as CatVTON's "mix-48k-1024/attention".
         options: of `from_pretrained`, such as `revision`.
+
+    Raises:
+        ValueError: `scheduler` is none of diffusers'; whatever the loading raises.
     """
+    if scheduler is not None and not is_scheduler(scheduler):
+        raise ValueError(f"`scheduler` must be the name of a scheduler class of diffusers, got {shown(scheduler)}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     pipe = StableDiffusionVTONPipeline.from_pretrained(model, dtype=dtype, **options).to(device)
     if adapter is not None:
         lora = Path(adapter).name == LORA_NAME or (Path(adapter) / LORA_NAME).is_file()
-        (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(adapter)
+        place = {} if adapter_subfolder is None else {"subfolder": adapter_subfolder}
+        (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(adapter, **place)
     if human_parser is not None:
         pipe.load_human_parser(human_parser, dtype=dtype)
     if scheduler is not None:

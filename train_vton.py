@@ -2334,8 +2334,8 @@ class Checkpoints:
         """The published weights as the pipeline uploads them, and on the card how they were trained."""
         trainer, private, parent = self.trainer, self.args.hub_private_repo or None, self.args.init_adapter
         licence = None if parent is None else parent_licence(parent)
-        base = None if Path(trainer.settings.base_model).exists() else trainer.settings.base_model
-        trainer.pipe.register_to_config(trained_steps=trainer.step, base_model=base)
+        base = hub_repository(trainer.settings.base_model)
+        trainer.pipe.register_to_config(trained_steps=trainer.step)
         with trainer.published_weights():
             options = {"private": private, "adapter_only": True, "license": licence}
             trainer.pipe.push_to_hub(repo_id, f"Step {trainer.step}", **options)

@@ -12,7 +12,7 @@
   python tryon.py --person people/ --cloth cloths/ --one_each --output results/         each person in one other cloth
   accelerate launch --num_processes 4 tryon.py ...                                      the same on four GPUs
 
-A result has its person's size, colour profile and file format, and no EXIF; outside the mask it is the person's picture. What is
+A result has its person's size, colour profile and file format, and no EXIF; outside the mask it is the person's picture (JPEG and WebP lose a little). What is
 there already is passed over, so that a run that was stopped goes on. A file that cannot be used is named at the end, the exit status
 is then 1, and all else is done. Without --model the demo's is used, which knows drawn people only.
 """
@@ -25,12 +25,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import SchedulerMixin
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
@@ -40,6 +38,7 @@ from pipeline_vton import (
     PreparedCloth,
     PreparedPerson,
     StableDiffusionVTONPipeline,
+    is_scheduler,
     load_pipeline,
 )
 from train_vton import read_list
@@ -91,7 +90,7 @@ def pair_of(args: argparse.Namespace, person: Path, cloth: Path, output: Path) -
 
 
 def one_each(people: list[Path], cloths: list[Path], seed: int) -> list[tuple[Path, Path]]:
-    """Every person in a cloth that has not their name, as few of them twice as can be; drawn by the seed."""
+    """Every person in a cloth that has not their name, hardly any of them twice; drawn by the seed."""
     drawn, pairs = [cloths[i] for i in np.random.default_rng(seed).permutation(len(cloths))], []
     for i, person in enumerate(people):
         now, next_one = i % len(drawn), (i + 1) % len(drawn)
@@ -244,13 +243,17 @@ class TryOn:
     def __call__(self, pairs: list[Pair], bar: tqdm) -> None:
         for batch in self.batches(pairs):
             listed, persons, cloths = zip(*batch)
-            results = self.pipe(
-                list(persons),
-                list(cloths),
-                num_inference_steps=self.args.steps,
-                guidance_scale=self.args.guidance_scale,
-                generator=[torch.Generator().manual_seed(self.args.seed) for _ in batch],
-            ).images
+            try:
+                results = self.pipe(
+                    list(persons),
+                    list(cloths),
+                    num_inference_steps=self.args.steps,
+                    guidance_scale=self.args.guidance_scale,
+                    generator=[torch.Generator().manual_seed(self.args.seed) for _ in batch],
+                ).images
+            except ValueError as error:
+                self.failures[f"{', '.join(str(pair.output) for pair in listed)}: {error}"] = None
+                continue
             for pair, result in zip(listed, results):
                 save_picture(result, pair.output)
             bar.update(len(batch))
@@ -281,6 +284,12 @@ def warn_of_photographs(pairs: list[Pair]) -> None:
 # --------------------------------------------------------------------------------------------------------------- flags
 
 
+def whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text}")
+    return int(text)
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text}")
@@ -298,7 +307,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="PATH",
-        help="a file for one pair, else a folder: PERSON__CLOTH.EXT",
+        help="a file for one pair, else a folder: PERSON__CLOTH.EXT, with --one_each PERSON.EXT",
     )
     add("--one_each", action="store_true", help="name results after their persons, in one cloth each: of --pairs, else one that is drawn and has another name; this is what --mask_free trains on")  # fmt: skip
     add("--mask", type=Path, metavar="PATH", help="white where to repaint: a file, or a folder with the persons' names (default: drawn by the human parser)")  # fmt: skip
@@ -313,6 +322,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="the base: a folder or a Hub repository (default: the demo's)",
     )
     add("--adapter", metavar="NAME", help="folder, file or Hub repository for load_vton_adapter (default: the demo's for the demo's model, else none)")  # fmt: skip
+    add("--adapter_subfolder", metavar="NAME", help="where in there, such as CatVTON's mix-48k-1024/attention")
     add(
         "--human_parser",
         metavar="NAME",
@@ -337,7 +347,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add("--steps", type=positive, default=50, metavar="N", help="denoising steps (default 50)")
     add("--guidance_scale", type=float, metavar="X", help="default: the adapter's own")
-    add("--seed", type=int, default=0, metavar="N", help="of the noise, the same for every pair (default 0)")
+    add("--seed", type=whole, default=0, metavar="N", help="of the noise, the same for every pair (default 0)")
     add(
         "--height",
         type=positive,
@@ -349,8 +359,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--trim_cloth", action="store_true", help="cut the white around a cloth away, so that it fills its picture")
     add("--batch_size", type=positive, default=1, metavar="N", help="pairs at a time (default 1)")
     args = parser.parse_args(input_args)
-    scheduler = getattr(diffusers, args.scheduler or "DDPMScheduler", None)
-    if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
+    if args.scheduler is not None and not is_scheduler(args.scheduler):
         parser.error(f"--scheduler must be the name of a diffusers scheduler, got {args.scheduler}")
     if not 1 <= args.cloth_scale <= 2:
         parser.error(f"--cloth_scale must be from 1 to 2, got {args.cloth_scale}")
@@ -382,7 +391,8 @@ def main(args: argparse.Namespace) -> int:
             warn_of_photographs(missing)
         adapter = args.adapter or (args.model if demo else None)
         dtype, device = args.dtype and getattr(torch, args.dtype), args.device or state.device
-        try_on = TryOn(load_pipeline(args.model, adapter, args.human_parser, args.scheduler, dtype, device), args)
+        names = (args.model, adapter, args.human_parser, args.scheduler, dtype, device, args.adapter_subfolder)
+        try_on = TryOn(load_pipeline(*names), args)
         if args.mask is None and try_on.pipe.human_parser is None and not try_on.pipe.config.mask_free:
             print("tryon.py: this model has no human parser: give --human_parser, or --mask", file=sys.stderr)
             return 2
