@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,6 +203,28 @@ def test_a_run_that_is_closed_stops_the_model_at_its_next_step():
     assert len(calls) < 50
 
 
+def test_what_names_a_file_is_not_logged(tmp_path):
+    (tmp_path / "ann.jpg").write_text("no picture")
+    with pytest.raises(app.gr.Error, match="ann.jpg") as raised:
+        app.open_picture(str(tmp_path / "ann.jpg"), "person")
+    assert not raised.value.print_exception
+
+
+def test_a_run_that_fails_or_is_stopped_leaves_no_picture_behind(tmp_path):
+    """gradio deletes after a while what it was given, and that alone."""
+    page = app.Page(tiny_pipe(), [], "")
+    page.cache, stopped = str(tmp_path / "cache"), threading.Event()
+    editor = {"background": picture(1, 64, 48), "layers": [app.mask_layer(box_mask(64, 48))]}
+    rest = ("upper", "loose", 2, 1.5, 0, 0)
+    (tmp_path / "cloth.png").write_text("no picture")
+    *_, last = page.page_try_on(stopped, editor, str(tmp_path / "cloth.png"), *rest)
+    assert "no picture that can be read" in last[page.progress]
+    run = page.page_try_on(stopped, editor, save(picture(2), tmp_path / "cloth.png"), *rest)
+    next(run)
+    stopped.set()
+    assert list(run) == [] and not list(tmp_path.rglob("before.png"))
+
+
 def test_a_run_gives_what_the_pipeline_gives():
     pipe = tiny_pipe()
     settings = app.Settings("upper", "loose", steps=3, guidance_scale=1.5, seed=5, height=None)
@@ -218,7 +241,7 @@ def test_limits_are_said_in_words(tmp_path, monkeypatch):
         studio.predict_mask(picture(1), "upper", "loose")
     for change, words in (
         ({"steps": 101}, "steps"),
-        ({"height": 4096}, "height"),
+        ({"height": 4096}, "1536 pixels a side"),
         ({"cloth_type": "hat"}, "cloth_type"),
     ):
         settings = app.Settings(
@@ -341,7 +364,8 @@ def test_the_api_proposes_masks_and_takes_what_it_proposed(page_url, pipe, tmp_p
     cloth = handle_file(save(picture(3), tmp_path / "cloth.png"))
     mask = client.predict(person, "upper", "tight", api_name="/mask")
     assert np.array_equal(Image.open(mask), pipe.predict_mask(picture(1, 64, 48), "upper", "tight"))
-    _, used, _ = client.predict(person, cloth, handle_file(mask), steps=1, api_name="/tryon")
+    colours = handle_file(save(Image.open(mask).convert("RGB"), tmp_path / "mask.png"))  # as most programs save masks
+    _, used, _ = client.predict(person, cloth, colours, steps=20, api_name="/tryon")
     assert np.array_equal(Image.open(used).convert("L"), Image.open(mask))
 
 

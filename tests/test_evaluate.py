@@ -306,6 +306,12 @@ def test_a_lora_is_an_adapter(finished, tree, model, tmp_path, named):
     assert not np.array_equal(Image.open(found), without)
 
 
+def test_a_lora_is_not_published_with_figures(tree, model, tmp_path):
+    file = save_lora(tmp_path / "lora", guidance_scale=1.2)
+    with pytest.raises(ValueError, match=f"--push_to_hub .* not LoRAs such as {file}"):
+        evaluate(tmp_path / "out", tree, model, "unpaired", adapter=file, push_to_hub="me/figures", metrics=["psnr"])
+
+
 def test_every_line_has_a_seed_of_its_own():
     """The same everywhere: frozen pictures can be made again."""
     lines = [Line(setting, person, cloth) for setting in ("paired", "unpaired") for person in "ab" for cloth in "ab"]

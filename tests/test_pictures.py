@@ -1,5 +1,6 @@
 """What a picture may be and what it turns into: masks drawn with transparency, deep and damaged files, colours, seams."""
 
+import io
 import struct
 
 import numpy as np
@@ -316,6 +317,15 @@ def test_a_cloth_has_its_persons_colours():
     assert torch.equal(array, linear)
     (same,) = cloths_of(with_profile(picture(1), LINEAR), with_profile(picture(2), LINEAR))
     assert torch.equal(same, as_tensors(picture(2), "cloth")[0])
+
+
+@pytest.mark.parametrize("whose", ["person", "cloth"])
+def test_a_profile_by_which_nothing_can_be_converted_is_named(whose):
+    broken = LINEAR.replace(b"rTRC", b"xTRC")
+    ImageCms.ImageCmsProfile(io.BytesIO(broken))  # it is a profile, but has no curve for red
+    person, cloth = (with_profile(picture(i), broken) if whose == who else picture(i) for i, who in ((1, "person"), (2, "cloth")))  # fmt: skip
+    with pytest.raises(ValueError, match="colours cannot be converted by its ICC profile"):
+        cloths_of(person, cloth)
 
 
 def test_one_cloth_has_the_colours_of_each_of_its_persons():

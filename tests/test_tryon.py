@@ -120,6 +120,35 @@ def test_one_cloth_each_is_never_a_persons_own_and_results_have_persons_names(sh
     assert "no cloth for" in capsys.readouterr().err
 
 
+def test_an_adapter_in_a_subfolder_is_that_one(shop, model):
+    pipe = tiny_pipe(9)
+    for i, weight in enumerate(pipe._adapter_parameters().values()):
+        weight.data.mul_(1 + i % 2)
+    pipe.save_vton_adapter(shop / "adapters/sixteen/attention")
+    one = {"person": "people/ann.png", "cloth": "cloths/red.png", "output": "one.png", "mask": "masks/ann.png"}
+    where = ["--adapter", str(shop / "adapters"), "--adapter_subfolder", "sixteen/attention"]
+    assert run(shop, model, *where, **one) == 0
+    assert run(shop, model, "--adapter", str(shop / "adapters/sixteen/attention"), **one | {"output": "two.png"}) == 0
+    assert run(shop, model, **one | {"output": "three.png"}) == 0
+    with_it, same, without = (Image.open(shop / f"{name}.png") for name in ("one", "two", "three"))
+    assert with_it == same != without
+
+
+def test_pictures_that_the_model_fails_at_are_named_and_all_else_is_done(shop, model, monkeypatch, capsys):
+    call = tryon.StableDiffusionVTONPipeline.__call__
+
+    def fails_at_red(pipe, persons, cloths, **options):
+        if len(calls.append(None) or calls) == 1:
+            raise ValueError("the UNet in float16 gave NaN or infinity")
+        return call(pipe, persons, cloths, **options)
+
+    calls: list[None] = []
+    monkeypatch.setattr(tryon.StableDiffusionVTONPipeline, "__call__", fails_at_red)
+    assert run(shop, model) == 1
+    said = capsys.readouterr()
+    assert "ann__red.png: the UNet in float16 gave NaN" in said.err and "3 of 4 try-ons" in said.out
+
+
 def test_what_is_there_is_passed_over_and_a_stopped_run_goes_on(shop, model, capsys):
     assert run(shop, model) == 0
     kept, gone = shop / "results/ann__red.png", shop / "results/bob__tee.png"
