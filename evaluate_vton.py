@@ -190,6 +190,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--streaming needs --dataset_name")
     if args.list is not None and (args.dataset_root is None or not args.list.is_file()):
         parser.error(f"--list must be a file, and goes with --dataset_root, got {args.list} and {args.dataset_root}")
+    if args.train_root is not None and args.dataset_root is None:
+        parser.error(f"--train_root goes with --dataset_root, whose files it is compared with, got {args.train_root}")
+    if args.seed < 0:
+        parser.error(f"--seed must be 0 or more, got {args.seed}")
     if args.drop_duplicates and args.train_root is None:
         parser.error("--drop_duplicates needs --train_root")
     if args.scheduler is not None and not is_scheduler(args.scheduler):
@@ -541,7 +545,7 @@ class RowSource:
         conditioned = ["condition"] * (self.conditioned and args.setting != "unpaired")
         columns = {role: getattr(args, f"{role}_column") for role in roles + conditioned}
         rows = load_rows(args, args.split, columns)
-        rows = StreamedRows(rows, args.num_samples) if args.streaming else rows
+        rows = StreamedRows(rows, args.num_samples, 2 * args.batch_size) if args.streaming else rows
         self.pairs = RowPairs(rows, columns, "row")
         self.unpaired = RowPairs(rows, {role: columns[role] for role in roles}, "row")
         self.lists = [f"{args.dataset_name}, split {args.split}"]
@@ -563,11 +567,15 @@ class RowSource:
 
 
 class StreamedRows:
-    """A stream as a sequence: it is counted once, read on from where it stands, and begun again for an earlier row."""
+    """A stream as a sequence: it is counted once, read on from where it stands, and begun again for a row that is no longer held.
 
-    def __init__(self, stream: Any, limit: int | None) -> None:
-        self.stream = stream if limit is None else stream.take(limit)
+    Of the stream are read a row more than the `limit`, whose cloth the last line takes; of its rows `held` are kept.
+    """
+
+    def __init__(self, stream: Any, limit: int | None, held: int) -> None:
+        self.stream, self.held = stream if limit is None else stream.take(limit + 1), held
         self.length, self.at = sum(1 for _ in self.stream), math.inf
+        self.rows_at: dict[int, dict[str, Any]] = {}
         self.lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -575,11 +583,13 @@ class StreamedRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         with self.lock:
-            if index < self.at:
-                self.rows, self.at = iter(self.stream), -1
+            if index not in self.rows_at and index < self.at:
+                self.rows, self.at, self.rows_at = iter(self.stream), -1, {}
             while self.at < index:
-                self.row, self.at = next(self.rows), self.at + 1
-            return self.row
+                self.at += 1
+                self.rows_at[self.at] = next(self.rows)
+                self.rows_at.pop(self.at - self.held, None)
+            return self.rows_at[index]
 
 
 def read_picture(file: Path, role: str) -> Image.Image:
@@ -588,7 +598,7 @@ def read_picture(file: Path, role: str) -> Image.Image:
 
 def read_result(file: Path, person: Image.Image) -> Image.Image:
     """In the colours of the person, whose profile ours carry."""
-    return in_persons_colours({"person": person, "result": read_picture(file, "result")})["result"]
+    return in_persons_colours({"person": person, "result": read_picture(file, "result")}, str(file))["result"]
 
 
 def settings_of(args: argparse.Namespace) -> Sequence[str]:
@@ -620,7 +630,7 @@ def write_list(file: Path, lines: list[Line]) -> str:
 
 def write_whole(file: Path, content: bytes) -> None:
     """Under a temporary name first, so that what has the name is whole."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
     temporary.write_bytes(content)
     os.replace(temporary, file)
 
@@ -1302,7 +1312,7 @@ class Evaluation:
             return None
 
     def try_on(self, line: Line, pictures: dict[str, Image.Image], seed: int) -> list[tuple]:
-        """The files to save, each with its picture and seconds: the composited one last, which says that both are there."""
+        """The files to save, each with its picture and seconds."""
         started = time.perf_counter()
         bare = self.model.bare(line, pictures, seed, self.working_size)
         made = {"bare": bare}
@@ -1369,8 +1379,13 @@ class Evaluation:
         described = self.model.describe(self.working_size) | {
             "dataset": str(args.dataset_root or args.dataset_name),
             "split": args.split,
-            "masks": f"{args.human_parser or args.model}, {args.looseness}" if self.masks == "parser" else self.masks,
+            "masks": f"{args.human_parser or args.model}, {args.looseness}, {args.cloth_type}"
+            if self.masks == "parser"
+            else self.masks,
         }
+        if args.dataset_name is not None:
+            columns = {f"{role}_column" for role in ("person", "cloth", "mask", "condition")}
+            described |= {name: getattr(args, name) for name in sorted(columns | {"dataset_config_name"})}
         if main:
             args.output_dir.mkdir(parents=True, exist_ok=True)
             self.refuse_other_pictures(described)

@@ -815,9 +815,9 @@ class VTONMaskMixin:
 # ----------------------------------------------------------------------------------------- latents in the UNet's slots
 
 
-def encode_latents(vae: AutoencoderKL, pixels: torch.Tensor, sample: bool = False) -> torch.Tensor:
-    """Pixels (B, 3, H, W) in [-1, 1] to *unscaled* latents (B, 4, H/8, W/8): the posterior's mode, or a sample of it."""
-    return retrieve_latents(vae.encode(pixels.to(vae.dtype)), sample_mode="sample" if sample else "argmax")
+def encode_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] to *unscaled* latents (B, 4, H/8, W/8): the posterior's mode."""
+    return retrieve_latents(vae.encode(pixels.to(vae.dtype)), sample_mode="argmax")
 
 
 @dataclass
@@ -849,7 +849,6 @@ class TryOnLatents:
         pose: torch.Tensor | None = None,
         mask_free: bool = False,
         condition_latents: str = "scaled",
-        canvas_axis: str = "height",
         dtype: torch.dtype | None = None,
     ) -> "TryOnLatents":
         """Encode person, pose (B, 3, H, W) and cloth (C, 3, H, W) in [-1, 1] and the binary mask (B, 1, H, W)."""
@@ -859,7 +858,6 @@ class TryOnLatents:
             ),
             **cls.encode_cloth(vae, cloth, condition_latents=condition_latents, dtype=dtype),
             channels=channels,
-            canvas_dim=2 if canvas_axis == "height" else 3,
         )
 
     @staticmethod
@@ -3435,9 +3433,10 @@ def load_pipeline(
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     pipe = StableDiffusionVTONPipeline.from_pretrained(model, dtype=dtype, **options).to(device)
     if adapter is not None:
-        lora = Path(adapter).name == LORA_NAME or (Path(adapter) / LORA_NAME).is_file()
-        place = {} if adapter_subfolder is None else {"subfolder": adapter_subfolder}
-        (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(adapter, **place)
+        place = Path(adapter, adapter_subfolder or "")
+        lora = place.name == LORA_NAME or (place / LORA_NAME).is_file()
+        below = {} if adapter_subfolder is None else {"subfolder": adapter_subfolder}
+        (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(adapter, **below)
     if human_parser is not None:
         pipe.load_human_parser(human_parser, dtype=dtype)
     if scheduler is not None:

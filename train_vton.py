@@ -108,6 +108,7 @@ from pipeline_vton import (
     read_adapter,
     read_safetensors,
     refuse_sdxl_text,
+    table_cell,
     vton_attention,
     widen_conv_in,
     write_adapter,
@@ -132,7 +133,7 @@ GUIDANCE_SCALES, GUIDANCE_STEPS = (1, 1.5, 2, 2.5, 3.5, 5, 7.5), 25
 LOCAL_FLAGS = {"dataset_root", "output_dir", "cache_latents", "resume_from_checkpoint"}  # folders of this machine
 RESUMED_SETTINGS = (  # what a checkpoint's weights have learnt with
     "base_in_channels", "cloth_conditioning", "canvas_axis", "cross_attention", "condition_latents", "mask_free", "pose",
-    "trainable", "height", "width",
+    "trainable", "height", "width", "prompt",
 )  # fmt: skip
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process looks at files or draws
 SCHEDULES = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]  # that one needs rules
@@ -466,13 +467,16 @@ def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> 
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
-def in_persons_colours(pictures: dict[str, Image.Image]) -> dict[str, Image.Image]:
-    """The same pictures by role, all in the colour profile of the person, as a call has them."""
+def in_persons_colours(pictures: dict[str, Image.Image], where: str) -> dict[str, Image.Image]:
+    """The same pictures by role, all in the colour profile of the person, as a call has them; `where` is for the error."""
     profile = pictures["person"].info.get("icc_profile")
     for role in pictures.keys() - {"person", *UNLIT}:
         before = pictures[role].info.get("icc_profile")
         if before != profile:
-            converted = convert_profile(as_tensors(pictures[role], role)[0], before, profile)
+            try:
+                converted = convert_profile(as_tensors(pictures[role], role)[0], before, profile)
+            except ValueError as error:
+                raise ValueError(f"{where}: the {role} in the person's colours: {error}") from error
             pictures[role] = as_pil(converted, profile)
     return pictures
 
@@ -483,7 +487,7 @@ def picture_size(file: Path | BinaryIO, where: str) -> tuple[int, int]:
         with Image.open(file) as picture:
             turned = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
             return picture.size[::-1] if turned else picture.size
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: {file} cannot be read: {error}") from error
 
 
@@ -530,10 +534,6 @@ def read_list(file: Path) -> list[tuple[str, str, str]]:
             raise ValueError(f"{file}, line {number}: {need}, got {line.strip()!r}")
         pairs.append((*names, f"{file}, line {number}"))
     return pairs
-
-
-class NoOwnCloths(FileNotFoundError):
-    """A list that pairs people with other people's cloths, where nobody's own cloth can be told by its name."""
 
 
 DRESS_CODE_FOLDERS = ("upper_body", "lower_body", "dresses")
@@ -637,7 +637,9 @@ class TreePairs:
         elif kind == "_unpaired" or (kind == "" and split == "test"):
             if not any(self.cloth_file(folder, cloth).is_file() for cloth in own):
                 instead = f"list the pairs in {split}_pairs_paired.txt"
-                raise NoOwnCloths(f"{file} does not say who wears which cloth, nor do the cloths' names: {instead}")
+                raise FileNotFoundError(
+                    f"{file} does not say who wears which cloth, nor do the cloths' names: {instead}"
+                )
             cloths = own
         elif kind == "" and self.is_shuffled(folder, cloths, own):
             logging.getLogger("train_vton").warning(
@@ -716,9 +718,10 @@ class TreePairs:
     def pictures(self, index: int) -> dict[str, Image.Image]:
         """Person, cloth, and mask or condition, at their own sizes."""
         _, where, files = self.pairs[index]
-        return in_persons_colours(
-            {role: open_picture(partial(Image.open, file), f"{where}: {file}", role) for role, file in files.items()}
-        )
+        opened = {
+            role: open_picture(partial(Image.open, file), f"{where}: {file}", role) for role, file in files.items()
+        }
+        return in_persons_colours(opened, where)
 
     def person_sizes(self) -> list[tuple[int, int]]:
         """Widths and heights."""
@@ -790,10 +793,12 @@ class OutfitPairs(TreePairs):
         for role, folder in (
             ("mask", "agnostic-mask"),
             ("pose", self.pose_folder),
-            ("condition", self.condition_folder),
         ):
             beside = re.sub(r"(^|/)person/", rf"\1annotations/{folder}/", person, count=1)
             files[role] = inside(self.root, str(Path(beside).with_suffix(".png")))
+        if "condition" in self.roles:  # as tryon.py --one_each writes it
+            beside = re.sub(r"(^|/)person/", rf"\1{self.condition_folder}/", person, count=1)
+            files["condition"] = inside(self.root, beside)
         return {role: files[role] for role in self.roles if role in files}
 
 
@@ -834,10 +839,10 @@ class RowPairs:
         """Widths and heights of some, evenly spread."""
         person = {"person": self.columns["person"]}
         if hasattr(self.rows, "__len__"):
-            some = [self.rows[i] for i in evenly(range(len(self)), SIZED_ROWS)]
+            some = ((i, self.rows[i]) for i in evenly(range(len(self)), SIZED_ROWS))
         else:  # a stream: its first
-            some = self.rows.take(SIZED_ROWS)
-        return [row_pictures(row, person, self.name(i))["person"].size for i, row in enumerate(some)]
+            some = enumerate(self.rows.take(SIZED_ROWS))
+        return [row_pictures(row, person, self.name(i))["person"].size for i, row in some]
 
     def person_size(self, index: int) -> tuple[int, int]:
         name, column = self.name(index), self.columns["person"]
@@ -952,7 +957,7 @@ def row_pictures(row: dict[str, Any], columns: dict[str, str], name: str) -> dic
         cell = filled(row[column], f"{name}: the column {column}")
         opened[role] = open_picture(partial(decode, cell), f"{name}, column {column}", role)
     check_sizes({role: picture.size for role, picture in opened.items()}, name)
-    return in_persons_colours(opened)
+    return in_persons_colours(opened, name)
 
 
 @dataclass(eq=False)
@@ -1043,8 +1048,7 @@ def group_by_aspect(
         width, height = pairs.person_size(index)
         places = nearest_aspect(height, width, resolutions)
         groups[tuple(places)].append(index)
-        ratio = resolutions[places[0]][0] / resolutions[places[0]][1] / (height / width)
-        stretched += not 1 / ASPECT_TOLERANCE <= ratio <= ASPECT_TOLERANCE
+        stretched += stretches(*resolutions[places[0]], height / width)
     if unused := set(range(len(resolutions))) - set(itertools.chain(*groups)):
         height, width = resolutions[min(unused)]
         raise ValueError(f"--resolutions: no person's aspect is nearest to that of {height}x{width}: leave it out")
@@ -1369,6 +1373,11 @@ def forgiven(what: str) -> Iterator[None]:
         logger.warning("%s failed, and training goes on: %s", what, reason, main_process_only=False)
 
 
+def stretches(height: int, width: int, aspect: float) -> bool:
+    """Whether pictures of that aspect, height by width, change by more than a tenth at this size."""
+    return not 1 / ASPECT_TOLERANCE <= height / width / aspect <= ASPECT_TOLERANCE
+
+
 def middle_person(persons: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The width and height with the middle aspect."""
     return sorted(persons, key=lambda size: size[0] / size[1])[len(persons) // 2]
@@ -1394,8 +1403,7 @@ def training_size(
         logger.info("persons of %d x %d (height x width) are trained at %d x %d", height, width, *size)
         return size
     pipe.resolve_size(height, width, *asked)  # an error names a side that is no multiple
-    ratio = asked[0] / asked[1] / (height / width)
-    if not 1 / ASPECT_TOLERANCE <= ratio <= ASPECT_TOLERANCE:
+    if stretches(*asked, height / width):
         raise ValueError(
             f"--height {asked[0]} --width {asked[1]} would stretch the persons of {height} x {width} (height x width) by more "
             f"than a tenth, which a call does not: --height {size[0]} --width {size[1]} fits, or leave both out"
@@ -2020,18 +2028,18 @@ class Validation:
         lists = [*root.glob("test_pairs*.txt"), *root.glob(f"{args.category.replace('all', '*')}/test_pairs*.txt")]
         if not any(read_list(file) for file in lists) and not OutfitPairs.list_of(root, "test").is_file():
             return [], []
+        place = {"limit": PROBED_PAIRS, "pose_folder": args.pose_folder}
         try:
-            place = {"limit": PROBED_PAIRS, "pose_folder": args.pose_folder}
             paired = tree_pairs(root, "test", True, roles, args.category, args.condition_column, **place)
-        except FileNotFoundError as error:
-            if not (args.mask_free or isinstance(error, NoOwnCloths)):
-                raise
-            logger.info("nothing is probed: %s", error)
-        if args.num_validation_pairs:
-            shown = [role for role in roles if role != "condition"]
-            place = {"limit": args.num_validation_pairs, "pose_folder": args.pose_folder}
-            unpaired = tree_pairs(root, "test", False, shown, args.category, **place)
-            tryons = [(unpaired.name(i), unpaired.pictures(i)) for i in range(len(unpaired))]
+        except (OSError, ValueError) as error:
+            logger.warning("nothing is probed: %s", error)
+        shown, place["limit"] = [role for role in roles if role != "condition"], args.num_validation_pairs
+        try:
+            if args.num_validation_pairs:
+                unpaired = tree_pairs(root, "test", False, shown, args.category, **place)
+                tryons = [(unpaired.name(i), unpaired.pictures(i)) for i in range(len(unpaired))]
+        except (OSError, ValueError) as error:
+            logger.warning("no cloth is tried on test persons: %s", error)
         return paired, tryons
 
     def test_rows(self) -> tuple[RowPairs | list, list[tuple[str, dict]]]:
@@ -2198,6 +2206,9 @@ class Checkpoints:
             self.check_resumed()
         elif wanted is not None:
             logger.info("--resume_from_checkpoint latest: no checkpoint in %s, starting fresh", self.folder)
+        if self.accelerator.is_main_process:
+            for part in itertools.chain(*map(self.folder.glob, ("unfinished-checkpoint-*", "leaving-checkpoint-*"))):
+                shutil.rmtree(part)  # of a run that was killed
         if self.args.overwrite_output_dir and self.accelerator.is_main_process:
             for path in left_behind(self.args):
                 logger.info("--overwrite_output_dir: discarded %s", path)
@@ -2221,8 +2232,10 @@ class Checkpoints:
         flags = {
             "lora_rank": args.lora_rank,
             "resolutions": args.resolutions and [list(size) for size in args.resolutions],
+            "num_cloths": args.num_cloths if args.num_cloths > 1 else None,
         }
-        return flags | {"adversarial_loss": True if args.adversarial_weight else None}
+        kept_apart = {"adversarial_loss": args.adversarial_weight, "fp16_scaler": self.accelerator.scaler}
+        return flags | {name: True if state else None for name, state in kept_apart.items()}
 
     def progress(self) -> dict[str, Any]:
         return json.loads((self.resumed / "progress.json").read_text(encoding="utf-8"))
@@ -2241,6 +2254,7 @@ class Checkpoints:
             return
         trainer, progress = self.trainer, self.progress()
         self.accelerator.load_state(str(self.resumed))
+        trainer.ema.to(self.accelerator.device)  # what accelerate restores for others lies on the CPU
         trainer.step, trainer.losses, trainer.ema.decay = progress["step"], progress["losses"], self.args.ema_decay
         if self.args.streaming:
             trainer.place = self.stream_place(progress)
@@ -2287,8 +2301,6 @@ class Checkpoints:
             progress = {"step": trainer.step, "losses": trainer.losses, **self.resumed_flags()}
             progress |= {"places": places} if self.args.streaming else {}
             write_text(unfinished / "progress.json", json.dumps(progress))
-            if final.exists():  # a run that was resumed from an earlier one
-                discard(final)
             unfinished.rename(final)
             kept = self.args.checkpoints_total_limit
             for old in finished_checkpoints(self.folder)[:-kept] if kept else ():
@@ -2371,7 +2383,9 @@ def training_card(
     parts = ["## Training", *(f"![Persons, cloths, results](validation/{picture.name})" for picture in pictures)]
     for head, rows in tables.items():
         if rows:
-            parts.append("\n".join([head, "|---|---|", *(f"| {name} | {in_a_cell(value)} |" for name, value in rows)]))
+            parts.append(
+                "\n".join([head, "|---|---|", *(f"| {name} | {table_cell(value)} |" for name, value in rows)])
+            )
     return "\n" + "\n\n".join(parts) + "\n"
 
 
@@ -2385,10 +2399,6 @@ def parent_licence(adapter: str) -> str | None:
         return ModelCard.load(repository).data.license or "unknown"
     except EntryNotFoundError:
         return "unknown"
-
-
-def in_a_cell(value: Any) -> str:
-    return " ".join(str(value).replace("|", r"\|").split())
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:

@@ -90,15 +90,15 @@ def pair_of(args: argparse.Namespace, person: Path, cloth: Path, output: Path) -
 
 
 def one_each(people: list[Path], cloths: list[Path], seed: int) -> list[tuple[Path, Path]]:
-    """Every person in a cloth that has not their name, hardly any of them twice; drawn by the seed."""
+    """Every person in a cloth that has not their name, all cloths in turn; drawn by the seed."""
     drawn, pairs = [cloths[i] for i in np.random.default_rng(seed).permutation(len(cloths))], []
     for i, person in enumerate(people):
-        now, next_one = i % len(drawn), (i + 1) % len(drawn)
-        if drawn[now].stem == person.stem:
-            drawn[now], drawn[next_one] = drawn[next_one], drawn[now]
-        if drawn[now].stem == person.stem:
-            raise ValueError(f"--one_each: there is no cloth for {person} but their own, {drawn[now]}")
-        pairs.append((person, drawn[now]))
+        in_turn = [(i + later) % len(drawn) for later in range(len(drawn))]
+        other = next((place for place in in_turn if drawn[place].stem != person.stem), None)
+        if other is None:
+            raise ValueError(f"--one_each: there is no cloth for {person} but their own, {drawn[0]}")
+        drawn[in_turn[0]], drawn[other] = drawn[other], drawn[in_turn[0]]
+        pairs.append((person, drawn[in_turn[0]]))
     return pairs
 
 
@@ -191,7 +191,7 @@ class TryOn:
         self.persons: OrderedDict[tuple, PreparedPerson] = OrderedDict()
         self.cloths: OrderedDict[tuple, PreparedCloth] = OrderedDict()
         self.failures: dict[str, None] = {}  # sentences, in order and once each
-        self.bad_files: set[Path] = set()
+        self.bad: set[tuple] = set()  # persons with masks, and cloths with the colour profiles that they were to have
 
     def person(self, pair: Pair) -> PreparedPerson:
         if (pair.person, pair.mask) not in self.persons:
@@ -221,16 +221,17 @@ class TryOn:
         """Pairs that can be tried on together: of one size, at most `--batch_size`."""
         batch: list[tuple[Pair, PreparedPerson, PreparedCloth]] = []
         for pair in pairs:
-            if self.bad_files & {pair.person, pair.cloth, pair.mask, pair.pose}:
-                continue
-            file = pair.person
+            tried = (pair.person, pair.mask)
             try:
-                person = self.person(pair)
-                file = pair.cloth
-                cloth = self.cloth(pair, person)
+                person = None if tried in self.bad else self.person(pair)
+                tried = tried if person is None else (pair.cloth, person.profile)
+                cloth = None if tried in self.bad else self.cloth(pair, person)
             except (ValueError, TypeError) as error:
-                self.bad_files.add(file)
+                self.bad.add(tried)
+                file = tried[0]
                 self.failures[str(error) if str(file) in str(error) else f"{file}: {error}"] = None
+                continue
+            if cloth is None:
                 continue
             full = len(batch) == self.args.batch_size
             if batch and (full or (person.height, person.width) != (batch[0][1].height, batch[0][1].width)):
@@ -240,22 +241,28 @@ class TryOn:
         if batch:
             yield batch
 
+    def results(self, batch: list[tuple[Pair, PreparedPerson, PreparedCloth]]) -> list[Image.Image | None]:
+        """What the model makes of a batch; where it fails, of each alone, and nothing of the one that is the cause."""
+        listed, persons, cloths = (list(each) for each in zip(*batch))
+        try:
+            return self.pipe(
+                persons,
+                cloths,
+                num_inference_steps=self.args.steps,
+                guidance_scale=self.args.guidance_scale,
+                generator=[torch.Generator().manual_seed(self.args.seed) for _ in batch],
+            ).images
+        except ValueError as error:
+            if len(batch) > 1:
+                return [result for one in batch for result in self.results([one])]
+            self.failures[f"{listed[0].output}: {error}"] = None
+            return [None]
+
     def __call__(self, pairs: list[Pair], bar: tqdm) -> None:
         for batch in self.batches(pairs):
-            listed, persons, cloths = zip(*batch)
-            try:
-                results = self.pipe(
-                    list(persons),
-                    list(cloths),
-                    num_inference_steps=self.args.steps,
-                    guidance_scale=self.args.guidance_scale,
-                    generator=[torch.Generator().manual_seed(self.args.seed) for _ in batch],
-                ).images
-            except ValueError as error:
-                self.failures[f"{', '.join(str(pair.output) for pair in listed)}: {error}"] = None
-                continue
-            for pair, result in zip(listed, results):
-                save_picture(result, pair.output)
+            for (pair, *_), result in zip(batch, self.results(batch)):
+                if result is not None:
+                    save_picture(result, pair.output)
             bar.update(len(batch))
 
 
@@ -363,6 +370,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--scheduler must be the name of a diffusers scheduler, got {args.scheduler}")
     if not 1 <= args.cloth_scale <= 2:
         parser.error(f"--cloth_scale must be from 1 to 2, got {args.cloth_scale}")
+    if args.contact_sheet is not None and args.contact_sheet.suffix.lower() not in WRITTEN:
+        parser.error(f"--contact_sheet must end in {', '.join(WRITTEN)}, got {args.contact_sheet}")
     if args.mask is not None and not args.mask.exists():
         parser.error(f"--mask: there is no {args.mask}")
     if args.pose is not None and not args.pose.exists():
@@ -379,6 +388,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"tryon.py: {error}", file=sys.stderr)
         return 2
     missing = [pair for pair in pairs if args.overwrite or not pair.output.exists()]
+    state.wait_for_everyone()  # all have looked before the first is made
     if len(missing) < len(pairs) and state.is_main_process:
         print(
             f"{len(pairs) - len(missing)} of {len(pairs)} are there already (--overwrite makes them anew)",

@@ -28,6 +28,7 @@ from evaluate_vton import (
     Inception,
     Line,
     Scorer,
+    StreamedRows,
     bootstrap,
     clean_resize,
     compare,
@@ -310,6 +311,23 @@ def test_a_lora_is_not_published_with_figures(tree, model, tmp_path):
     file = save_lora(tmp_path / "lora", guidance_scale=1.2)
     with pytest.raises(ValueError, match=f"--push_to_hub .* not LoRAs such as {file}"):
         evaluate(tmp_path / "out", tree, model, "unpaired", adapter=file, push_to_hub="me/figures", metrics=["psnr"])
+
+
+def test_a_stream_is_begun_again_for_rows_that_are_no_longer_held():
+    begun = []
+
+    class Stream:
+        def __iter__(self):
+            begun.append(None)
+            return iter(range(100, 110))
+
+        def take(self, count):
+            return list(self)[:count]
+
+    rows = StreamedRows(Stream(), None, 4)
+    assert [rows[i] for i in (0, 1, 3, 2, 0, 9, 6, 7)] == [100, 101, 103, 102, 100, 109, 106, 107] and len(begun) == 2
+    assert rows[1] == 101 and len(begun) == 3
+    assert len(StreamedRows(Stream(), 4, 4)) == 5  # the last line's cloth is the next row's
 
 
 def test_every_line_has_a_seed_of_its_own():
@@ -763,6 +781,9 @@ def test_figures_stand_in_the_adapters_card(finished, tree, model, tmp_path, hub
         (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--seeds", "0"], "--seeds must be positive, got 0"),
         (["--output_dir", "o", "--dataset_root", "d", "--pred_dir", "p", "--seeds", "2"], "--pred_dir has one seed"),
         (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--eval_width", "8"], "go together, got None and 8"),
+        (["--output_dir", "o", "--dataset_name", "d", "--model", "m", "--train_root", "t"], "--train_root goes with --dataset_root"),
+        (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--seed", "-1"], "--seed must be 0 or more, got -1"),
+        (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--scheduler", "None"], "--scheduler must be the name of a scheduler"),
         (["--compare", "one"], "--compare needs at least two reports, got 1"),
     ],
 )  # fmt: skip

@@ -90,13 +90,13 @@ def test_saving_again_replaces_the_files_and_keeps_others(tmp_path):
 
 
 def test_a_card_shows_no_folder_and_its_table_holds_what_a_prompt_may_say(tmp_path):
-    base = tmp_path / "somebody" / "base"
+    base = tmp_path / "anns-folder" / "base"
     base.mkdir(parents=True)
     tiny_pipe(9, prompt="a shirt | red\nor blue", base_model=str(base)).save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
-    assert "somebody" not in card
+    assert "anns-folder" not in card
     published = [file.read_bytes() for file in (tmp_path / "saved").rglob("*") if file.is_file()]
-    assert len(published) > 5 and not any(b"somebody" in each for each in published)
+    assert len(published) > 5 and not any(b"anns-folder" in each for each in published)
     assert "\n| prompt | a shirt \\| red or blue |\n" in card
 
 

@@ -293,10 +293,11 @@ def test_latest_without_a_checkpoint_starts_fresh(bases, data, tmp_path, caplog)
     [
         ({"trainable": "attention"}, "trainable self_attention, not with trainable attention"),
         ({"cloth_conditioning": "joint"}, "cloth_conditioning reference, not with cloth_conditioning joint"),
-        ({"cross_attention": "prompt"}, "cross_attention skip, not with cross_attention prompt"),
+        ({"cross_attention": "prompt"}, "cross_attention skip, prompt None, not with cross_attention prompt"),
         ({"condition_latents": "unscaled"}, "condition_latents scaled, not with condition_latents unscaled"),
         ({"height": 64, "width": 48}, "height 32, width 24, not with height 64, width 48"),
         ({"lora_rank": 2}, "lora_rank None, not with lora_rank 2"),
+        ({"cross_attention": "prompt", "prompt": "a shirt"}, "cross_attention skip, prompt None, not with .*prompt a shirt"),
         ({"pretrained_model_name_or_path": 8}, "base_in_channels 9, .*not with base_in_channels 8"),
     ],
 )
@@ -329,6 +330,14 @@ def test_another_base_is_not_the_checkpoints(finished, bases, data, tmp_path):
     trainer = trainer_of(base, data, tmp_path / "out", resume_from_checkpoint=finished / "checkpoint-8")
     with pytest.raises(ValueError, match="the weights in .*checkpoint-8 are another base's"):
         trainer.checkpoints.resume()
+
+
+def test_what_a_killed_run_left_half_written_goes(finished, bases, data, tmp_path):
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    for name in ("unfinished-checkpoint-9", "leaving-checkpoint-3"):
+        (out / name).mkdir()
+    trainer_of(bases[9], data, out, **LONG, resume_from_checkpoint="latest")
+    assert not [path for path in out.iterdir() if "-checkpoint-" in path.name]
 
 
 def test_new_rates_and_lengths_are_obeyed_from_the_first_update(finished, bases, data, tmp_path):
@@ -1215,6 +1224,14 @@ def test_cloths_with_names_of_their_own(bases, own_data, tmp_path, caplog):
     assert "nothing is probed" in caplog.text and "test_pairs_paired.txt" in caplog.text
     (own_data / "test_pairs.txt").rename(own_data / "test_pairs_paired.txt")
     assert len(trainer_of(bases[9], own_data, tmp_path).validation.probes["seed"]) == TEST
+
+
+def test_a_test_split_that_cannot_be_read_stops_no_training(bases, own_data, tmp_path, caplog):
+    shutil.rmtree(own_data / "test" / "agnostic-mask")
+    trainer = trainer_of(bases[9], own_data, tmp_path / "out", num_validation_pairs=1)
+    assert trainer.validation.probes is None and not trainer.validation.tryons
+    assert "nothing is probed" in caplog.text and "no cloth is tried on test persons" in caplog.text
+    assert trainer.run()
 
 
 def test_a_limit_takes_pairs_of_all_lists(dress_code):

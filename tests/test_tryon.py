@@ -135,18 +135,35 @@ def test_an_adapter_in_a_subfolder_is_that_one(shop, model):
 
 
 def test_pictures_that_the_model_fails_at_are_named_and_all_else_is_done(shop, model, monkeypatch, capsys):
-    call = tryon.StableDiffusionVTONPipeline.__call__
+    """The others of its batch too."""
+    call, prepare = tryon.StableDiffusionVTONPipeline.__call__, tryon.StableDiffusionVTONPipeline.prepare_cloth
+    bad = None
+
+    def prepares(pipe, *args, **options):
+        nonlocal bad
+        prepared = prepare(pipe, *args, **options)
+        bad = bad or prepared
+        return prepared
+
+    monkeypatch.setattr(tryon.StableDiffusionVTONPipeline, "prepare_cloth", prepares)
 
     def fails_at_red(pipe, persons, cloths, **options):
-        if len(calls.append(None) or calls) == 1:
+        if any(cloth is bad for cloth in cloths):
             raise ValueError("the UNet in float16 gave NaN or infinity")
         return call(pipe, persons, cloths, **options)
 
-    calls: list[None] = []
     monkeypatch.setattr(tryon.StableDiffusionVTONPipeline, "__call__", fails_at_red)
-    assert run(shop, model) == 1
+    assert run(shop, model, "--batch_size", "2") == 1
     said = capsys.readouterr()
-    assert "ann__red.png: the UNet in float16 gave NaN" in said.err and "3 of 4 try-ons" in said.out
+    assert "ann__red.png: the UNet in float16 gave NaN" in said.err and "2 of 4 try-ons" in said.out
+
+
+def test_a_persons_profile_that_converts_nothing_costs_nobody_elses_results(shop, model, capsys):
+    image = Image.open(shop / "people/ann.png")
+    image.save(shop / "people/ann.png", icc_profile=LINEAR.replace(b"rTRC", b"xTRC"))
+    assert run(shop, model) == 1
+    assert "colours cannot be converted" in capsys.readouterr().err
+    assert sorted(file.name for file in (shop / "results").iterdir()) == ["bob__red.png", "bob__tee.png"]
 
 
 def test_what_is_there_is_passed_over_and_a_stopped_run_goes_on(shop, model, capsys):
@@ -308,6 +325,8 @@ def test_wrong_flags_are_one_sentence(shop, model, capsys):
         (["--steps", "0"], "--steps: must be a positive whole number, got 0"),
         (["--scheduler", "Nothing"], "--scheduler must be the name of a diffusers scheduler, got Nothing"),
         (["--mask", str(shop / "nothing")], "--mask: there is no"),
+        (["--contact_sheet", "sheet.gif"], "--contact_sheet must end in .png"),
+        (["--seed", "-1"], "--seed: must be a whole number, 0 or more, got -1"),
     ):
         with pytest.raises(SystemExit):
             parse_args([*places, *flags])
