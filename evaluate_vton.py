@@ -224,13 +224,6 @@ def decibels(mean_squared_error: np.ndarray | float) -> np.ndarray:
         return -10 * np.log10(mean_squared_error)
 
 
-def masked_psnr(results: Sequence[Tensor], truths: Sequence[Tensor], masks: Sequence[Tensor | None]) -> float:
-    """Decibels of pictures (3, H, W) in [0, 1] inside their masks (1, H, W): the error pooled over all values of all pictures."""
-    errors = [squared_error(*each) for each in zip(results, truths, masks, strict=True)]
-    total, count = np.sum(errors, axis=0)
-    return float(decibels(total / count))
-
-
 def ssim_map(result: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity of pictures (3, H, W) in [0, 1] around every value.
 

@@ -297,7 +297,10 @@ def test_latest_without_a_checkpoint_starts_fresh(bases, data, tmp_path, caplog)
         ({"condition_latents": "unscaled"}, "condition_latents scaled, not with condition_latents unscaled"),
         ({"height": 64, "width": 48}, "height 32, width 24, not with height 64, width 48"),
         ({"lora_rank": 2}, "lora_rank None, not with lora_rank 2"),
-        ({"cross_attention": "prompt", "prompt": "a shirt"}, "cross_attention skip, prompt None, not with .*prompt a shirt"),
+        (
+            {"cross_attention": "prompt", "prompt": "a shirt"},
+            "cross_attention skip, prompt None, not with .*prompt a shirt",
+        ),
         ({"pretrained_model_name_or_path": 8}, "base_in_channels 9, .*not with base_in_channels 8"),
     ],
 )
