@@ -204,8 +204,9 @@ def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
     """
     masks = []
     for picture in _listed(pictures, name):
-        mask = _as_tensor(picture, name, "black")
+        mask = _as_picture(picture, name, "black")
         if mask.stride(0):  # no single channel, seen three times
+            mask = as_floats(mask)
             coloured = (mask.amax(dim=0) - mask.amin(dim=0) > 32 / 255).float().mean().item()
             if coloured > 0.01:
                 raise ValueError(
@@ -214,8 +215,11 @@ def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
             mask = torch.tensordot(torch.tensor([0.299, 0.587, 0.114]), mask, 1)[
                 None
             ]  # luma (ITU-R 601), as PIL's "L"
-        between = ((mask[:1] > 0.1) & (mask[:1] < 0.9)).float().mean().item()
-        mask = (mask[:1] >= 0.5 - 1e-6).float()  # the luma of one half is one half, rounding aside
+        mask = mask[:1]
+        # the luma of one half is one half, rounding aside; bytes stay bytes: a photograph's mask has millions
+        low, half, high = (25, 128, 230) if mask.dtype == torch.uint8 else (0.1, 0.5 - 1e-6, 0.9)
+        between = ((mask > low) & (mask < high)).count_nonzero().item() / mask.numel()
+        mask = (mask >= half).float()
         _check_mask(name, between, bool(mask.any()))
         masks.append(mask)
     return masks
@@ -498,9 +502,12 @@ def _blocks(left: torch.Tensor, radius: int, whole: bool) -> Iterator[tuple[tupl
     """The parts of a mask (H, W) where something is left, and so much around each of them as `_seam` looks at, both starting at
     multiples of the radius; or all of it.
     """
+    if not left.any():
+        return
     side, reach = (max(left.shape) if whole else 64 * radius), 18 * radius
-    for top in range(0, left.shape[0], side):
-        for start in range(0, left.shape[1], side):
+    first, last, leftmost, rightmost = extent(left)
+    for top in range(first // side * side, last, side):
+        for start in range(leftmost // side * side, rightmost, side):
             part = (slice(top, min(top + side, left.shape[0])), slice(start, min(start + side, left.shape[1])))
             if left[part].any():
                 around = tuple(
@@ -517,7 +524,7 @@ def _seam(inside: torch.Tensor, radius: int) -> tuple[torch.Tensor, torch.Tensor
     thick = F.max_pool2d(F.max_pool2d(core, (19, 1), 1, (9, 0)), (1, 19), 1, (0, 9)) > 0
     thick = thick.repeat_interleave(radius, 1).repeat_interleave(radius, 2)[:, : inside.shape[1], : inside.shape[2]]
     blurred = _as_tensor(as_pil(inside).filter(ImageFilter.BoxBlur(radius)), "mask", "black")[:1]
-    return thick, (2 * blurred - 1).clamp(min=0) * inside
+    return thick, blurred.mul_(2).sub_(1).clamp_(min=0).mul_(inside)
 
 
 def composite_result(
