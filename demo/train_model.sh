@@ -13,8 +13,8 @@ work=${1:-runs/demo-model} model=${2:-demo/model} classifier=${3:-demo/classifie
 python=.venv/bin/python
 : "${HEIGHT:=128}" "${TRAIN:=5000}" "${TEST:=96}"
 : "${PARSER_TRAIN:=1500}" "${PARSER_TEST:=64}" "${PARSER_STEPS:=2500}"
-: "${VAE_STEPS:=3000}" "${UNET_STEPS:=10000}" "${DECODER_STEPS:=1500}" "${CLASSIFIER:=--train 24000}"
-: "${ADAPTER_STEPS:=4000}" "${BATCH:=8}" "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
+: "${VAE_STEPS:=2500}" "${UNET_STEPS:=4600}" "${DECODER_STEPS:=1000}" "${CLASSIFIER:=--train 24000}"
+: "${ADAPTER_STEPS:=2300}" "${BATCH:=8}" "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
 precision=$($python -c 'from demo.try_on import fast_dtype; print("bf16" if str(fast_dtype()) == "torch.bfloat16" else "no")')
 
 stage() { # NAME PROOF COMMAND...: the command writes the proof when it has finished
@@ -51,7 +51,7 @@ adapter() { # attention alone, of all categories: DREAM (arXiv:2312.00210), aver
     --pretrained_model_name_or_path "$work/base" --dataset_root "$work/dataset" --output_dir "$work/adapter" \
     --height "$HEIGHT" --width $((HEIGHT * 3 / 4)) --augment mask flip --dream_detail_preservation 10 \
     --train_batch_size "$BATCH" --max_train_steps "$ADAPTER_STEPS" --learning_rate 2e-3 \
-    --lr_warmup_steps $((ADAPTER_STEPS / 20)) --ema_decay 0.999 --guidance_scale 1.5 \
+    --lr_warmup_steps 60 --ema_decay 0.99 --guidance_scale 1.5 --dataloader_num_workers 0 \
     --validation_steps "$CHECKPOINT_EVERY" --checkpointing_steps "$CHECKPOINT_EVERY" --checkpoints_total_limit 2 \
     --resume_from_checkpoint latest --seed 0
 }

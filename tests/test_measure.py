@@ -15,6 +15,7 @@ from demo.world import draw_person
 
 
 MODEL = ROOT / "demo" / "model"
+HEIGHT = json.loads((MODEL / "vae" / "config.json").read_text(encoding="utf-8"))["sample_size"]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def classifier():
 @pytest.fixture(scope="module")
 def lines():
     """Two of every category, at the committed model's size."""
-    return try_on.draw_lines(6, seed=11, height=64)
+    return try_on.draw_lines(6, seed=11, height=HEIGHT)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def pixels(pictures) -> np.ndarray:
 
 
 def test_the_lines_are_those_of_the_dataset(lines, tmp_path):
-    make_dataset(tmp_path, train=0, test=6, seed=11, height=64, category="all")
+    make_dataset(tmp_path, train=0, test=6, seed=11, height=HEIGHT, category="all")
     rows = [json.loads(row) for row in (tmp_path / "factors.jsonl").read_text().splitlines()]
     unpaired = sorted(
         (row for row in rows if not row["paired"]), key=lambda row: ["upper", "lower", "dress"].index(row["category"])
@@ -69,7 +70,7 @@ def test_the_demo_model_puts_the_right_cloth_on(lines, pipe, classifier):
 def test_the_demo_writes_a_contact_sheet(tmp_path, capsys):
     try_on.main(try_on.parse_args(["--output_dir", str(tmp_path), "--count", "6", "--num_inference_steps", "1"]))
     width, height = Image.open(tmp_path / "contact_sheet.png").size
-    assert width > 2 * 5 * 4 * 48 and height > 3 * 4 * 64
+    assert width > 2 * 5 * 96 and height > 3 * HEIGHT
     with pytest.raises(SystemExit):
         try_on.parse_args(["--count", "5"])
     assert "--count must be at least 6" in capsys.readouterr().err
