@@ -2012,7 +2012,8 @@ class Validation:
     """What a run shows of itself: the masked noise error on test persons, and a grid of test persons in other cloths.
 
     `paired` are test persons in their own cloths and `probes` what the VAE made of them, for which it is asked once;
-    `tryons` are names and pictures of test persons and other cloths. Whatever fails here is logged and stops nothing.
+    `tryons` are names and pictures of test persons and other cloths. What is missing is logged, and so is whatever fails once
+    the run has begun; a test picture that is none is refused before.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -2031,14 +2032,14 @@ class Validation:
         place = {"limit": PROBED_PAIRS, "pose_folder": args.pose_folder}
         try:
             paired = tree_pairs(root, "test", True, roles, args.category, args.condition_column, **place)
-        except (OSError, ValueError) as error:
+        except FileNotFoundError as error:
             logger.warning("nothing is probed: %s", error)
         shown, place["limit"] = [role for role in roles if role != "condition"], args.num_validation_pairs
         try:
             if args.num_validation_pairs:
                 unpaired = tree_pairs(root, "test", False, shown, args.category, **place)
                 tryons = [(unpaired.name(i), unpaired.pictures(i)) for i in range(len(unpaired))]
-        except (OSError, ValueError) as error:
+        except FileNotFoundError as error:
             logger.warning("no cloth is tried on test persons: %s", error)
         return paired, tryons
 

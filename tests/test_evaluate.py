@@ -591,7 +591,7 @@ def test_masks_of_the_parser(own_tree, model, tmp_path):
         "num_samples": 2,
     } | PREDICTED
     report = evaluate(tmp_path / "out", own_tree, model, **options)
-    assert report["made"]["masks"] == f"{tmp_path / 'parser'}, box"
+    assert report["made"]["masks"] == f"{tmp_path / 'parser'}, box, upper"
     assert [file.name for file in sorted((tmp_path / "out/masks").iterdir())] == ["00.png", "01.png"]
     assert figure(report, "unpaired", "composited", "psnr", "mask")["count"] == 2
 
@@ -628,7 +628,7 @@ def test_rows_are_measured_as_a_tree(finished, tree, model, tmp_path, streaming)
     options = {"dataset_name": tmp_path / "rows", "streaming": streaming, "num_samples": 3, "metrics": ["psnr"]}
     report = evaluate(tmp_path / "out", None, model, **options)
     assert (tmp_path / "out/list.txt").read_text().splitlines()[3:] == [
-        "unpaired\trow-0\trow-1", "unpaired\trow-1\trow-2", "unpaired\trow-2\trow-3" if streaming is None else "unpaired\trow-2\trow-0",
+        "unpaired\trow-0\trow-1", "unpaired\trow-1\trow-2", "unpaired\trow-2\trow-3",
     ]  # fmt: skip
     (tree / "three.txt").write_text("".join(f"paired\t{name}.png\t{name}.png\n" for name in names[:3]))
     again = evaluate(tmp_path / "again", tree, pred_dir=renamed(tmp_path / "out/seed-0/paired/bare", tmp_path / "made"), list=tree / "three.txt", setting="paired", metrics=["psnr"], eval_height=32, eval_width=24)  # fmt: skip

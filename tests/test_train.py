@@ -1737,7 +1737,7 @@ def test_a_caption_goes_with_its_row(bases, parquet, tmp_path, options):
     batch = next(trainer.batches())
     people = [row_pictures(row, COLUMNS, "") for row in load_rows(trainer.args, "train", COLUMNS)]
     for person, caption in zip(batch["person"], batch["caption"]):
-        shown = trainer.prepare(people[TEXTS.index(caption[-1])], 0, 0)["person"]
+        shown = to_values(trainer.prepare(people[TEXTS.index(caption[-1])], 0, 0))["person"]
         assert torch.equal(person, shown)
     with torch.no_grad(), vton_attention(trainer.unet, ClothBesideAttnProcessor, "prompt"):
         loss, swapped = (
