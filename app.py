@@ -117,6 +117,8 @@ def open_picture(file: str | None, what: str) -> Image.Image:
         with Image.open(file) as picture:
             check_pixels(picture, what)
             return ImageOps.exif_transpose(picture)
+    except gr.Error:  # a ValueError too
+        raise
     except Image.DecompressionBombError:
         raise in_words(f"The picture of the {what} is too large: the limit is {MAX_PIXELS:,} pixels.") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, AssertionError):
