@@ -8,11 +8,11 @@
 
 `python app.py` serves the demo model on http://127.0.0.1:7860. Environment variables name other weights:
 
-    VTON_MODEL           base, or whole pipeline: a Hub repository or a folder (default: demo/model)
-    VTON_ADAPTER         try-on adapter: a Hub repository, a folder or a file (default: the demo's on the demo's base, else none)
+    VTON_MODEL              base, or whole pipeline: a Hub repository or a folder (default: demo/model)
+    VTON_ADAPTER            try-on adapter: a Hub repository, a folder or a file (default: the demo's on the demo's base, else none)
     VTON_ADAPTER_SUBFOLDER  where in there, such as CatVTON's mix-48k-1024/attention
-    VTON_HUMAN_PARSER    a Segformer that proposes masks: a Hub repository or a folder (default: what the model has)
-    VTON_EXAMPLES        folder of examples, CATEGORY-NAME/{person,cloth,mask}.png (default: the demo's on the demo's base, else none)
+    VTON_HUMAN_PARSER       a Segformer that proposes masks: a Hub repository or a folder (default: what the model has)
+    VTON_EXAMPLES           folder of examples, CATEGORY-NAME/{person,cloth,mask}.png (default: the demo's on the demo's base, else none)
 
 `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT` are gradio's own. `python app.py --write_space DIR` writes a Space's folder.
 The file reads in the order of the data: weights, pictures, a run with its previews, the page.
@@ -545,9 +545,8 @@ class Page:
             for at in self.studio.try_on(person, open_picture(cloth, "cloth"), mask, settings):
                 if stopped.is_set():
                     return
-                before_file = before_file or save_picture(
-                    before, "before", self.cache
-                )  # gradio deletes what it is given
+                # written when it is shown: gradio deletes what it was given, and that alone
+                before_file = before_file or save_picture(before, "before", self.cache)
                 if at.finished:
                     break
                 after = save_picture(at.picture.resize(before.size), f"step-{at.done}", self.cache)

@@ -407,7 +407,7 @@ def convert_profile(picture: torch.Tensor, before: bytes | None, after: bytes | 
         for profile in (before, after)
     ]
     intent = {"renderingIntent": ImageCms.Intent.RELATIVE_COLORIMETRIC}
-    converted = _change_profile(as_pil(picture), *profiles, "person_image", **intent)
+    converted = _change_profile(as_pil(picture), *profiles, "person_image` or `cloth_image", **intent)
     return _as_tensor(converted, "image", "white")
 
 

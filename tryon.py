@@ -12,9 +12,9 @@
   python tryon.py --person people/ --cloth cloths/ --one_each --output results/         each person in one other cloth
   accelerate launch --num_processes 4 tryon.py ...                                      the same on four GPUs
 
-A result has its person's size, colour profile and file format, and no EXIF; outside the mask it is the person's picture (JPEG and WebP lose a little). What is
-there already is passed over, so that a run that was stopped goes on. A file that cannot be used is named at the end, the exit status
-is then 1, and all else is done. Without --model the demo's is used, which knows drawn people only.
+A result has its person's size, colour profile and file format, and no EXIF; outside the mask it is the person's picture (JPEG and
+WebP lose a little). What is there already is passed over, so that a run that was stopped goes on. A file that cannot be used is
+named at the end, the exit status is then 1, and all else is done. Without --model the demo's is used, which knows drawn people only.
 """
 
 import argparse
