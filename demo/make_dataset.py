@@ -3,8 +3,9 @@
 With `--category outfit` everybody wears a top (`cloth`) with trousers or a skirt (`cloth_2`), and tries on both of somebody else's.
 
 Photograph sets never show the same person, in the same pose, in another cloth. This drawn world does: for every unpaired line of
-the test list, `tryon/PERSON__CLOTH.png` is the true picture, so a try-on can be measured pixel by pixel. `factors.jsonl` says of
-every line of the lists, and of every test person in their own cloth, by what it varies and what can be recognised.
+the test list, `tryon/PERSON__CLOTH.png` is the true picture, so a try-on can be measured pixel by pixel. `condition/PERSON` shows
+everybody in the cloth of the next sample of their category, as `train_vton.py --mask_free` reads it. `factors.jsonl` says of every
+line of the lists, and of every test person in their own cloth, by what it varies and what can be recognised.
 
 Every sample depends on the seed, its split and its number alone: the same command writes the same files, and a larger
 `--train` only adds to them.
@@ -98,16 +99,26 @@ class World:
             return draw_outfit(self.seed, split, index, self.factors)
         return draw_sample(self.seed, split, index, self.category_of(index), self.factors)
 
+    @property
+    def step(self) -> int:
+        """From one number to the next of the same category."""
+        return len(CATEGORIES) if self.category == "all" else 1
+
     def partner(self, index: int, count: int) -> int:
         """Whose cloth a test person tries on: the next one's of the same category."""
-        step = len(CATEGORIES) if self.category == "all" else 1
-        return index + step if index + step < count else index % step
+        return index + self.step if index + self.step < count else index % self.step
+
+    def in_cloth_of(self, split: str, index: int, other: int) -> Image.Image:
+        """A person in the cloths of another sample."""
+        (person, _), (wearer, cloth) = (self.sample(split, number) for number in (index, other))
+        person = replace(person, other=wearer.other) if self.category == "outfit" else person
+        return draw_person(person, cloth, *self.size)[0]
 
 
 class VitonHD:
     """VITON-HD's folders: everything of a split in one."""
 
-    folders = ("image", "cloth", "agnostic-mask", "image-parse-v3", "openpose_img", "openpose_json")
+    folders = ("image", "cloth", "agnostic-mask", "image-parse-v3", "openpose_img", "openpose_json", "condition")
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -136,6 +147,7 @@ class VitonHD:
             (place / "cloth_2").mkdir(exist_ok=True)
             save(pictures["cloth_2"], place / "cloth_2" / f"{name}.png")
         save(pictures["mask"], place / "agnostic-mask" / f"{name}_mask.png")
+        save(pictures["condition"], place / "condition" / f"{name}.png")
         save(pictures["skeleton"], place / "openpose_img" / f"{name}_rendered.png")
         save(with_palette(labels), place / "image-parse-v3" / f"{name}.png")
         numbers = [number for point in BODY_25 for number in triple(points.get(point))]
@@ -149,7 +161,7 @@ class VitonHD:
 class DressCode(VitonHD):
     """DressCode's folders: one for every category, both splits in it."""
 
-    folders = ("images", "label_maps", "agnostic_masks", "skeletons", "keypoints", "tryon")
+    folders = ("images", "label_maps", "agnostic_masks", "skeletons", "keypoints", "condition", "tryon")
 
     def prepare(self) -> None:
         for category in DRESS_CODE_FOLDERS.values():
@@ -174,6 +186,7 @@ class DressCode(VitonHD):
         save(pictures["person"], place / "images" / f"{number}_0.png")
         save(pictures["cloth"], place / "images" / f"{number}_1.png")
         save(pictures["mask"], place / "agnostic_masks" / f"{number}_0.png")
+        save(pictures["condition"], place / "condition" / f"{number}_0.png")
         save(pictures["skeleton"], place / "skeletons" / f"{number}_5.png")
         table = np.zeros(len(PALETTE), np.uint8)
         for name, label in LIP.items():
@@ -223,6 +236,7 @@ def write_sample(index: int, root: Path, split: str, world: World) -> None:
         "cloth": draw_cloth(cloth, *world.size),
         "mask": mask,
         "skeleton": draw_skeleton(points, *world.size),
+        "condition": world.in_cloth_of(split, index, index + world.step),
     }
     if world.category == "outfit":
         pictures["cloth_2"] = draw_cloth(person.other, *world.size)
@@ -230,11 +244,9 @@ def write_sample(index: int, root: Path, split: str, world: World) -> None:
 
 
 def write_truth(pair: tuple[int, int], root: Path, world: World) -> None:
-    (person, _), (wearer, cloth) = (world.sample("test", index) for index in pair)
-    person = replace(person, other=wearer.other) if world.category == "outfit" else person
     files = layout(root, world.category)
     file = files.truth(world.category_of(pair[0]), files.person("test", pair[0]), files.cloth("test", pair[1]))
-    save(draw_person(person, cloth, *world.size)[0], file)
+    save(world.in_cloth_of("test", *pair), file)
 
 
 def write_lists(root: Path, world: World, pairs: list[tuple[str, int, int]]) -> None:

@@ -1,7 +1,8 @@
 """Train the demo's stand-in for Stable Diffusion 1.5 inpainting: the same classes, five million weights, a drawn world.
 
-Like SD1.5, it sees people and flat cloths, in whole and through masks, but never a person beside their cloth: what it learns
-is how the drawn world looks, not how to try a cloth on. The result is an ordinary diffusers folder.
+Like SD1.5, it sees people and flat cloths, in whole and through masks, and as on a catalogue's page two people in the same
+cloth side by side, but never a person beside their flat cloth: what it learns is how the drawn world looks, and to copy from one
+place of a picture to another, not how to try a cloth on. The result is an ordinary diffusers folder.
 
 The VAE, the UNet and once more the VAE's decoder are trained in turn. The same command goes on where a killed one stopped:
 every stage keeps checkpoints (weights, optimiser, averages, generators), and a finished stage is kept and used. TensorBoard
@@ -36,7 +37,7 @@ from train_vton import TreePairs
 
 CAPTIONS = ("", "a person", "a cloth")
 MASK_KINDS = {
-    "person": (("agnostic", 0.5), ("random", 0.35), ("full", 0.15)),
+    "person": (("agnostic", 0.65), ("random", 0.2), ("full", 0.15)),
     "cloth": (("random", 0.8), ("full", 0.2)),
 }
 PEOPLE_SHARE = 0.6  # of a batch; the others are cloths
@@ -66,20 +67,31 @@ def random_masks(count: int, height: int, width: int) -> torch.Tensor:
     return masks
 
 
+def load_pairs(root: Path, split: str) -> TreePairs:
+    return TreePairs(root, split, paired=True, roles=("person", "cloth", "mask", "condition"))
+
+
 def load_pictures(pairs: TreePairs) -> dict[str, Pictures]:
-    """All people, cloths and agnostic masks of a split, and random masks for both."""
+    """All people, cloths and agnostic masks of a split, and random masks for both; `changed` are the people in the next's cloth."""
 
     def stack(role: str) -> torch.Tensor:
         arrays = np.stack([np.asarray(picture[role]) for picture in tqdm(rows, desc=f"{role} pictures", leave=False)])
         return torch.from_numpy(arrays if arrays.ndim == 4 else arrays[..., None]).permute(0, 3, 1, 2).contiguous()
 
     rows = [pairs.pictures(i) for i in tqdm(range(len(pairs)), desc="reading")]
-    people, cloths, agnostic = stack("person"), stack("cloth"), stack("mask")
+    people, cloths, agnostic, changed = map(stack, ("person", "cloth", "mask", "condition"))
     hidden = partial(random_masks, len(rows), *people.shape[-2:])
     return {
         "person": Pictures(people, {"agnostic": agnostic, "random": hidden()}),
         "cloth": Pictures(cloths, {"random": hidden()}),
+        "changed": Pictures(changed, {"agnostic": agnostic}),
     }
+
+
+def before_their_next(pairs: TreePairs) -> torch.Tensor:
+    """The numbers of the pairs that the next one of their category follows, whose cloth they wear in `changed`."""
+    folders = [files["person"].parent for *_, files in pairs.pairs]
+    return torch.tensor([i for i in range(len(pairs) - 1) if folders[i] == folders[i + 1]])
 
 
 def to_model(images: torch.Tensor) -> torch.Tensor:
@@ -239,7 +251,7 @@ class VAETraining:
 
     def __init__(self, vae: AutoencoderKL, pictures: dict[str, Pictures], held_out: Pictures, args) -> None:
         self.vae, self.pictures, self.held_out, self.args = vae, pictures, held_out, args
-        sample = torch.cat([to_model(p.images[:512]) for p in pictures.values()])
+        sample = torch.cat([to_model(pictures[name].images[:512]) for name in MASK_KINDS])
         self.variances, self.axes = torch.linalg.eigh(torch.cov(sample.movedim(1, -1).reshape(-1, 3).T))
 
     def whitening(self, power: float) -> torch.Tensor:
@@ -309,8 +321,8 @@ def train_vae(pictures: dict[str, Pictures], held_out: Pictures, args) -> Autoen
     stage = Stage("vae", vae, list(vae.parameters()), args.vae_steps, 3e-3, 1e-4, average=False, args=args)
     stage.train(training.loss, training.report)
     with torch.no_grad():
-        sample = torch.cat([vae.encode(to_model(p.images[:256])).latent_dist.mode() for p in pictures.values()])
-    vae.register_to_config(scaling_factor=1 / sample.std().item())
+        sample = [vae.encode(to_model(pictures[name].images[:256])).latent_dist.mode() for name in MASK_KINDS]
+    vae.register_to_config(scaling_factor=1 / torch.cat(sample).std().item())
     return vae
 
 
@@ -327,27 +339,26 @@ def train_decoder(vae: AutoencoderKL, pictures: dict[str, Pictures], held_out: P
 
 
 @torch.no_grad()
-def encode(
-    vae: AutoencoderKL, images: torch.Tensor, masks: torch.Tensor, desc: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled posterior mean and standard deviation of pictures behind masks, each (N, 4, h, w), in half precision."""
+def encode(vae: AutoencoderKL, images: torch.Tensor, masks: torch.Tensor, desc: str) -> torch.Tensor:
+    """Scaled means of the posteriors of pictures behind masks, (N, 4, h, w), in half precision."""
     batches = tqdm(list(zip(images.split(64), masks.split(64))), desc=desc)
-    posteriors = [vae.encode(hide(to_model(seen), mask)).latent_dist for seen, mask in batches]
-    scale = vae.config.scaling_factor
-    mean, std = torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
-    return (mean * scale).half(), (std * scale).half()
+    means = [vae.encode(hide(to_model(seen), mask)).latent_dist.mean for seen, mask in batches]
+    return (torch.cat(means) * vae.config.scaling_factor).half()
 
 
 def encode_pictures(vae: AutoencoderKL, pictures: dict[str, Pictures]) -> dict[str, torch.Tensor]:
-    """By `picture.part`: mean and std (N, 4, h, w), and conditions (N, 5, h, w), the mask and what is seen beside it."""
+    """By `picture.part`: mean (N, 4, h, w), and conditions (N, 5, h, w), the mask and what is seen beside it.
+
+    The posteriors' deviations, less than a hundredth of the means', are left out.
+    """
     encoded = {}
     for name, p in pictures.items():
         nothing = torch.zeros_like(p.images[:, :1])
-        encoded[f"{name}.mean"], encoded[f"{name}.std"] = encode(vae, p.images, nothing, f"{name} latents")
+        encoded[f"{name}.mean"] = encode(vae, p.images, nothing, f"{name} latents")
         everything = torch.full_like(nothing[:1], 255)
         for kind, masks in {**p.masks, "full": everything}.items():
             mask = F.interpolate((masks >= 128).half(), size=encoded[f"{name}.mean"].shape[-2:])  # nearest
-            seen = encode(vae, p.images[: len(masks)], masks, f"{name} behind {kind} masks")[0]
+            seen = encode(vae, p.images[: len(masks)], masks, f"{name} behind {kind} masks")
             encoded[f"{name}.{kind}"] = torch.cat([mask, seen], dim=1)  # one "full" serves all
     return encoded
 
@@ -421,13 +432,28 @@ def build_scheduler() -> DDPMScheduler:
     )
 
 
+# Clean latents (B, 4, h, w), what is seen of them (B, 5, h, w) and the numbers of the captions (B,).
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def side_by_side(left: Batch, right: Batch) -> Batch:
+    """Two batches as one of pictures twice as wide, with the captions of the left."""
+    return torch.cat([left[0], right[0]], dim=3), torch.cat([left[1], right[1]], dim=3), left[2]
+
+
 @dataclass
 class UNetTraining:
-    """The plain error of what the scheduler has the UNet predict, velocities."""
+    """The plain error of what the scheduler has the UNet predict, velocities: of pictures, and of two people side by side.
+
+    Args:
+        followed, held_out_followed: `before_their_next` of both splits.
+    """
 
     pipe: StableDiffusionInpaintPipeline
     latents: dict[str, torch.Tensor]
+    followed: torch.Tensor
     held_out: dict[str, Pictures]
+    held_out_followed: torch.Tensor
     args: argparse.Namespace
 
     def __post_init__(self) -> None:
@@ -436,39 +462,69 @@ class UNetTraining:
             self.caption_embeds = self.pipe.text_encoder(tokens)[0]  # (captions, 16, 32)
         self.held_out_latents = encode_pictures(self.pipe.vae, self.held_out)
 
-    def draw(self, latents: dict[str, torch.Tensor], count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Targets, conditions and captions: three people to two cloths, behind masks of random kinds, half without text."""
+    def draw(self, latents: dict[str, torch.Tensor], count: int) -> Batch:
+        """Three people to two cloths, behind masks of random kinds, half without text."""
         targets, conditions, captions = [], [], []
         people = round(count * PEOPLE_SHARE)
         for name, share in (("person", people), ("cloth", count - people)):
             kinds, weights = zip(*MASK_KINDS[name])
             for i in torch.multinomial(torch.tensor(weights), share, replacement=True).tolist():
                 k = int(torch.randint(len(latents[f"{name}.mean"]), ()))
-                mean, std = (latents[f"{name}.{part}"][k].float() for part in ("mean", "std"))
-                targets.append(mean + std * torch.randn_like(mean))
+                targets.append(latents[f"{name}.mean"][k])
                 seen = latents[f"{name}.{kinds[i]}"]
-                conditions.append(seen[k if len(seen) > 1 else 0].float())
+                conditions.append(seen[k if len(seen) > 1 else 0])
                 captions.append(CAPTIONS.index(f"a {name}") if torch.rand(()) < 0.5 else 0)
-        return torch.stack(targets), torch.stack(conditions), torch.tensor(captions)
+        return torch.stack(targets).float(), torch.stack(conditions).float(), torch.tensor(captions)
 
-    def error(self, batch: tuple, timesteps: torch.Tensor) -> torch.Tensor:
+    def draw_views(self, latents: dict[str, torch.Tensor], followed: torch.Tensor, count: int) -> tuple[Batch, Batch]:
+        """Two people in the same cloth: one behind the agnostic mask, the other to be seen; without text."""
+        hidden, shown = [], []
+        for k in followed[torch.randint(len(followed), (count,))].tolist():
+            views = [("changed", k), ("person", k + 1)][:: 1 if torch.rand(()) < 0.5 else -1]
+            for (name, i), half, kind in zip(views, (hidden, shown), ("agnostic", "mean")):
+                seen = latents[f"{name}.{kind}"][i]
+                seen = seen if kind == "agnostic" else F.pad(seen, (0, 0, 0, 0, 1, 0))  # the mask hides nothing
+                half.append(torch.cat([latents[f"{name}.mean"][i], seen]))
+        halves, no_text = [torch.stack(half).float() for half in (hidden, shown)], torch.zeros(count, dtype=torch.long)
+        return tuple((half[:, :4], half[:, 4:], no_text) for half in halves)
+
+    def errors(self, batch: Batch, timesteps: torch.Tensor) -> torch.Tensor:
+        """Squared, (B, 4, h, w)."""
         targets, conditions, captions = batch
         noise = torch.randn_like(targets)
         noisy = self.pipe.scheduler.add_noise(targets, noise, timesteps)
         model_input = torch.cat([noisy, conditions], dim=1)  # (B, 9, h, w)
         predicted = self.pipe.unet(model_input, timesteps, self.caption_embeds[captions], return_dict=False)[0]
-        return F.mse_loss(predicted.float(), self.pipe.scheduler.get_velocity(targets, noise, timesteps))
+        return (predicted.float() - self.pipe.scheduler.get_velocity(targets, noise, timesteps)).square()
+
+    def timesteps(self, count: int) -> torch.Tensor:
+        """One of every equal share of the schedule: the same mean as drawing each alone, with less luck."""
+        return ((torch.randperm(count) + torch.rand(count)) / count * len(self.pipe.scheduler.betas)).long()
 
     def loss(self) -> torch.Tensor:
-        """One timestep of every equal share of the schedule: the same mean as drawing each alone, with less luck."""
-        count = self.args.batch_size
-        timesteps = ((torch.randperm(count) + torch.rand(count)) / count * len(self.pipe.scheduler.betas)).long()
-        return self.error(self.draw(self.latents, count), timesteps)
+        """Of a batch's first half, pictures, and of its second, two side by side, half of which is known."""
+        views = self.args.batch_size // 2
+        count = self.args.batch_size - views
+        loss = self.errors(self.draw(self.latents, count), self.timesteps(count)).mean()
+        if views:
+            pair = self.draw_views(self.latents, self.followed, views)
+            pair = pair[:: 1 if torch.rand(()) < 0.5 else -1]
+            loss = loss + 2 * self.errors(side_by_side(*pair), self.timesteps(views)).mean()
+        return loss
+
+    def reading(self, timestep: int) -> dict[str, float]:
+        """The error behind the masks of held-out people beside another in the same cloth, and in a wrong one."""
+        hidden, shown = self.draw_views(self.held_out_latents, self.held_out_followed, 32)
+        wrong = tuple(part.roll(1, dims=0) for part in shown)
+        hole, timesteps = (hidden[1][:, :1] > 0).expand_as(hidden[0]), torch.full((32,), timestep)
+        errors = [self.errors(side_by_side(hidden, other), timesteps) for other in (shown, wrong)]
+        right, wrong = (error[..., : hole.shape[-1]][hole].mean().item() for error in errors)
+        return {f"read t{timestep}": right, f"misread t{timestep}": wrong}
 
     def report(self, step: int) -> dict[str, float]:
         """Errors on held-out pictures by timestep; a sheet of masked people and of what stands behind the masks."""
         batch = self.draw(self.held_out_latents, 48)
-        errors = {t: self.error(batch, torch.full((48,), t)).item() for t in HELD_OUT_TIMESTEPS}
+        errors = {t: self.errors(batch, torch.full((48,), t)).mean().item() for t in HELD_OUT_TIMESTEPS}
         people = self.held_out["person"]
         images = to_model(people.images[:8])
         results = self.pipe(
@@ -485,7 +541,8 @@ class UNetTraining:
         masked = hide(images, people.masks["agnostic"][:8])
         sheet = self.args.output_dir / "samples" / f"unet-{step:06d}.png"
         save_sheet(sheet, [images, masked, results.float().cpu() * 2 - 1])
-        return {"held_out": float(np.mean(list(errors.values())))} | {f"t{t}": error for t, error in errors.items()}
+        found = {"held_out": float(np.mean(list(errors.values())))} | {f"t{t}": error for t, error in errors.items()}
+        return found | self.reading(HELD_OUT_TIMESTEPS[-2])
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -517,11 +574,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    pairs = TreePairs(args.dataset_root, "train", paired=True)
+    pairs, held_out_pairs = (load_pairs(args.dataset_root, split) for split in ("train", "test"))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     pictures = load_pictures(pairs)
-    held_out = load_pictures(TreePairs(args.dataset_root, "test", paired=True))
+    held_out = load_pictures(held_out_pairs)
 
     vae = train_vae(pictures, held_out["person"], args)
     latents = cached_latents(vae, pictures, pairs, args.output_dir / "latents.safetensors")
@@ -533,7 +590,8 @@ def main(args: argparse.Namespace) -> None:
         vae, text_encoder, tokenizer, unet, build_scheduler(), None, None, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    training = UNetTraining(pipe, latents, held_out, args)
+    followed = map(before_their_next, (pairs, held_out_pairs))
+    training = UNetTraining(pipe, latents, next(followed), held_out, next(followed), args)
     stage = Stage("unet", unet, list(unet.parameters()), args.unet_steps, args.learning_rate, 1e-3, True, args)
     stage.train(training.loss, training.report)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image, ImageFilter
 from tiny import ROOT
@@ -77,6 +78,41 @@ def test_the_truth_is_there_and_differs_from_the_person_only_inside_the_mask(dra
             person, mask = (np.asarray(pairs.pictures(i)[role]) for role in ("person", "mask"))
             assert np.array_equal(person[mask == 0], np.asarray(truth)[mask == 0])
             assert not np.array_equal(person, truth)
+
+
+def test_everybody_is_drawn_in_the_cloth_of_the_next_one_too(drawn, all_drawn):
+    for root, count, last in ((drawn, 10, 1), (all_drawn, 15, 3)):
+        pairs = TreePairs(root, "test", False, roles=("person", "cloth", "condition"))
+        same = 0
+        for _, _, files in pairs.pairs:
+            folder = files["person"].parents[1]
+            truth = folder / "tryon" / f"{files['person'].stem}__{files['cloth'].stem}.png"
+            same += np.array_equal(Image.open(truth), Image.open(files["condition"]))
+        assert same == len(pairs) - last  # in a list the last of a category wears the first one's cloth
+        assert len(list(root.glob("**/condition/*.png"))) == count
+
+
+def test_the_base_sees_two_people_in_one_cloth_and_one_of_them_is_hidden(all_drawn):
+    pairs = train_base.load_pairs(all_drawn, "train")
+    followed = train_base.before_their_next(pairs)
+    assert followed.tolist() == [0, 1, 3, 5]  # three tops, two lower garments, two dresses
+    latents = {}
+    for name, first in (("person", 100.0), ("changed", 200.0)):
+        numbers = torch.arange(7).view(-1, 1, 1, 1)
+        latents[f"{name}.mean"] = (first + numbers).expand(-1, 4, 2, 2)
+        latents[f"{name}.agnostic"] = torch.ones(7, 5, 2, 2)
+    training = object.__new__(train_base.UNetTraining)
+    hidden, shown = training.draw_views(latents, followed, 64)
+    seen = set()
+    for target, other, behind, known in zip(hidden[0], shown[0], hidden[1], shown[1]):
+        wearer, owner = sorted((target[0, 0, 0].item(), other[0, 0, 0].item()), reverse=True)
+        assert wearer - 200 == owner - 101 and int(wearer - 200) in followed  # the person, in the cloth of the next one
+        assert torch.equal(behind, torch.ones(5, 2, 2))
+        assert not known[0].any() and torch.equal(known[1:], other)
+        seen.add(target[0, 0, 0].item() >= 200)
+    assert seen == {True, False}
+    wide = train_base.side_by_side(hidden, shown)
+    assert wide[0].shape == (64, 4, 2, 4) and torch.equal(wide[1][..., 2:], shown[1])
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
