@@ -36,7 +36,7 @@ test: $(READY)  ## run the tests
 test-eval:  ## test the metrics with torchvision's and torch-fidelity's classes, in an environment of its own (5.5 GB)
 	$(PYTHON) -m venv .venv-eval
 	.venv-eval/bin/python -m pip install -q -r requirements-eval.txt -r requirements-dev.txt
-	.venv-eval/bin/python -m pytest -p no:xdist tests/test_evaluate.py
+	.venv-eval/bin/python -m pytest -p no:xdist tests/test_evaluate.py tests/test_losses.py
 
 APP_READY := .venv/.ready-app
 

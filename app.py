@@ -314,7 +314,7 @@ class Studio:
 
     @property
     def proposes_masks(self) -> bool:
-        return self.pipe.human_parser is not None
+        return self.pipe.human_parser is not None and not self.pipe.config.mask_free
 
     def predict_mask(self, person: Image.Image, cloth_type: str, looseness: str) -> Image.Image:
         """Where a cloth of this kind may change the person: white, in the person's size."""

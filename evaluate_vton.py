@@ -156,8 +156,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how it is measured").add_argument
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default all; lpips, fid and kid need torchvision and weights")  # fmt: skip
-    add("--eval_height", type=int, help="size at which truth and result are compared (default: the working size)")
-    add("--eval_width", type=int, help="size at which truth and result are compared (default: the working size)")
+    add("--eval_height", type=int, help="size at which truth and result are compared, of the persons' aspect (default: the working height)")  # fmt: skip
+    add("--eval_width", type=int, help="size at which truth and result are compared, of the persons' aspect (default: the working height)")  # fmt: skip
     add("--lpips_net", choices=("squeeze", "alex", "vgg"), default="squeeze", help="LPIPS' backbone (default squeeze, as CatVTON and Leffa have it)")  # fmt: skip
     add("--lpips_weights", type=Path, help="the backbone's weights, torchvision's file (default: downloaded)")
     add("--fid_mode", choices=("clean", "legacy"), default="clean", help="clean-fid's resize (default), or TensorFlow's of 2015")  # fmt: skip
@@ -730,9 +730,11 @@ class Predictions:
         return {"model": str(self.folder)}
 
     def look_for(self, line: Line) -> Path | None:
-        folder = self.folder / line.setting
-        folder = folder if folder.is_dir() or self.both else self.folder
-        names = [folder / line.name, folder / Path(line.person).with_suffix("")]
+        of_setting = self.folder / line.setting
+        folder = of_setting if of_setting.is_dir() else self.folder
+        names = [folder / line.name]
+        if folder == of_setting or not self.both:  # else a person's name may mean either setting
+            names.append(folder / Path(line.person).with_suffix(""))
         found = [file for name in names for end in SUFFIXES if (file := name.with_name(name.name + end)).is_file()]
         return found[0] if found else None
 
@@ -782,14 +784,18 @@ class Row:
     seconds: float | None  # that the picture took
 
 
-def to_size(picture: Image.Image, size: tuple[int, int], what: str) -> Tensor:
-    """(3, *size) in [0, 1], by LANCZOS and never stretched."""
+def size_of_aspect(picture: Image.Image, height: int) -> tuple[int, int]:
+    """Height and width of a picture that is scaled to a height."""
+    return height, round(height * picture.width / picture.height)
+
+
+def check_aspect(picture: Image.Image, size: tuple[int, int], what: str) -> None:
+    """A size is a picture's own aspect, within a hundredth or a pixel."""
     height, width = size
-    if abs(picture.width * height / (picture.height * width) - 1) > 0.01:
+    if abs(height * picture.width / picture.height - width) > max(1, 0.01 * width):
         raise ValueError(
             f"the {what} of {picture.width}x{picture.height} pixels would be stretched to {width}x{height}"
         )
-    return resize(as_tensors(picture, what)[0], height, width)
 
 
 def check_untouched(result: Image.Image, person: Image.Image, mask: Image.Image) -> None:
@@ -810,9 +816,15 @@ def check_truth(pictures: dict[str, Image.Image], truth: Image.Image) -> None:
 
 @dataclass
 class Scorer:
-    """Measures results against their truth at one size, one picture at a time."""
+    """Measures results against their truth at one size, one picture at a time.
+
+    Args:
+        size: height and width of the persons' aspect.
+        working_size: to which the pipeline has stretched the person of a bare result, which is stretched back.
+    """
 
     size: tuple[int, int]
+    working_size: tuple[int, int]
     metrics: Sequence[str]
     device: torch.device
     lpips: torch.nn.Module | None = None
@@ -830,9 +842,7 @@ class Scorer:
 
         `attributes` are what the recognizer should see; where there are none, what it sees in the truth.
         """
-        pair = [
-            to_size(each, self.size, what).to(self.device) for each, what in ((result, "result"), (truth, "truth"))
-        ]
+        pair = [self.to_size(each, what).to(self.device) for each, what in ((result, "result"), (truth, "truth"))]
         regions, values = {"picture": None}, {}
         if mask is not None:
             resized = mask.resize(self.size[::-1], Image.Resampling.NEAREST)
@@ -854,9 +864,15 @@ class Scorer:
                 values["picture", f"recognition of {name}"] = float(right), 1.0
         return values
 
+    def to_size(self, picture: Image.Image, what: str) -> Tensor:
+        """(3, *size) in [0, 1], by LANCZOS."""
+        if picture.size != self.working_size[::-1]:
+            check_aspect(picture, self.size, what)
+        return resize(as_tensors(picture, what)[0], *self.size)
+
     @torch.no_grad()
     def features(self, picture: Image.Image, what: str) -> np.ndarray:
-        pixels = (to_size(picture, self.size, what) * 255).round().to(torch.uint8)
+        pixels = (self.to_size(picture, what) * 255).round().to(torch.uint8)
         return self.inception(pixels[None].to(self.device))[0].cpu().double().numpy()
 
 
@@ -1216,10 +1232,13 @@ class Evaluation:
             raise ValueError(f"none of the {len(self.lines)} lines can be read: {self.failures[0]['error']}")
         self.failures = []  # come again, in their turn
         self.working_size = self.model.working_size(first["person"])
-        self.size = (args.eval_height, args.eval_width) if args.eval_height else self.working_size
+        self.size = size_of_aspect(first["person"], self.working_size[0])
+        if args.eval_height is not None:
+            self.size = args.eval_height, args.eval_width
+            check_aspect(first["person"], self.size, "first person")
         self.seeds = range(args.seed, args.seed + args.seeds)
         recognizer = load_recognizer(args.recognizer) if args.recognizer is not None else None
-        self.scorer = Scorer(self.size, args.metrics, device, lpips, inception, recognizer)
+        self.scorer = Scorer(self.size, self.working_size, args.metrics, device, lpips, inception, recognizer)
         self.given = None  # the compositing of --pred_dir's pictures
         self.compositings = ["bare"] if self.masks == "none" else ["composited", "bare"]
         if args.pred_dir is not None:

@@ -1841,10 +1841,14 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
 
 # ------------------------------------------------------------------------------------------------------ the model card
 
-OPENRAIL_BASES = {  # Stable Diffusion 1.5 and what was made of it
-    "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "stable-diffusion-v1-5/stable-diffusion-inpainting",
-    "timbrooks/instruct-pix2pix",
+BASE_LICENSES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stable-diffusion-v1-5/stable-diffusion-inpainting": "creativeml-openrail-m",
+    "timbrooks/instruct-pix2pix": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2-base": "openrail++",
+    "stabilityai/stable-diffusion-2-inpainting": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "diffusers/stable-diffusion-xl-1.0-inpainting-0.1": "openrail++",
 }
 CARD_NOTE = (
     "<!-- Written by save_pretrained, and written anew by the next; take this line out to keep a text of your own. -->"
@@ -2098,7 +2102,7 @@ class VTONHubMixin:
     ) -> ModelCard:
         base, settings = self._published_base(), self._published_settings()
         if license is None:
-            license = "creativeml-openrail-m" if base in OPENRAIL_BASES else "unknown"
+            license = BASE_LICENSES.get(base, "unknown")
             if settings.cross_attention == "identity":  # CatVTON's weights, whatever became of them
                 license = "cc-by-nc-sa-4.0"
         data = ModelCardData(
@@ -3022,8 +3026,9 @@ class StableDiffusionVTONPipeline(
     # ---- the way through the model
 
     def draw_masks(self, inputs: TryOnInputs, cloth_type: str | list[str]) -> TryOnInputs:
-        """The inputs with the human parser's masks, where there are none and there is a parser."""
-        if inputs.masks[0] is not None or inputs.person_latents or self.human_parser is None:
+        """The inputs with the human parser's masks, where there are none, the adapter needs them and there is a parser."""
+        given = inputs.masks[0] is not None or inputs.person_latents
+        if given or self.config.mask_free or self.human_parser is None:
             return inputs
         persons = {id(person): person for person in inputs.persons}  # one with many cloths is read once
         masks = as_masks(self.predict_mask(list(persons.values()), cloth_type), "mask_image")
@@ -3046,7 +3051,7 @@ class StableDiffusionVTONPipeline(
     def _encode_persons(self, inputs: TryOnInputs) -> dict[str, torch.Tensor]:
         size, device = {"height": inputs.height, "width": inputs.width}, self._execution_device
         persons = [as_pil(_cut(person, region)) for person, region in zip(inputs.persons, inputs.regions)]
-        if inputs.masks[0] is None:
+        if inputs.masks[0] is None or self.config.mask_free:  # which has learnt with nothing but ones
             mask = torch.ones(len(persons), 1, inputs.height, inputs.width)
         else:
             masks = [as_pil(_cut(mask, region)) for mask, region in zip(inputs.masks, inputs.regions)]

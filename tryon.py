@@ -198,7 +198,7 @@ class TryOn:
             picture = open_picture(pair.person)
             if pair.mask is not None:
                 mask = open_picture(pair.mask)
-            elif self.pipe.human_parser is None:
+            elif self.pipe.human_parser is None or self.pipe.config.mask_free:
                 mask = None
             else:
                 mask = self.pipe.predict_mask(picture, self.args.cloth_type, self.args.looseness)
@@ -379,6 +379,27 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def is_demo(args: argparse.Namespace) -> bool:
+    return Path(args.model).resolve() == DEMO_MODEL
+
+
+def load(args: argparse.Namespace, device: str | torch.device) -> StableDiffusionVTONPipeline:
+    """The pipeline that was named.
+
+    Raises:
+        OSError, ValueError: a name is none of a model, weights do not fit, or the model lacks what the pictures need.
+    """
+    adapter = args.adapter or (args.model if is_demo(args) else None)
+    dtype = args.dtype and getattr(torch, args.dtype)
+    names = (args.model, adapter, args.human_parser, args.scheduler, dtype, device, args.adapter_subfolder)
+    pipe = load_pipeline(*names)
+    if args.mask is None and pipe.human_parser is None and not pipe.config.mask_free:
+        raise ValueError("this model has no human parser: give --human_parser, or --mask")
+    if args.pose is not None and pipe.config.pose == "none":
+        raise ValueError("this model's adapter has learnt without poses: leave out --pose")
+    return pipe
+
+
 def main(args: argparse.Namespace) -> int:
     """The exit status."""
     state = PartialState(cpu=args.device == "cpu")
@@ -396,18 +417,12 @@ def main(args: argparse.Namespace) -> int:
         )
     failures: list[str] = []
     if missing:
-        demo = Path(args.model).resolve() == DEMO_MODEL
-        if demo and state.is_main_process:
+        if is_demo(args) and state.is_main_process:
             warn_of_photographs(missing)
-        adapter = args.adapter or (args.model if demo else None)
-        dtype, device = args.dtype and getattr(torch, args.dtype), args.device or state.device
-        names = (args.model, adapter, args.human_parser, args.scheduler, dtype, device, args.adapter_subfolder)
-        try_on = TryOn(load_pipeline(*names), args)
-        if args.mask is None and try_on.pipe.human_parser is None and not try_on.pipe.config.mask_free:
-            print("tryon.py: this model has no human parser: give --human_parser, or --mask", file=sys.stderr)
-            return 2
-        if args.pose is not None and try_on.pipe.config.pose == "none":
-            print("tryon.py: this model's adapter has learnt without poses: leave out --pose", file=sys.stderr)
+        try:
+            try_on = TryOn(load(args, args.device or state.device), args)
+        except (OSError, ValueError) as error:
+            print(f"tryon.py: {error}", file=sys.stderr)
             return 2
         try_on.pipe.set_progress_bar_config(disable=len(missing) > 1 or not state.is_main_process)
         with (

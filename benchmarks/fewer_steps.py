@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 
 from demo.measure import add_lines_arguments, figures, measure, recognition
 from demo.recognition import ClothClassifier, load_classifier
 from demo.try_on import Line, check_count, draw_lines, load_pipeline, picture_height, try_on
-from evaluate_vton import table
+from evaluate_vton import fingerprint, table
 
 
 SCHEDULERS = {
@@ -171,11 +172,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 class Notebook:
-    """Results in a file, of one model, seed and number of lines, so that none is computed twice."""
+    """Results in a file, of the same weights, seed and number of lines, so that none is computed twice."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, *modules: torch.nn.Module) -> None:
         self.file, self.args = args.output_dir / "results.json", args
-        self.of = [str(args.model), str(args.adapter), args.lines, args.seed]
+        weights = (weight for module in modules for weight in module.state_dict().values())
+        self.of = [fingerprint(weights), args.lines, args.seed]
         self.results: dict[Setting, Result] = {}
         if self.file.is_file():
             content = json.loads(self.file.read_text(encoding="utf-8"))
@@ -196,7 +198,8 @@ class Notebook:
 
 def main(args: argparse.Namespace) -> None:
     pipe, classifier = load_pipeline(args.model, args.adapter), load_classifier(args.classifier)
-    lines, notebook = draw_lines(args.lines, args.seed, picture_height(pipe)), Notebook(args)
+    lines = draw_lines(args.lines, args.seed, picture_height(pipe))
+    notebook = Notebook(args, pipe.unet, pipe.vae, classifier)
 
     def results_of(settings: Sequence[Setting]) -> list[Result]:
         for setting in settings:

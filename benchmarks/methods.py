@@ -48,6 +48,7 @@ JOINT, DREAM = "--cloth_conditioning joint", "--dream_detail_preservation 10"
 EVERYTHING = (
     "--trainable all --learning_rate 5e-4"  # at the others' rate, a whole UNet would unlearn what the base knows
 )
+RESOLUTIONS = "--resolutions 128x96 64x48 192x144"
 ADVERSARIAL = "--adversarial_weight 0.01 --adversarial_start_step 100"
 NO_CLOTH = Method("no cloth, with the prompt", "--cloth_dropout 1 --cross_attention prompt")
 METHODS = [
@@ -60,12 +61,16 @@ METHODS = [
     Method("joint canvas, another seed", JOINT, seed=1),
     Method("reference, another seed", seed=1),
     Method("reference, the whole UNet, another seed", EVERYTHING, seed=1),
+    Method("reference, attention and norms", "--trainable attention_norms", by_default=False),
+    Method("reference, attention and norms, another seed", "--trainable attention_norms", seed=1, by_default=False),
+    Method("reference, mask-free", "--mask_free", by_default=False),
     Method("reference, with the pose", "--pose", by_default=False),
     Method("reference, with the pose, another seed", "--pose", seed=1, by_default=False),
     Method("reference, with the prompt", "--cross_attention prompt", by_default=False),
     Method("reference, LoRA rank 4", "--lora_rank 4", by_default=False),
     Method("reference, conv_in widened from 4 channels", channels=4, by_default=False),
-    Method("reference, three resolutions", "--resolutions 128x96 64x48 192x144", by_default=False),
+    Method("reference, three resolutions", RESOLUTIONS, by_default=False),
+    Method("reference, three resolutions, another seed", RESOLUTIONS, seed=1, by_default=False),
     Method("reference, perceptual loss", "--perceptual_loss latent", by_default=False),
     Method("reference, perceptual loss, another seed", "--perceptual_loss latent", seed=1, by_default=False),
     Method("reference, adversarial loss", ADVERSARIAL, by_default=False),
@@ -93,7 +98,8 @@ def write_four_channel_base(base: Path, folder: Path) -> None:
     whole.save_pretrained(folder)
 
 
-def train(method: Method, base: Path, folder: Path, args: argparse.Namespace) -> None:
+def training(method: Method, base: Path, folder: Path, args: argparse.Namespace) -> list[str]:
+    """The command line of a row's run of `train_vton.py`."""
     precision = "bf16" if fast_dtype() == torch.bfloat16 else "no"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += ["--num_machines", "1", "--mixed_precision", precision, "--dynamo_backend", "no"]
@@ -123,7 +129,11 @@ def train(method: Method, base: Path, folder: Path, args: argparse.Namespace) ->
         del options["height"], options["width"]
     for name, value in options.items():
         command += [f"--{name}", value]
-    subprocess.run([str(word) for word in (*command, *method.flags.split())], check=True)
+    return [str(word) for word in (*command, *method.flags.split())]
+
+
+def train(method: Method, base: Path, folder: Path, args: argparse.Namespace) -> None:
+    subprocess.run(training(method, base, folder, args), check=True)
 
 
 def dataset_folder(args: argparse.Namespace) -> Path:

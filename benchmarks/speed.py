@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing import get_context
 
 import numpy as np
@@ -318,9 +319,12 @@ def answer(
 
 def main(args: argparse.Namespace) -> None:
     if args.question == "memory":
+        variants = [v for v in args.variants if in_int8 not in VARIANTS[v][1] or find_spec("torchao")]
+        for left_out in set(args.variants) - set(variants):
+            print(f"{left_out}: left out, pip install torchao")
         for size in args.sizes:
             cells = []
-            for variant in args.variants:
+            for variant in variants:
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
                     found = alone.submit(peak_of, variant, size, args.batches[0], args.device, args.tiny).result()
                 cells.append([variant, f"{found[0]:.2f}", f"{found[1]:.0f}"])

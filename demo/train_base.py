@@ -436,14 +436,14 @@ def build_scheduler() -> DDPMScheduler:
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def side_by_side(left: Batch, right: Batch) -> Batch:
-    """Two batches as one of pictures twice as wide, with the captions of the left."""
-    return torch.cat([left[0], right[0]], dim=3), torch.cat([left[1], right[1]], dim=3), left[2]
+def on_one_page(first: Batch, second: Batch, dim: int) -> Batch:
+    """Two batches as one of pictures twice as high (2) or wide (3), with the captions of the first."""
+    return torch.cat([first[0], second[0]], dim), torch.cat([first[1], second[1]], dim), first[2]
 
 
 @dataclass
 class UNetTraining:
-    """The plain error of what the scheduler has the UNet predict, velocities: of pictures, and of two people side by side.
+    """The plain error of what the scheduler has the UNet predict, velocities: of pictures, and of two people on one page.
 
     Args:
         followed, held_out_followed: `before_their_next` of both splits.
@@ -502,23 +502,24 @@ class UNetTraining:
         return ((torch.randperm(count) + torch.rand(count)) / count * len(self.pipe.scheduler.betas)).long()
 
     def loss(self) -> torch.Tensor:
-        """Of a batch's first half, pictures, and of its second, two side by side, half of which is known."""
+        """Of a batch's first half, pictures, and of its second, two on a page, beside or above one another, one of them known."""
         views = self.args.batch_size // 2
         count = self.args.batch_size - views
         loss = self.errors(self.draw(self.latents, count), self.timesteps(count)).mean()
         if views:
             pair = self.draw_views(self.latents, self.followed, views)
             pair = pair[:: 1 if torch.rand(()) < 0.5 else -1]
-            loss = loss + 2 * self.errors(side_by_side(*pair), self.timesteps(views)).mean()
+            page = on_one_page(*pair, dim=int(torch.randint(2, 4, ())))
+            loss = loss + 2 * self.errors(page, self.timesteps(views)).mean()
         return loss
 
     def reading(self, timestep: int) -> dict[str, float]:
-        """The error behind the masks of held-out people beside another in the same cloth, and in a wrong one."""
+        """The error behind the masks of held-out people above another in the same cloth, and in a wrong one."""
         hidden, shown = self.draw_views(self.held_out_latents, self.held_out_followed, 32)
         wrong = tuple(part.roll(1, dims=0) for part in shown)
         hole, timesteps = (hidden[1][:, :1] > 0).expand_as(hidden[0]), torch.full((32,), timestep)
-        errors = [self.errors(side_by_side(hidden, other), timesteps) for other in (shown, wrong)]
-        right, wrong = (error[..., : hole.shape[-1]][hole].mean().item() for error in errors)
+        errors = [self.errors(on_one_page(hidden, other, dim=2), timesteps) for other in (shown, wrong)]
+        right, wrong = (error[:, :, : hole.shape[2]][hole].mean().item() for error in errors)
         return {f"read t{timestep}": right, f"misread t{timestep}": wrong}
 
     def report(self, step: int) -> dict[str, float]:

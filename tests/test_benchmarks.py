@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from tiny import ROOT
 
+import train_vton
 from benchmarks import costs, methods, photograph
 from demo.make_dataset import make_dataset
 from demo.try_on import draw_lines
@@ -46,6 +47,14 @@ def test_a_row_is_trained_and_measured_once_for_a_budget(tmp_path, monkeypatch, 
     assert capfd.readouterr().out.splitlines()[-2] == row
     with pytest.raises(RuntimeError, match="trained again"):
         methods.main(methods.parse_args([*line, "2"]))
+
+
+@pytest.mark.parametrize("method", methods.METHODS, ids=lambda method: method.folder)
+def test_every_row_is_a_command_line_of_the_trainer(method, tmp_path):
+    line = methods.training(method, tmp_path, tmp_path, methods.parse_args(["--base", str(ROOT / "demo" / "model")]))
+    flags = line[line.index(str(ROOT / "train_vton.py")) + 1 :]
+    said, usual = (train_vton.parse_args(each) for each in (flags, flags[: len(flags) - len(method.flags.split())]))
+    assert said.seed == method.seed and (said == usual) == (not method.flags)
 
 
 def test_a_row_is_measured_with_its_cloth_or_without():

@@ -106,12 +106,14 @@ def test_the_base_sees_two_people_in_one_cloth_and_one_of_them_is_hidden(all_dra
     seen = set()
     for target, other, behind, known in zip(hidden[0], shown[0], hidden[1], shown[1]):
         wearer, owner = sorted((target[0, 0, 0].item(), other[0, 0, 0].item()), reverse=True)
-        assert wearer - 200 == owner - 101 and int(wearer - 200) in followed  # the person, in the cloth of the next one
+        assert (
+            wearer - 200 == owner - 101 and int(wearer - 200) in followed
+        )  # the person, in the cloth of the next one
         assert torch.equal(behind, torch.ones(5, 2, 2))
         assert not known[0].any() and torch.equal(known[1:], other)
         seen.add(target[0, 0, 0].item() >= 200)
     assert seen == {True, False}
-    wide = train_base.side_by_side(hidden, shown)
+    wide = train_base.on_one_page(hidden, shown, dim=3)
     assert wide[0].shape == (64, 4, 2, 4) and torch.equal(wide[1][..., 2:], shown[1])
 
 

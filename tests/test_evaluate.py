@@ -44,7 +44,7 @@ from evaluate_vton import (
     squared_error,
     ssim,
 )
-from pipeline_vton import StableDiffusionVTONPipeline, as_tensors
+from pipeline_vton import StableDiffusionVTONPipeline, as_tensors, resize
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -501,6 +501,37 @@ def test_predictions_that_fail(own_tree, tmp_path, what):
     assert failure["line"] == "unpaired 02.png 04.png" and said[what] in failure["error"]
 
 
+def test_a_working_size_of_another_aspect_is_stretched_back(tree, model, tmp_path):
+    """Sides are multiples of the VAE's, so most photographs are stretched to work on them; figures are of the photograph's aspect."""
+    options = {"height": 32, "width": 32, "metrics": ["psnr"], "num_samples": 1}
+    report = evaluate(tmp_path / "out", tree, model, "paired", **options)
+    assert report["protocol"]["size"] == "32x24"
+    (bare,) = (tmp_path / "out/seed-0/paired/bare").iterdir()
+    assert Image.open(bare).size == (32, 32)
+    result, truth = (
+        as_tensors(Image.open(file), "picture")[0] for file in (bare, tree / f"test/image/{bare.name[:2]}.png")
+    )
+    error = (resize(result, 32, 24) - resize(truth, 32, 24)).square().mean().item()
+    assert figure(report, "paired", "bare", "psnr")["value"] == pytest.approx(-10 * np.log10(error), abs=1e-4)
+
+
+def test_a_size_that_would_stretch_the_truth_is_refused_before_anything_is_made(tree, model, tmp_path):
+    with pytest.raises(ValueError, match="the first person of 48x64 pixels would be stretched to 32x32"):
+        evaluate(tmp_path / "out", tree, model, eval_height=32, eval_width=32)
+    assert not (tmp_path / "out/seed-0").exists()
+
+
+def test_predictions_of_both_settings_may_lie_in_one_folder(tree, tmp_path):
+    pictures = predict(tree, tmp_path / "pictures")
+    for i in range(COUNT):
+        save(picture(300 + i), pictures / f"{i:02d}__{i:02d}.png")
+    report = evaluate(tmp_path / "out", tree, pred_dir=pictures, **PREDICTED | {"setting": "both"})
+    assert {row["setting"] for row in report["figures"]} == {"paired", "unpaired"}
+    (pictures / "02__02.png").rename(pictures / "02.png")  # of which setting?
+    with pytest.raises(ValueError, match="hold 10 pictures, 9 of them of the list's 10 lines"):
+        evaluate(tmp_path / "again", tree, pred_dir=pictures, **PREDICTED | {"setting": "both"})
+
+
 def test_predictions_of_another_list_are_refused(tree, tmp_path):
     pictures = predict(tree, tmp_path / "pictures")
     save(picture(9), pictures / "09__01.png")
@@ -712,7 +743,9 @@ def test_a_recognizer_gets_masks_of_its_pictures_sizes():
 
     result, truth, mask = picture(1, 32, 24), picture(2, HEIGHT, WIDTH), box_mask(HEIGHT, WIDTH)
     for given in (mask, None):
-        values = Scorer((32, 24), ["psnr"], torch.device("cpu"), recognizer=recognizer).values(result, truth, given)
+        values = Scorer((32, 24), (32, 24), ["psnr"], torch.device("cpu"), recognizer=recognizer).values(
+            result, truth, given
+        )
         assert values["picture", "recognition of tone"] == (1, 1)
     assert [shown for shown, _ in seen] == [result, truth] * 2
     assert np.array_equal(seen[0][1], box_mask(32, 24)) and np.array_equal(seen[1][1], mask)

@@ -350,6 +350,7 @@ def test_a_card_tells_what_was_measured_and_only_that(hub, tmp_path):
     [
         ({}, None, "unknown"),
         ({"base_model": "timbrooks/instruct-pix2pix"}, None, "creativeml-openrail-m"),
+        ({"base_model": "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"}, None, "openrail++"),
         ({"base_model": "me/finetune"}, "mit", "mit"),
         ({"base_model": BASE, "cross_attention": "identity"}, None, "cc-by-nc-sa-4.0"),
         ({"base_model": str(ROOT)}, None, "unknown"),

@@ -98,6 +98,18 @@ def test_the_parser_draws_a_prepared_persons_mask():
     assert (call(pipe, pipe.prepare_person(picture(1)), picture(2)) == call(pipe, picture(1), picture(2))).all()
 
 
+def test_a_mask_free_adapter_asks_no_parser_and_its_mask_slot_is_ones_whatever_is_given():
+    """As in its training; a given mask only says where the result is pasted."""
+    pipe = tiny_pipe(9, mask_free=True)
+    expected = call(pipe, picture(1), picture(2))
+    parser, processor = tiny_parser("background top".split())
+    pipe.register_modules(human_parser=parser, human_parser_processor=processor)
+    assert (call(pipe, picture(1), picture(2)) == expected).all()
+    assert (call(pipe, pipe.prepare_person(picture(1)), picture(2)) == expected).all()
+    masked = call(pipe, picture(1), picture(2), mask_image=box_mask(), composite=False)
+    assert (masked == call(pipe, picture(1), picture(2), composite=False)).all()
+
+
 def test_a_changed_adapter_makes_cloths_stale_and_persons_not(tmp_path):
     pipe = tiny_pipe(9)
     person, cloth = prepared(pipe)

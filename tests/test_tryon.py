@@ -308,6 +308,27 @@ def test_a_model_without_a_parser_asks_for_one_or_for_masks(shop, model, tmp_pat
     assert "give --human_parser, or --mask" in capsys.readouterr().err
 
 
+def test_a_mask_free_model_asks_its_parser_nothing(shop, tmp_path, monkeypatch):
+    pipe = tiny_pipe(9, mask_free=True, height=32, width=24)
+    parser, processor = tiny_parser(["background", "top"])
+    pipe.register_modules(human_parser=parser, human_parser_processor=processor)
+    pipe.save_pretrained(tmp_path / "mask-free")
+    parser.save_pretrained(tmp_path / "parser")
+    processor.save_pretrained(tmp_path / "parser")
+    monkeypatch.setattr(tryon.StableDiffusionVTONPipeline, "predict_mask", None)
+    flags = ["--human_parser", str(tmp_path / "parser")]
+    assert run(shop, tmp_path / "mask-free", *flags, cloth="cloths/red.png", mask=None) == 0
+
+
+def test_a_model_that_cannot_be_loaded_is_one_sentence(shop, model, capsys):
+    for flags, said in (
+        (["--model", str(shop / "people")], "model_index.json"),
+        (["--adapter", str(shop)], str(shop)),
+    ):
+        assert run(shop, model, *flags) == 2
+        assert said in (told := capsys.readouterr().err) and told.count("tryon.py: ") == 1
+
+
 def test_wrong_flags_are_one_sentence(shop, model, capsys):
     save(picture(6), shop / "people/ann.jpg")
     places = ["--person", str(shop / "people"), "--cloth", str(shop / "cloths"), "--output", str(shop / "results")]
