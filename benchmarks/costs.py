@@ -58,8 +58,10 @@ class PeakMemory:
         return self
 
     def watch(self) -> None:
-        while not self.done.wait(0.02):
+        while True:
             self.gib = max(self.gib, psutil.Process().memory_info().rss / 2**30)
+            if self.done.wait(0.02):
+                return
 
     def __exit__(self, *_) -> None:
         self.done.set()

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from tiny import ROOT, run, tiny_pipe
 
-from benchmarks import accept_gpu, fewer_steps, speed
+from benchmarks import accept_gpu, fewer_steps, growth, speed
 from benchmarks.fewer_steps import Result, Setting
 from benchmarks.sd15 import random_pipe
 
@@ -160,3 +160,30 @@ def test_settings_are_swept_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fewer_steps, "try_on", None)  # nothing is computed again
     fewer_steps.main(fewer_steps.parse_args(line))
     assert capsys.readouterr().out == printed
+
+
+# ------------------------------------------------------------------------------------------------------------- growth
+
+
+def test_growth_is_fitted_and_drawn(tmp_path, capsys):
+    assert growth.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    grown = growth.curves(growth.SIZES, growth.COUNTS)
+    assert {name: [getattr(call, name) for call in calls] for name, calls in grown.items() if name != "pixels"} == {
+        name: list(values) for name, values in growth.COUNTS.items()
+    }
+    monotone = {name: [(1, 1.0, 0.5), (2, 2.0, 0.6)] for name in grown}
+    growth.plot(monotone, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").is_file()
+
+
+def test_growth_asks_for_whole_calls(monkeypatch):
+    asked = []
+
+    def pipe(persons, cloths, masks, **options):
+        asked.append((len(persons), [len(outfit) for outfit in cloths], len(masks), options["num_inference_steps"]))
+        return real(persons, cloths, masks, **options)
+
+    real = random_pipe(tiny=True)
+    monkeypatch.setattr(growth, "random_pipe", lambda *args: pipe)
+    seconds, gib = growth.cost(growth.Call(64, 48, steps=3, persons=2, cloths=2), "fp32", "cpu", tiny=True)
+    assert asked == [(2, [2, 2], 2, 1), (2, [2, 2], 2, 3)] and seconds > 0 and gib < 4
