@@ -217,6 +217,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add_lines_arguments(add)
     add("--output_dir", type=Path, default=Path("runs/measure"), help="for tables and plots (default runs/measure)")
+    add("--height", type=int, help="of the pictures and of the work, a multiple of 64: what sizes not trained at cost (default: as trained)")  # fmt: skip
     add("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
     add("--guidance_scale", type=float, nargs="+", default=[None], help="one row each (default: the adapter's own)")
     add("--cloth_scale", type=float, nargs="+", default=[1.0], help="how large the cloth is read, 1 to 2, one row each (default 1)")  # fmt: skip
@@ -231,6 +232,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     for steps in (args.num_inference_steps, *args.steps):
         if steps < 1:
             parser.error(f"--num_inference_steps and --steps must be positive, got {steps}")
+    if args.height is not None and (args.height < 64 or args.height % 64):
+        parser.error(f"--height must be a positive multiple of 64, got {args.height}")
     if not all(1 <= size <= 2 for size in args.cloth_scale):
         parser.error(f"--cloth_scale must be from 1 to 2, got {' '.join(map(str, args.cloth_scale))}")
     args.by = [] if args.by is None else args.by or list(GROUPS)
@@ -241,11 +244,11 @@ def compare(
     pipe: DiffusionPipeline, lines: Sequence[Line], args: argparse.Namespace, score: Callable
 ) -> dict[str, list[Parts]]:
     """The adapter and what it has to beat; it is unloaded on the way."""
-    rows, run = {}, (args.num_inference_steps, args.seed)
+    rows, run, worked = {}, (args.num_inference_steps, args.seed), {"height": lines[0].person.height}
     trims = (False, True) if args.trim_cloth else (False,)
     for masks, scale, size, trim in itertools.product(args.masks, args.guidance_scale, args.cloth_scale, trims):
         masked = lines if masks == "true" else with_masks(pipe, lines, masks)
-        results = try_on(pipe, masked, *run, scale, cloth_scale=size, trim_cloth=trim)
+        results = try_on(pipe, masked, *run, scale, cloth_scale=size, trim_cloth=trim, **worked)
         read = (f", the cloth at {size:g}" if size != 1 else "") + (", trimmed" if trim else "")
         read += "" if masks == "true" else f", {masks} masks of the parser"
         rows[f"(a) the adapter, guidance {pipe.guidance_scale:g}{read}"] = score(results)
@@ -261,16 +264,20 @@ def compare(
 
 def main(args: argparse.Namespace) -> None:
     pipe, classifier = load_pipeline(args.model, args.adapter), load_classifier(args.classifier)
-    lines = draw_lines(args.lines, args.seed, picture_height(pipe))
+    height = args.height or picture_height(pipe)
+    lines = draw_lines(args.lines, args.seed, height)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     def score(results: Sequence[Image.Image]) -> list[Parts]:
         return measure(results, lines, classifier)
 
+    width, steps = lines[0].person.width, args.num_inference_steps
     parts = [
-        f"{args.lines} held-out unpaired lines of seed {args.seed}, {args.num_inference_steps} DDPM steps, in the mask\n"
+        f"{args.lines} held-out unpaired lines of seed {args.seed} at {height}x{width}, {steps} DDPM steps, in the mask\n"
     ]
-    by_steps = {n: figures(score(try_on(pipe, lines, n, args.seed, args.guidance_scale[0]))) for n in args.steps}
+    by_steps = {
+        n: figures(score(try_on(pipe, lines, n, args.seed, args.guidance_scale[0], height=height))) for n in args.steps
+    }
     rows = compare(pipe, lines, args, score)
     parts.append(table(["", *TITLES.values()], [[name, *cells(figures(found))] for name, found in rows.items()]))
     if by_steps:

@@ -142,8 +142,11 @@ def test_the_report_has_every_table_and_plot(tmp_path):
         "--masks",
         "true",
         "tight",
+        "--height",
+        "64",
     ]
     measure.main(measure.parse_args([*arguments, "--by", "category", "sleeve", "--steps", "1", "2"]))
+    assert "at 64x48, 1 DDPM steps" in (tmp_path / "report.md").read_text()
     starts = [row.split("|")[1].strip() for row in (tmp_path / "report.md").read_text().splitlines() if row[:1] == "|"]
     assert {
         "(a) the adapter, guidance 1.5",
