@@ -213,7 +213,7 @@ class Acceptance:
     def training(self) -> None:
         processes = [1, 2] if torch.cuda.device_count() > 1 and self.gpu else [1]
         with tempfile.TemporaryDirectory() as folder:
-            write_base(Path(folder) / "base", self.args.tiny)
+            write_base(Path(folder) / "base", tiny=self.args.tiny)
             make_dataset(Path(folder) / "data", train=4 * len(processes), test=0, seed=0, height=self.size[0])
             for precision in self.halves:
                 for count in processes:

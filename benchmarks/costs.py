@@ -1,8 +1,8 @@
-"""What a training step costs at SD1.5's size: seconds and peak memory, with random weights, on the CPU.
+"""What a training step costs at SD1.5's size, or SDXL's: seconds and peak memory, with random weights, on the CPU.
 
 Every row runs the trainer's own update in a process of its own: one update to warm up, then the timed ones. Training the whole
-UNet needs about 20 GB of memory, the base 2 GB of disk while the script runs. `--loader` measures what reading a pair costs
-instead: CPU time, which another program's load does not change much.
+UNet needs about 20 GB of memory, the base 2 GB of disk while the script runs; SDXL's 16 and 5. `--loader` measures what reading
+a pair costs instead: CPU time, which another program's load does not change much.
 """
 
 import argparse
@@ -16,13 +16,15 @@ from pathlib import Path
 import psutil
 import torch
 
-from benchmarks.sd15 import random_pipe
+from benchmarks.backbones import SDXL
+from benchmarks.sd15 import UNET, random_pipe
 from demo.make_dataset import make_dataset
 from pipeline_vton import vton_attention
 from train_vton import PairDataset, Preparation, Trainer, TreePairs
 from train_vton import parse_args as training_args
 
 
+BACKBONES = {"sd15": UNET, "sdxl": SDXL}
 ROWS = {
     "reference": "",
     "reference, cached latents": "--cache_latents",
@@ -31,6 +33,7 @@ ROWS = {
     "reference, two cloths": "--num_cloths 2",
     "reference, bf16": "--mixed_precision bf16",
     "reference, bf16, gradient checkpointing": "--mixed_precision bf16 --gradient_checkpointing",
+    "reference, bf16, gradient checkpointing, LoRA rank 16": "--mixed_precision bf16 --gradient_checkpointing --lora_rank 16",
     "reference, perceptual loss": "--perceptual_loss latent --perceptual_max_timestep 999",
     "reference, perceptual loss, both": "--perceptual_loss latent --perceptual_max_timestep 999 --cache_latents --gradient_checkpointing",
     "reference, adversarial loss": "--adversarial_weight 0.01 --adversarial_start_step 0",
@@ -41,9 +44,9 @@ ROWS = {
 }
 
 
-def write_base(folder: Path, tiny: bool = False) -> None:
-    """SD1.5-inpainting's UNet and VAE with random weights, as a diffusers folder."""
-    pipe = random_pipe(dtype=torch.float16, tiny=tiny)
+def write_base(folder: Path, unet: dict = UNET, tiny: bool = False) -> None:
+    """An inpainting base's UNet and SD1.5's VAE with random weights, as a diffusers folder."""
+    pipe = random_pipe(dtype=torch.float16, unet=unet, tiny=tiny)
     for name in ("unet", "vae", "scheduler"):
         getattr(pipe, name).save_pretrained(folder / name)
 
@@ -96,6 +99,7 @@ def measure_loader(height: int, width: int, pairs: int, rounds: int = 5) -> floa
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", choices=BACKBONES, default="sd15", help="default sd15")
     parser.add_argument("--height", type=int, default=256, help="default 256")
     parser.add_argument("--width", type=int, default=192, help="default 192")
     parser.add_argument("--train_batch_size", type=int, default=1, help="default 1")
@@ -113,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
     size = ["--height", args.height, "--width", args.width, "--train_batch_size", args.train_batch_size]
     print("| what is trained | seconds an update | peak memory |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        write_base(Path(folder) / "base")
+        write_base(Path(folder) / "base", BACKBONES[args.backbone])
         pairs = args.train_batch_size * (1 + args.updates)
         make_dataset(Path(folder) / "data", train=pairs, test=0, seed=0, category="outfit")
         where = ["--pretrained_model_name_or_path", f"{folder}/base", "--dataset_root", f"{folder}/data"]

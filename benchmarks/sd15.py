@@ -49,11 +49,18 @@ TINY_VAE = {
 
 
 def random_pipe(
-    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, tiny: bool = False, seed: int = 0
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tiny: bool = False,
+    seed: int = 0,
+    unet: dict = UNET,
 ) -> StableDiffusionVTONPipeline:
-    """SD1.5-inpainting with random weights, the same on every device, without text; on the meta device, with none."""
+    """SD1.5-inpainting with random weights, the same on every device, without text; on the meta device, with none.
+
+    `unet` is another backbone's config; `tiny` takes small ones.
+    """
     torch.manual_seed(seed)
-    unet, vae = (TINY_UNET, TINY_VAE) if tiny else (UNET, VAE)
+    unet, vae = (TINY_UNET, TINY_VAE) if tiny else (unet, VAE)
     with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
         models = UNet2DConditionModel(**unet | {"in_channels": 9}), AutoencoderKL(**vae)
     scheduler = DDPMScheduler(
