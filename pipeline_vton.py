@@ -3147,18 +3147,17 @@ class StableDiffusionVTONPipeline(
 
     def predict_noise(
         self,
-        latents: torch.Tensor,
+        noisy: torch.Tensor,
         t: torch.Tensor,
         conditioning: TryOnLatents,
         prompt_embeds: torch.Tensor | None,
         negative_prompt_embeds: torch.Tensor | None,
         guided: bool,
     ) -> torch.Tensor:
-        """The noise in `latents`; where `guided`, pushed away from what the UNet says without the cloth.
+        """The noise in latents that the scheduler has scaled; where `guided`, pushed away from what the UNet says without the cloth.
 
         Source: classifier-free guidance, arXiv:2207.12598, with the cloth as the condition.
         """
-        noisy = self.scheduler.scale_model_input(latents, t)
         if self.config.cloth_conditioning == "reference":
             rows = conditioning.person_rows(noisy)
             rows = torch.cat([rows, rows]) if guided else rows
@@ -3326,8 +3325,8 @@ class StableDiffusionVTONPipeline(
         num_images_per_prompt = int(num_images_per_prompt)
         timesteps = None if timesteps is None else [int(t) for t in timesteps]
         timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, int(num_inference_steps) if timesteps is None else None, self._execution_device, timesteps
-        )
+            self.scheduler, int(num_inference_steps) if timesteps is None else None, "cpu", timesteps
+        )  # on the host: a scheduler that looked at them on a GPU would wait for it in every step
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {
             name: value for name, value in (("eta", float(eta)), ("generator", generator)) if name in accepted
@@ -3370,13 +3369,14 @@ class StableDiffusionVTONPipeline(
         ):
             if reference:
                 self.read_cloth(conditioning, cloth_embeds, processors, inputs.cloth_latents)
-            for i, t in enumerate(timesteps):
+            for i, (t, timestep) in enumerate(zip(timesteps, timesteps.to(self._execution_device))):
                 if self.interrupt:
                     continue
                 in_interval = guidance_interval[0] <= i / len(timesteps) < guidance_interval[1]
                 guided = self.do_classifier_free_guidance and in_interval
+                noisy = self.scheduler.scale_model_input(latents, t)
                 noise_pred = self.predict_noise(
-                    latents, t, conditioning, prompt_embeds, negative_prompt_embeds, guided
+                    noisy, timestep, conditioning, prompt_embeds, negative_prompt_embeds, guided
                 )
                 latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -102,6 +103,18 @@ def environment(device: torch.device) -> dict[str, str | int | float]:
         found |= {"gpus": torch.cuda.device_count(), "gpu_gib": round(about.total_memory / 2**30, 1)}
         found |= {"cuda": torch.version.cuda, "capability": f"{about.major}.{about.minor}"}
     return found
+
+
+def waits(pipe: StableDiffusionVTONPipeline, size: tuple[int, int], steps: int) -> int:
+    """How often a call makes the host wait for the GPU."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            speed.try_on(pipe, size, 1, steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(one.message) for one in said)
 
 
 class Acceptance:
@@ -196,6 +209,10 @@ class Acceptance:
                 self.report.check(f"{where}: seconds a step", lambda s=seconds: s[speed.REFERENCE])
                 limit = math.inf if self.args.tiny else bound  # launches, not arithmetic, are what tiny modules cost
                 self.report.check(f"{where}: of the bare UNet", lambda t=times: t[speed.REFERENCE], at_most=limit)
+
+        if not self.gpu:
+            return self.report.skip("synchronisations a step", "needs a GPU")
+        self.report.check("synchronisations a step", lambda: (waits(pipe, self.size, 8) - waits(pipe, self.size, 4)) / 4, at_most=0)  # fmt: skip
 
     def memory(self) -> None:
         if not self.gpu:

@@ -503,6 +503,21 @@ def test_eta_adds_noise_to_ddim_from_the_generator():
     assert (noisy == again).all() and abs(still - noisy).max() > 1e-3
 
 
+@pytest.mark.parametrize("scheduler, settings", SCHEDULERS)
+def test_a_scheduler_needs_no_value_from_the_device_that_denoises(scheduler, settings):
+    """Its timesteps are on the host, where the call puts them; else every step would wait for a GPU. Meta tensors have no values."""
+    pipe = tiny_pipe()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings)
+    run(pipe)
+    assert pipe.scheduler.timesteps.device.type == "cpu"
+    pipe.scheduler.set_timesteps(4, device="cpu")
+    latents = torch.empty(1, 4, 8, 8, device="meta")
+    for t in pipe.scheduler.timesteps:
+        noise_pred = pipe.scheduler.scale_model_input(latents, t)
+        latents = pipe.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+    assert latents.device.type == "meta"
+
+
 def test_the_noise_starts_at_the_schedulers_scale_and_the_cloth_is_never_scaled():
     pipe = tiny_pipe(9)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
