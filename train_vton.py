@@ -142,6 +142,10 @@ ADAPTER_FLAGS = {  # what an adapter says that training begins from, and what ho
     "cloth_conditioning": "reference", "cross_attention": "skip", "condition_latents": None, "mask_free": False,
     "pose": False, "trainable": "self_attention", "prompt": "",
 }  # fmt: skip
+NEEDS = {  # flags that say nothing without another
+    "init_subfolder": "init_adapter", "perceptual_weight": "perceptual_loss", "perceptual_max_timestep": "perceptual_loss",
+    "adversarial_start_step": "adversarial_weight",
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -320,8 +324,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--push_to_hub uploads an adapter and its code: upload a LoRA's OUTPUT_DIR with hf upload")
     if args.lora_rank and args.init_adapter:
         parser.error("--lora_rank learns an update of the base alone: an adapter to begin from is trained whole")
-    if args.init_subfolder and not args.init_adapter:
-        parser.error(f"--init_subfolder {args.init_subfolder} needs --init_adapter")
+    for name, other in NEEDS.items():
+        value = getattr(args, name)
+        if value != parser.get_default(name) and not getattr(args, other):
+            parser.error(f"--{name} {value} needs --{other}")
 
 
 def check_settings(args: argparse.Namespace, fail: Callable[[str], Any]) -> None:

@@ -127,6 +127,8 @@ def test_what_does_not_load_or_fit_is_one_sentence(bases, data, tmp_path, capsys
     for changed, message in (
         ({"init_adapter": "a", "lora_rank": 2}, "--lora_rank learns an update of the base alone"),
         ({"init_subfolder": "deep"}, "--init_subfolder deep needs --init_adapter"),
+        ({"perceptual_weight": 2.0}, "--perceptual_weight 2.0 needs --perceptual_loss"),
+        ({"adversarial_start_step": 5}, "--adversarial_start_step 5 needs --adversarial_weight"),
     ):
         with pytest.raises(SystemExit):
             parse_args(flags("base", "data", tmp_path / "out", **changed))
