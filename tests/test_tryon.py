@@ -1,6 +1,7 @@
 """The command line: files in, files out, whatever the pictures are; nothing twice, and nothing lost by one bad file."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_pictures import LINEAR
+from test_train import trainer_of
 from tiny import ROOT, box_mask, picture, tiny_parser, tiny_pipe
 
 import tryon
+from train_vton import to_pixels
 from tryon import find_pairs, is_drawn, main, parse_args
 
 
@@ -306,6 +309,19 @@ def test_a_model_without_a_parser_asks_for_one_or_for_masks(shop, model, tmp_pat
     tiny_pipe(9).save_pretrained(tmp_path / "bare")
     assert run(shop, tmp_path / "bare", mask=None) == 2
     assert "give --human_parser, or --mask" in capsys.readouterr().err
+
+
+def test_one_cloth_each_is_what_mask_free_training_reads(model, bases, own_data, tmp_path, fresh_accelerate):
+    """The README's two commands."""
+    split = own_data / "train"
+    shutil.rmtree(split / "condition")  # as a photograph set has none
+    places = {"person": "image", "cloth": "cloth", "mask": "agnostic-mask", "output": "condition"}
+    line = [word for flag, folder in places.items() for word in (f"--{flag}", str(split / folder))]
+    assert main(parse_args([*line, "--model", str(model), "--one_each", "--steps", "1", "--device", "cpu"])) == 0
+    trainer = trainer_of(bases[8], own_data, tmp_path / "out", mask_free=True)
+    for item in (trainer.dataset[i] for i in range(len(trainer.dataset))):
+        written = Image.open(split / "condition" / item["name"].split()[0])
+        assert tryon.torch.equal(item["condition"], to_pixels(written, 32, 24))
 
 
 def test_a_mask_free_model_asks_its_parser_nothing(shop, tmp_path, monkeypatch):
