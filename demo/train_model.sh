@@ -13,8 +13,8 @@ work=${1:-runs/demo-model} model=${2:-demo/model} classifier=${3:-demo/classifie
 python=.venv/bin/python
 : "${HEIGHT:=128}" "${TRAIN:=5000}" "${TEST:=96}"
 : "${PARSER_TRAIN:=1500}" "${PARSER_TEST:=64}" "${PARSER_STEPS:=2500}"
-: "${VAE_STEPS:=2500}" "${UNET_STEPS:=4600}" "${DECODER_STEPS:=900}" "${CLASSIFIER:=--train 24000}"
-: "${ADAPTER_STEPS:=1500}" "${BATCH:=8}" "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
+: "${VAE_STEPS:=2500}" "${UNET_STEPS:=10000}" "${DECODER_STEPS:=900}" "${CLASSIFIER:=--train 24000}"
+: "${ADAPTER_STEPS:=2900}" "${BATCH:=8}" "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
 precision=$($python -c 'from demo.try_on import fast_dtype; print("bf16" if str(fast_dtype()) == "torch.bfloat16" else "no")')
 
 stage() { # NAME PROOF COMMAND...: the command writes the proof when it has finished
