@@ -316,10 +316,19 @@ class Studio:
     def proposes_masks(self) -> bool:
         return self.pipe.human_parser is not None and not self.pipe.config.mask_free
 
+    @property
+    def hint(self) -> str:
+        """What a visitor may paint."""
+        if self.pipe.config.mask_free:
+            return "This model needs no mask: paint only to keep the change within a part."
+        return "Paint over what the new cloth may change" + (
+            ", or see and mend what the page would take." if self.proposes_masks else ": the page has no human parser."
+        )
+
     def predict_mask(self, person: Image.Image, cloth_type: str, looseness: str) -> Image.Image:
         """Where a cloth of this kind may change the person: white, in the person's size."""
         if not self.proposes_masks:
-            raise in_words("This page has no human parser: paint over what may change.")
+            raise in_words(self.hint)
         with errors_in_words():
             return self._parse(person, cloth_type, looseness)
 
@@ -478,10 +487,7 @@ class Page:
             height=480,
             elem_id="person",
         )
-        hint = "Paint over what the new cloth may change" + (
-            ", or see and mend what the page would take." if self.studio.proposes_masks else "."
-        )
-        gr.Markdown(hint, elem_classes="hint")
+        gr.Markdown(self.studio.hint, elem_classes="hint")
         with gr.Row(visible=self.studio.proposes_masks):
             self.looseness = gr.Dropdown(LOOSENESS, value="loose", label="Room around the cloth", elem_id="looseness")
             self.propose = gr.Button("Show the mask", elem_id="propose")
@@ -681,7 +687,7 @@ def build_page(pipe: StableDiffusionVTONPipeline, examples: Path | None = None, 
     """The page of one pipeline.
 
     Args:
-        pipe: with a `human_parser` the page proposes masks; without one they are painted.
+        pipe: with a `human_parser` the page proposes masks; without one they are painted; a mask-free one needs none.
         examples: a folder of folders that `Example.read` reads; None shows none.
         note: a line for below the title.
     """

@@ -156,8 +156,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how it is measured").add_argument
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default all; lpips, fid and kid need torchvision and weights")  # fmt: skip
-    add("--eval_height", type=int, help="size at which truth and result are compared, of the persons' aspect (default: the working height)")  # fmt: skip
-    add("--eval_width", type=int, help="size at which truth and result are compared, of the persons' aspect (default: the working height)")  # fmt: skip
+    add("--eval_height", type=int, help="size at which truth and result are compared (default: the working height)")
+    add("--eval_width", type=int, help="of the persons' aspect (default)")
     add("--lpips_net", choices=("squeeze", "alex", "vgg"), default="squeeze", help="LPIPS' backbone (default squeeze, as CatVTON and Leffa have it)")  # fmt: skip
     add("--lpips_weights", type=Path, help="the backbone's weights, torchvision's file (default: downloaded)")
     add("--fid_mode", choices=("clean", "legacy"), default="clean", help="clean-fid's resize (default), or TensorFlow's of 2015")  # fmt: skip
@@ -716,7 +716,9 @@ class Model:
 
 
 class Predictions:
-    """Pictures that another model made, in [SETTING/][CATEGORY/], named PERSON__CLOTH or PERSON as the lists name them."""
+    """Pictures that another model made, in [SETTING/][CATEGORY/], named as the lists name them: PERSON__CLOTH, or PERSON where one
+    setting alone is meant.
+    """
 
     mask_free = posed = False
 
@@ -730,13 +732,16 @@ class Predictions:
         return {"model": str(self.folder)}
 
     def look_for(self, line: Line) -> Path | None:
-        of_setting = self.folder / line.setting
-        folder = of_setting if of_setting.is_dir() else self.folder
-        names = [folder / line.name]
-        if folder == of_setting or not self.both:  # else a person's name may mean either setting
-            names.append(folder / Path(line.person).with_suffix(""))
+        names = self.names(line)
         found = [file for name in names for end in SUFFIXES if (file := name.with_name(name.name + end)).is_file()]
         return found[0] if found else None
+
+    def names(self, line: Line) -> list[Path]:
+        """Where a line's picture may lie, without a suffix; a person's name may mean either setting if both are asked for."""
+        of_setting = self.folder / line.setting
+        folder = of_setting if of_setting.is_dir() else self.folder
+        person = [] if self.both and folder != of_setting else [folder / Path(line.person).with_suffix("")]
+        return [folder / line.name, *person]
 
     def bare(self, line: Line, pictures: dict[str, Image.Image], seed: int, size: tuple[int, int]) -> Tensor:
         """The picture as it was given, (3, H, W) in [0, 1]."""
@@ -745,7 +750,8 @@ class Predictions:
     def file(self, line: Line) -> Path:
         """The line's picture, which is none of the tree's own."""
         if (file := self.look_for(line)) is None:
-            raise FileNotFoundError(f"--pred_dir: there is no picture named {line.name} or {Path(line.person).stem}")
+            named = " or ".join(str(name.relative_to(self.folder)) for name in self.names(line))
+            raise FileNotFoundError(f"--pred_dir: there is no picture named {named} ({line.setting})")
         return file
 
     def check(self, lines: list[Line], source: Any) -> None:
@@ -866,7 +872,7 @@ class Scorer:
 
     def to_size(self, picture: Image.Image, what: str) -> Tensor:
         """(3, *size) in [0, 1], by LANCZOS."""
-        if picture.size != self.working_size[::-1]:
+        if what != "result" or picture.size != self.working_size[::-1]:
             check_aspect(picture, self.size, what)
         return resize(as_tensors(picture, what)[0], *self.size)
 

@@ -1845,7 +1845,10 @@ BASE_LICENSES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-inpainting": "creativeml-openrail-m",
     "timbrooks/instruct-pix2pix": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2": "openrail++",
     "stabilityai/stable-diffusion-2-base": "openrail++",
+    "stabilityai/stable-diffusion-2-1": "openrail++",
+    "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-2-inpainting": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "diffusers/stable-diffusion-xl-1.0-inpainting-0.1": "openrail++",
@@ -2555,7 +2558,8 @@ class VTONInputsMixin:
             )
         check_sampling(self.scheduler.config.num_train_timesteps, guidance_scale=guidance_scale, **sampling)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        if mask_image is None and self.human_parser is None and not people:
+        drawn = self.human_parser is not None and not self.config.mask_free
+        if mask_image is None and not drawn and not people:
             if not self.config.mask_free:
                 raise ValueError(
                     "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
@@ -2926,7 +2930,8 @@ class StableDiffusionVTONPipeline(
         scheduler: any diffusers scheduler; `DDPMScheduler` is the one that the figures are measured with.
         text_encoder, tokenizer: used where `cross_attention` is `"prompt"`.
         safety_checker, feature_extractor: looks at the finished pictures, if there is one.
-        human_parser, human_parser_processor: a Segformer human parser that draws the mask where none is given.
+        human_parser, human_parser_processor: a Segformer human parser that draws the mask where none is given
+            and the adapter is not mask-free.
         base_in_channels, cloth_conditioning, ...: the settings, as `AdapterSettings` describes them; None takes their defaults,
             and the UNet's input channels.
 
@@ -3265,7 +3270,7 @@ class StableDiffusionVTONPipeline(
             cloth_image: one cloth, or N, in any size, fitted whole on white, or what `prepare_cloth` made of them. For several
                 cloths at once a list of lists, equally many for every person: `[[top, skirt]]`; reference mode only.
             mask_image: one mask or N, of their person's size: white (at least one half) where the picture may change. None
-                draws it with the human parser, or needs a mask-free adapter.
+                draws it with the human parser; a mask-free adapter needs none, and gets none drawn.
             pose_image: one or N, each of its person's size and aligned with them: a skeleton, DensePose or a parse map, painted
                 into the hole that the mask leaves. For adapters that were trained so (setting `pose`); None leaves it grey.
             cloth_type: `"upper"`, `"lower"`, `"dress"` or a list of them, for the human parser.
@@ -3326,7 +3331,7 @@ class StableDiffusionVTONPipeline(
         timesteps = None if timesteps is None else [int(t) for t in timesteps]
         timesteps, num_inference_steps = retrieve_timesteps(
             self.scheduler, int(num_inference_steps) if timesteps is None else None, "cpu", timesteps
-        )  # on the host: a scheduler that looked at them on a GPU would wait for it in every step
+        )  # on the host: a scheduler that looks at them needn't wait for a GPU
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {
             name: value for name, value in (("eta", float(eta)), ("generator", generator)) if name in accepted
@@ -3369,7 +3374,7 @@ class StableDiffusionVTONPipeline(
         ):
             if reference:
                 self.read_cloth(conditioning, cloth_embeds, processors, inputs.cloth_latents)
-            for i, (t, timestep) in enumerate(zip(timesteps, timesteps.to(self._execution_device))):
+            for i, (t, timestep) in enumerate(zip(timesteps, timesteps.float().to(self._execution_device))):
                 if self.interrupt:
                     continue
                 in_interval = guidance_interval[0] <= i / len(timesteps) < guidance_interval[1]

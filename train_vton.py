@@ -144,7 +144,8 @@ ADAPTER_FLAGS = {  # what an adapter says that training begins from, and what ho
 }  # fmt: skip
 NEEDS = {  # flags that say nothing without another
     "init_subfolder": "init_adapter", "perceptual_weight": "perceptual_loss", "perceptual_max_timestep": "perceptual_loss",
-    "adversarial_start_step": "adversarial_weight",
+    "adversarial_start_step": "adversarial_weight", "hub_model_id": "push_to_hub", "hub_strategy": "push_to_hub",
+    "hub_private_repo": "push_to_hub",
 }  # fmt: skip
 
 

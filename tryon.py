@@ -317,7 +317,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="a file for one pair, else a folder: PERSON__CLOTH.EXT, with --one_each PERSON.EXT",
     )
     add("--one_each", action="store_true", help="name results after their persons, in one cloth each: of --pairs, else one that is drawn and has another name; this is what --mask_free trains on")  # fmt: skip
-    add("--mask", type=Path, metavar="PATH", help="white where to repaint: a file, or a folder with the persons' names (default: drawn by the human parser)")  # fmt: skip
+    add("--mask", type=Path, metavar="PATH", help="white where to repaint: a file, or a folder with the persons' names (default: drawn by the human parser, or none if the adapter is mask-free)")  # fmt: skip
     add("--pose", type=Path, metavar="PATH", help="skeletons or the like, for an adapter that reads poses: a file, or a folder with the persons' names")  # fmt: skip
     add("--overwrite", action="store_true", help="make results anew that are there already")
     add("--contact_sheet", type=Path, metavar="FILE", help=f"persons, cloths and results of the first {SHEET_PAIRS} pairs on one picture")  # fmt: skip
@@ -421,8 +421,9 @@ def main(args: argparse.Namespace) -> int:
             warn_of_photographs(missing)
         try:
             try_on = TryOn(load(args, args.device or state.device), args)
-        except (OSError, ValueError) as error:
-            print(f"tryon.py: {error}", file=sys.stderr)
+        except (OSError, ValueError) as error:  # diffusers' are of several lines, and every process has its own
+            if state.is_main_process:
+                print(f"tryon.py: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         try_on.pipe.set_progress_bar_config(disable=len(missing) > 1 or not state.is_main_process)
         with (

@@ -105,13 +105,13 @@ def environment(device: torch.device) -> dict[str, str | int | float]:
     return found
 
 
-def waits(pipe: StableDiffusionVTONPipeline, size: tuple[int, int], steps: int) -> int:
+def waits(pipe: StableDiffusionVTONPipeline, size: tuple[int, int], steps: int, **options) -> int:
     """How often a call makes the host wait for the GPU."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            speed.try_on(pipe, size, 1, steps)
+            speed.try_on(pipe, size, 1, steps, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing CUDA operation" in str(one.message) for one in said)
@@ -212,7 +212,15 @@ class Acceptance:
 
         if not self.gpu:
             return self.report.skip("synchronisations a step", "needs a GPU")
-        self.report.check("synchronisations a step", lambda: (waits(pipe, self.size, 8) - waits(pipe, self.size, 4)) / 4, at_most=0)  # fmt: skip
+
+        def waits_a_step(**options) -> float:
+            return (waits(pipe, self.size, 8, **options) - waits(pipe, self.size, 4, **options)) / 4
+
+        self.report.check("synchronisations a step", waits_a_step, at_most=0)
+        on_host = {"generator": torch.Generator().manual_seed(0)}  # its noise is copied
+        self.report.check("synchronisations a step, noise drawn on the CPU", lambda: waits_a_step(**on_host))
+        pipe.fast()
+        self.report.check("synchronisations a step, UniPC", waits_a_step)
 
     def memory(self) -> None:
         if not self.gpu:

@@ -1,8 +1,8 @@
 """What a training step costs at SD1.5's size, or SDXL's: seconds and peak memory, with random weights, on the CPU.
 
 Every row runs the trainer's own update in a process of its own: one update to warm up, then the timed ones. Training the whole
-UNet needs about 20 GB of memory, the base 2 GB of disk while the script runs; SDXL's 16 and 5. `--loader` measures what reading
-a pair costs instead: CPU time, which another program's load does not change much.
+UNet needs about 20 GB of memory, the base 2 GB of disk while the script runs. SDXL's has three times the weights: take `--rows` of
+LoRA alone. `--loader` measures what reading a pair costs instead: CPU time, which another program's load does not change much.
 """
 
 import argparse

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import diffusers
-import torch
 from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 
@@ -172,12 +171,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 class Notebook:
-    """Results in a file, of the same weights, seed and number of lines, so that none is computed twice."""
+    """Results in a file, of the same weights, settings, seed and number of lines, so that none is computed twice."""
 
-    def __init__(self, args: argparse.Namespace, *modules: torch.nn.Module) -> None:
+    def __init__(self, args: argparse.Namespace, pipe: DiffusionPipeline, classifier: ClothClassifier) -> None:
         self.file, self.args = args.output_dir / "results.json", args
-        weights = (weight for module in modules for weight in module.state_dict().values())
-        self.of = [fingerprint(weights), args.lines, args.seed]
+        modules = (pipe.unet, pipe.vae, classifier)
+        weights = fingerprint(weight for module in modules for weight in module.state_dict().values())
+        settings = json.dumps([dict(pipe.config), dict(pipe.scheduler.config)], sort_keys=True, default=str)
+        self.of = [weights, settings, args.lines, args.seed]
         self.results: dict[Setting, Result] = {}
         if self.file.is_file():
             content = json.loads(self.file.read_text(encoding="utf-8"))
@@ -199,7 +200,7 @@ class Notebook:
 def main(args: argparse.Namespace) -> None:
     pipe, classifier = load_pipeline(args.model, args.adapter), load_classifier(args.classifier)
     lines = draw_lines(args.lines, args.seed, picture_height(pipe))
-    notebook = Notebook(args, pipe.unet, pipe.vae, classifier)
+    notebook = Notebook(args, pipe, classifier)
 
     def results_of(settings: Sequence[Setting]) -> list[Result]:
         for setting in settings:

@@ -58,7 +58,7 @@ def cost(call: Call, dtype: str, device: str, tiny: bool) -> tuple[float, float]
     people = ([person] * call.persons, [[cloth] * call.cloths] * call.persons, [mask] * call.persons)
     options = {"height": call.height, "width": call.width, "guidance_scale": GUIDANCE}
     on_gpu = device.startswith("cuda")
-    loaded = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+    loaded = torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
     with PeakMemory() as peak:
         pipe(*people, num_inference_steps=1, **options)
         started = time.perf_counter()
@@ -66,7 +66,7 @@ def cost(call: Call, dtype: str, device: str, tiny: bool) -> tuple[float, float]
             *people, num_inference_steps=call.steps, **options
         )  # its pictures are on the CPU: nothing is left to wait for
         seconds = time.perf_counter() - started
-    most = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak.gib
+    most = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else peak.gib
     return seconds, most - loaded / 2**30
 
 
@@ -98,7 +98,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="fp32", help="default fp32")
     add("--device", default="cpu", help="default cpu")
     add("--tiny", action="store_true", help="a few thousand weights instead of SD1.5's, to try the script")
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: there is no GPU that torch can use")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:

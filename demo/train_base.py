@@ -40,7 +40,7 @@ MASK_KINDS = {
     "person": (("agnostic", 0.65), ("random", 0.2), ("full", 0.15)),
     "cloth": (("random", 0.8), ("full", 0.2)),
 }
-PEOPLE_SHARE = 0.6  # of a batch; the others are cloths
+PEOPLE_SHARE = 0.6  # of the pictures that are no pages of two; the others are cloths
 HELD_OUT_TIMESTEPS = (100, 300, 500, 700, 900)
 
 
@@ -91,7 +91,7 @@ def load_pictures(pairs: TreePairs) -> dict[str, Pictures]:
 def before_their_next(pairs: TreePairs) -> torch.Tensor:
     """The numbers of the pairs that the next one of their category follows, whose cloth they wear in `changed`."""
     folders = [files["person"].parent for *_, files in pairs.pairs]
-    return torch.tensor([i for i in range(len(pairs) - 1) if folders[i] == folders[i + 1]])
+    return torch.tensor([i for i in range(len(pairs) - 1) if folders[i] == folders[i + 1]], dtype=torch.long)
 
 
 def to_model(images: torch.Tensor) -> torch.Tensor:
@@ -349,7 +349,7 @@ def encode(vae: AutoencoderKL, images: torch.Tensor, masks: torch.Tensor, desc: 
 def encode_pictures(vae: AutoencoderKL, pictures: dict[str, Pictures]) -> dict[str, torch.Tensor]:
     """By `picture.part`: mean (N, 4, h, w), and conditions (N, 5, h, w), the mask and what is seen beside it.
 
-    The posteriors' deviations, less than a hundredth of the means', are left out.
+    The posteriors' deviations, of which the VAE's loss leaves next to nothing, are left out.
     """
     encoded = {}
     for name, p in pictures.items():
@@ -463,29 +463,31 @@ class UNetTraining:
         self.held_out_latents = encode_pictures(self.pipe.vae, self.held_out)
 
     def draw(self, latents: dict[str, torch.Tensor], count: int) -> Batch:
-        """Three people to two cloths, behind masks of random kinds, half without text."""
+        """Three people to two cloths on average, behind masks of random kinds, half without text."""
         targets, conditions, captions = [], [], []
-        people = round(count * PEOPLE_SHARE)
-        for name, share in (("person", people), ("cloth", count - people)):
+        for _ in range(count):
+            name = "person" if torch.rand(()) < PEOPLE_SHARE else "cloth"
             kinds, weights = zip(*MASK_KINDS[name])
-            for i in torch.multinomial(torch.tensor(weights), share, replacement=True).tolist():
-                k = int(torch.randint(len(latents[f"{name}.mean"]), ()))
-                targets.append(latents[f"{name}.mean"][k])
-                seen = latents[f"{name}.{kinds[i]}"]
-                conditions.append(seen[k if len(seen) > 1 else 0])
-                captions.append(CAPTIONS.index(f"a {name}") if torch.rand(()) < 0.5 else 0)
+            k = int(torch.randint(len(latents[f"{name}.mean"]), ()))
+            targets.append(latents[f"{name}.mean"][k])
+            seen = latents[f"{name}.{kinds[int(torch.multinomial(torch.tensor(weights), 1))]}"]
+            conditions.append(seen[k if len(seen) > 1 else 0])
+            captions.append(CAPTIONS.index(f"a {name}") if torch.rand(()) < 0.5 else 0)
         return torch.stack(targets).float(), torch.stack(conditions).float(), torch.tensor(captions)
 
-    def draw_views(self, latents: dict[str, torch.Tensor], followed: torch.Tensor, count: int) -> tuple[Batch, Batch]:
-        """Two people in the same cloth: one behind the agnostic mask, the other to be seen; without text."""
+    def draw_views(self, latents: dict[str, torch.Tensor], numbers: torch.Tensor) -> tuple[Batch, Batch]:
+        """Two people in the same cloth, of numbers that are followed: one behind the agnostic mask, the other to be seen; without text."""
         hidden, shown = [], []
-        for k in followed[torch.randint(len(followed), (count,))].tolist():
+        for k in numbers.tolist():
             views = [("changed", k), ("person", k + 1)][:: 1 if torch.rand(()) < 0.5 else -1]
             for (name, i), half, kind in zip(views, (hidden, shown), ("agnostic", "mean")):
                 seen = latents[f"{name}.{kind}"][i]
                 seen = seen if kind == "agnostic" else F.pad(seen, (0, 0, 0, 0, 1, 0))  # the mask hides nothing
                 half.append(torch.cat([latents[f"{name}.mean"][i], seen]))
-        halves, no_text = [torch.stack(half).float() for half in (hidden, shown)], torch.zeros(count, dtype=torch.long)
+        halves, no_text = (
+            [torch.stack(half).float() for half in (hidden, shown)],
+            torch.zeros(len(numbers), dtype=torch.long),
+        )
         return tuple((half[:, :4], half[:, 4:], no_text) for half in halves)
 
     def errors(self, batch: Batch, timesteps: torch.Tensor) -> torch.Tensor:
@@ -502,12 +504,14 @@ class UNetTraining:
         return ((torch.randperm(count) + torch.rand(count)) / count * len(self.pipe.scheduler.betas)).long()
 
     def loss(self) -> torch.Tensor:
-        """Of a batch's first half, pictures, and of its second, two on a page, beside or above one another, one of them known."""
+        """Of a batch's first half, pictures; of its second, pages of two, beside or above one another, one of them known, which
+        count twice, since they hold twice the pixels.
+        """
         views = self.args.batch_size // 2
         count = self.args.batch_size - views
         loss = self.errors(self.draw(self.latents, count), self.timesteps(count)).mean()
         if views:
-            pair = self.draw_views(self.latents, self.followed, views)
+            pair = self.draw_views(self.latents, self.followed[torch.randint(len(self.followed), (views,))])
             pair = pair[:: 1 if torch.rand(()) < 0.5 else -1]
             page = on_one_page(*pair, dim=int(torch.randint(2, 4, ())))
             loss = loss + 2 * self.errors(page, self.timesteps(views)).mean()
@@ -515,12 +519,14 @@ class UNetTraining:
 
     def reading(self, timestep: int) -> dict[str, float]:
         """The error behind the masks of held-out people above another in the same cloth, and in a wrong one."""
-        hidden, shown = self.draw_views(self.held_out_latents, self.held_out_followed, 32)
-        wrong = tuple(part.roll(1, dims=0) for part in shown)
-        hole, timesteps = (hidden[1][:, :1] > 0).expand_as(hidden[0]), torch.full((32,), timestep)
-        errors = [self.errors(on_one_page(hidden, other, dim=2), timesteps) for other in (shown, wrong)]
-        right, wrong = (error[:, :, : hole.shape[2]][hole].mean().item() for error in errors)
-        return {f"read t{timestep}": right, f"misread t{timestep}": wrong}
+        followed, errors = self.held_out_followed, []
+        hidden, shown = self.draw_views(self.held_out_latents, followed[torch.randperm(len(followed))[:32]])
+        hole, timesteps = (hidden[1][:, :1] > 0).expand_as(hidden[0]), torch.full((len(hidden[0]),), timestep)
+        for other in (shown, tuple(part.roll(1, dims=0) for part in shown)):
+            with undisturbed(self.args.seed):  # the same noise for both
+                error = self.errors(on_one_page(hidden, other, dim=2), timesteps)
+            errors.append(error[:, :, : hole.shape[2]][hole].mean().item())
+        return {f"read t{timestep}": errors[0], f"misread t{timestep}": errors[1]}
 
     def report(self, step: int) -> dict[str, float]:
         """Errors on held-out pictures by timestep; a sheet of masked people and of what stands behind the masks."""
@@ -558,7 +564,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae_steps", type=int, default=1500, help="steps of the VAE (default 1500)")
     parser.add_argument("--unet_steps", type=int, default=10000, help="steps of the UNet (default 10000)")
     parser.add_argument("--decoder_steps", type=int, default=1500, help="steps of the decoder alone (default 1500)")
-    parser.add_argument("--batch_size", type=int, default=16, help="pictures a step (default 16)")
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="pictures a step; half of the UNet's are pages of two (default 16)"
+    )
     parser.add_argument("--learning_rate", type=float, default=8e-4, help="the UNet's highest rate (default 8e-4)")
     parser.add_argument(
         "--mixed_precision", choices=("no", "bf16"), default="no", help="bf16 pays on CPUs with AMX (default no)"
@@ -576,6 +584,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     pairs, held_out_pairs = (load_pairs(args.dataset_root, split) for split in ("train", "test"))
+    followed = {"train": before_their_next(pairs), "test": before_their_next(held_out_pairs)}
+    for split, numbers in followed.items():
+        if not len(numbers):
+            raise ValueError(f"--dataset_root {args.dataset_root}: no category has two {split} pairs")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     pictures = load_pictures(pairs)
@@ -591,8 +603,7 @@ def main(args: argparse.Namespace) -> None:
         vae, text_encoder, tokenizer, unet, build_scheduler(), None, None, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    followed = map(before_their_next, (pairs, held_out_pairs))
-    training = UNetTraining(pipe, latents, next(followed), held_out, next(followed), args)
+    training = UNetTraining(pipe, latents, followed["train"], held_out, followed["test"], args)
     stage = Stage("unet", unet, list(unet.parameters()), args.unet_steps, args.learning_rate, 1e-3, True, args)
     stage.train(training.loss, training.report)
 

@@ -235,6 +235,17 @@ def test_a_run_gives_what_the_pipeline_gives():
     assert last.finished and np.array_equal(last.picture, direct)
 
 
+def test_a_mask_free_model_needs_no_mask_and_proposes_none():
+    pipe = tiny_pipe(9, mask_free=True)
+    parser, processor = tiny_parser(["background", "top"])
+    pipe.register_modules(human_parser=parser, human_parser_processor=processor)
+    studio = app.Studio(pipe)
+    with pytest.raises(app.gr.Error, match="This model needs no mask"):
+        studio.predict_mask(picture(1), "upper", "loose")
+    *_, last = studio.try_on(picture(1), picture(2), None, app.Settings("upper", "loose", 1, 1.5, 5, None))
+    assert last.finished and last.mask is None
+
+
 def test_limits_are_said_in_words(tmp_path, monkeypatch):
     studio = app.Studio(tiny_pipe())
     with pytest.raises(app.gr.Error, match="no human parser"):

@@ -102,7 +102,7 @@ def test_the_base_sees_two_people_in_one_cloth_and_one_of_them_is_hidden(all_dra
         latents[f"{name}.mean"] = (first + numbers).expand(-1, 4, 2, 2)
         latents[f"{name}.agnostic"] = torch.ones(7, 5, 2, 2)
     training = object.__new__(train_base.UNetTraining)
-    hidden, shown = training.draw_views(latents, followed, 64)
+    hidden, shown = training.draw_views(latents, followed[torch.randint(len(followed), (64,))])
     seen = set()
     for target, other, behind, known in zip(hidden[0], shown[0], hidden[1], shown[1]):
         wearer, owner = sorted((target[0, 0, 0].item(), other[0, 0, 0].item()), reverse=True)
@@ -279,6 +279,13 @@ def test_the_dataset_refuses_bad_counts_sizes_and_factors(arguments, tmp_path, c
     with pytest.raises(SystemExit):
         make_dataset.parse_args(["--output_dir", str(tmp_path / "new"), *arguments])
     assert arguments[0] in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_the_base_trainer_refuses_a_set_in_which_nobody_follows_another(tmp_path):
+    make_dataset.make_dataset(tmp_path / "few", train=3, test=6, seed=3, height=64, category="all")
+    line = ["--dataset_root", str(tmp_path / "few"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="few: no category has two train pairs"):
+        train_base.main(train_base.parse_args(line))
 
 
 def test_the_base_trainer_writes_an_ordinary_diffusers_folder(drawn, tmp_path):

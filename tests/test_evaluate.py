@@ -492,7 +492,7 @@ def test_predictions_that_fail(own_tree, tmp_path, what):
         Image.new("L", (WIDTH, HEIGHT)).save(own_tree / "test/agnostic-mask/02_mask.png")
     (failure,) = fails(tmp_path / "out", own_tree, pred_dir=pictures, **PREDICTED)
     said = {
-        "missing": "no picture named 02__04 or 02",
+        "missing": "no picture named 02__04 or 02 (unpaired)",
         "unreadable": "got one that cannot be read",
         "stretched": "02__04.png has size (48, 48), not (48, 64)",
         "truth is the cloth": "the truth and the cloth are the same picture",

@@ -143,10 +143,10 @@ def test_the_report_has_every_table_and_plot(tmp_path):
         "true",
         "tight",
         "--height",
-        "64",
+        str(192 - HEIGHT),
     ]
     measure.main(measure.parse_args([*arguments, "--by", "category", "sleeve", "--steps", "1", "2"]))
-    assert "at 64x48, 1 DDPM steps" in (tmp_path / "report.md").read_text()
+    assert f"at {192 - HEIGHT}x{144 - HEIGHT * 3 // 4}, 1 DDPM steps" in (tmp_path / "report.md").read_text()
     starts = [row.split("|")[1].strip() for row in (tmp_path / "report.md").read_text().splitlines() if row[:1] == "|"]
     assert {
         "(a) the adapter, guidance 1.5",
@@ -202,7 +202,7 @@ def test_a_classifier_is_trained_and_says_what_it_mistakes(tmp_path, lines, caps
         "--batch_size",
         "4",
         "--height",
-        "64",
+        str(192 - HEIGHT),
     ]
     train_classifier.main(train_classifier.parse_args(line))
     assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[-len(ATTRIBUTES) :]] == list(ATTRIBUTES)

@@ -504,12 +504,23 @@ def test_eta_adds_noise_to_ddim_from_the_generator():
 
 
 @pytest.mark.parametrize("scheduler, settings", SCHEDULERS)
-def test_a_scheduler_needs_no_value_from_the_device_that_denoises(scheduler, settings):
-    """Its timesteps are on the host, where the call puts them; else every step would wait for a GPU. Meta tensors have no values."""
-    pipe = tiny_pipe()
+def test_a_scheduler_needs_no_value_from_the_device_that_denoises(scheduler, settings, monkeypatch):
+    """Its timesteps are on the host, whatever device denoises; to read them there it would wait. Meta tensors have no values."""
+    pipe, asked = tiny_pipe(), []
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings)
-    run(pipe)
-    assert pipe.scheduler.timesteps.device.type == "cpu"
+    set_timesteps = pipe.scheduler.set_timesteps
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cpu:0"))
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            pipe.scheduler,
+            "set_timesteps",
+            lambda *args, device, **options: (
+                asked.append(str(device)),
+                set_timesteps(*args, device=device, **options),
+            ),
+        )
+        run(pipe)
+    assert asked == ["cpu"]
     pipe.scheduler.set_timesteps(4, device="cpu")
     latents = torch.empty(1, 4, 8, 8, device="meta")
     for t in pipe.scheduler.timesteps:
@@ -739,6 +750,11 @@ def test_a_missing_mask_and_a_crop_without_one_are_errors():
         tiny_pipe(9)(picture(1), picture(2))
     with pytest.raises(ValueError, match="`padding_mask_crop`.*`mask_image`"):
         tiny_pipe(9, mask_free=True)(picture(1), picture(2), padding_mask_crop=8)
+    parsing = tiny_pipe(9, mask_free=True)
+    parser, processor = tiny_parser(["background", "top"])
+    parsing.register_modules(human_parser=parser, human_parser_processor=processor)
+    with pytest.raises(ValueError, match="`padding_mask_crop`.*`mask_image`"):
+        parsing(picture(1), picture(2), padding_mask_crop=8)
 
 
 def test_a_unet_of_other_channels_is_an_error():

@@ -1,10 +1,12 @@
 """What a try-on costs is counted as it is, and fewer steps are what they say."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from PIL import Image
 from tiny import ROOT, run, tiny_pipe
 
 from benchmarks import accept_gpu, fewer_steps, growth, speed
@@ -170,15 +172,23 @@ def test_settings_are_swept_once(tmp_path, capsys, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- growth
 
 
-def test_growth_is_fitted_and_drawn(tmp_path, capsys):
-    assert growth.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
-    grown = growth.curves(growth.SIZES, growth.COUNTS)
-    assert {name: [getattr(call, name) for call in calls] for name, calls in grown.items() if name != "pixels"} == {
-        name: list(values) for name, values in growth.COUNTS.items()
-    }
-    monotone = {name: [(1, 1.0, 0.5), (2, 2.0, 0.6)] for name in grown}
-    growth.plot(monotone, tmp_path / "growth.png")
-    assert (tmp_path / "growth.png").is_file()
+def test_growth_is_fitted_and_drawn(tmp_path, monkeypatch, capsys):
+    """Of a call that costs its pixels times its steps, and the square of its persons in memory."""
+
+    def cost(call, *where):
+        return call.pixels * call.steps / 1e6, call.persons**2 * call.cloths**0.5
+
+    monkeypatch.setattr(growth, "cost", cost)
+    monkeypatch.setattr(growth, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    growth.main(growth.parse_args(["--output_dir", str(tmp_path)]))
+    rows = [row.split(" | ") for row in (tmp_path / "report.md").read_text().splitlines() if row[:1] == "|"][2:]
+    exponents = {row[0].strip("| "): (row[3], row[5].strip("| ")) for row in rows}
+    assert exponents == {
+        "pixels": ("1.00", "0.00"), "steps": ("1.00", "0.00"), "persons": ("0.00", "2.00"), "cloths": ("0.00", "0.50"),
+    }  # fmt: skip
+    assert (
+        rows[0][1] == "4.92e+04 / 1.11e+05 / 1.97e+05 / 3.07e+05" and Image.open(tmp_path / "growth.png").width > 800
+    )
 
 
 def test_growth_asks_for_whole_calls(monkeypatch):
@@ -191,4 +201,5 @@ def test_growth_asks_for_whole_calls(monkeypatch):
     real = random_pipe(tiny=True)
     monkeypatch.setattr(growth, "random_pipe", lambda *args: pipe)
     seconds, gib = growth.cost(growth.Call(64, 48, steps=3, persons=2, cloths=2), "fp32", "cpu", tiny=True)
-    assert asked == [(2, [2, 2], 2, 1), (2, [2, 2], 2, 3)] and seconds > 0 and gib < 4
+    assert asked == [(2, [2, 2], 2, 1), (2, [2, 2], 2, 3)] and seconds > 0
+    assert gib < 0.5  # the weights, and all that was imported, are not in it
