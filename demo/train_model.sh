@@ -14,7 +14,7 @@ python=.venv/bin/python
 : "${HEIGHT:=128}" "${TRAIN:=5000}" "${TEST:=96}"
 : "${PARSER_TRAIN:=1500}" "${PARSER_TEST:=64}" "${PARSER_STEPS:=2500}"
 : "${VAE_STEPS:=2500}" "${UNET_STEPS:=10000}" "${DECODER_STEPS:=900}" "${CLASSIFIER:=--train 24000}"
-: "${ADAPTER_STEPS:=2900}" "${BATCH:=8}" "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
+: "${ADAPTER_STEPS:=2200}" "${BATCH:=8}" "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
 precision=$($python -c 'from demo.try_on import fast_dtype; print("bf16" if str(fast_dtype()) == "torch.bfloat16" else "no")')
 
 stage() { # NAME PROOF COMMAND...: the command writes the proof when it has finished
@@ -50,7 +50,7 @@ adapter() { # attention alone, of all categories: DREAM (arXiv:2312.00210), aver
     --mixed_precision "$precision" --num_cpu_threads_per_process "${OMP_NUM_THREADS:-$(nproc)}" train_vton.py \
     --pretrained_model_name_or_path "$work/base" --dataset_root "$work/dataset" --output_dir "$work/adapter" \
     --height "$HEIGHT" --width $((HEIGHT * 3 / 4)) --augment mask flip --dream_detail_preservation 10 \
-    --train_batch_size "$BATCH" --max_train_steps "$ADAPTER_STEPS" --learning_rate 2e-3 \
+    --train_batch_size "$BATCH" --max_train_steps "$ADAPTER_STEPS" --learning_rate 6e-4 \
     --lr_warmup_steps 60 --ema_decay 0.99 --guidance_scale 1.5 --dataloader_num_workers 0 \
     --validation_steps "$CHECKPOINT_EVERY" --checkpointing_steps "$CHECKPOINT_EVERY" --checkpoints_total_limit 2 \
     --resume_from_checkpoint latest --seed 0
