@@ -245,7 +245,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_the_adapter_holds_no_disc
     )
     assert len(curve(tmp_path / "whole", "loss_perceptual")) == 7
     with pytest.raises(ValueError, match="was trained with adversarial_loss True, not with adversarial_loss None"):
-        without = {**BOTH, "adversarial_weight": None}
+        without = {**BOTH, "adversarial_weight": None, "adversarial_start_step": None}
         trainer_of(bases[9], data, tmp_path / "other", resume_from_checkpoint=begun, **without)
 
 

@@ -1423,7 +1423,7 @@ def test_loosening_touches_the_mask_alone_and_is_drawn_for_the_pair():
 def worn_otherwise(own_data) -> Path:
     """A dataset with the persons in other cloths: here, other persons."""
     for split, count in (("train", TRAIN), ("test", TEST)):
-        (own_data / split / "condition").mkdir()
+        (own_data / split / "condition").mkdir(exist_ok=True)
         for n in range(count):
             other = own_data / split / f"image/{(n + 1) % count:05d}_00.png"
             shutil.copy(other, own_data / split / f"condition/{n:05d}_00.png")
@@ -1446,9 +1446,10 @@ def test_mask_free_is_conditioned_on_the_person_in_another_cloth(bases, worn_oth
     assert pipe.config.mask_free and pipe(picture(1), picture(2), num_inference_steps=1).images
 
 
-def test_mask_free_needs_the_person_in_another_cloth(bases, data, tmp_path):
+def test_mask_free_needs_the_person_in_another_cloth(bases, own_data, tmp_path):
+    shutil.rmtree(own_data / "train" / "condition")  # as photograph sets have none
     with pytest.raises(FileNotFoundError, match="train_pairs.txt, line 1: there is no train/condition/00000_00.png"):
-        trainer_of(bases[9], data, tmp_path, mask_free=True)
+        trainer_of(bases[9], own_data, tmp_path / "out", mask_free=True)
 
 
 def test_cached_latents_train_the_same(bases, own_data, tmp_path, monkeypatch):
