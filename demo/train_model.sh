@@ -71,7 +71,18 @@ for part in model_index.json scheduler text_encoder tokenizer unet vae; do
   rm -rf "${model:?}/$part"
   cp -r "$work/base/$part" "$model/"
 done
-cp "$work/adapter/vton_adapter.safetensors" "$model/"
+# With the base's name in its metadata that it has from here on.
+$python - "$work/adapter/vton_adapter.safetensors" "$model" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+trained, model = map(Path, sys.argv[1:])
+with safe_open(trained, "pt") as file:
+    save_file(load_file(trained), model / trained.name, file.metadata() | {"base_model": "demo/model"})
+PYTHON
 cp "$work/classifier/"* "$classifier/"
 $python -m demo.train_parser --output_dir "$work/parser" --install "$model"
 $python -m demo.measure --model "$model" --classifier "$classifier" --output_dir "$work/measure" \

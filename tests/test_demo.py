@@ -9,10 +9,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image, ImageFilter
+from safetensors import safe_open
 from tiny import ROOT
 
 from demo import make_dataset, train_base, world
 from demo.world import CATEGORIES, COLORS, FACTORS, LEVELS, LIP, draw_cloth, draw_person, draw_sample, keypoints
+from pipeline_vton import ADAPTER_NAME
 from train_vton import TreePairs
 
 
@@ -106,9 +108,8 @@ def test_the_base_sees_two_people_in_one_cloth_and_one_of_them_is_hidden(all_dra
     seen = set()
     for target, other, behind, known in zip(hidden[0], shown[0], hidden[1], shown[1]):
         wearer, owner = sorted((target[0, 0, 0].item(), other[0, 0, 0].item()), reverse=True)
-        assert (
-            wearer - 200 == owner - 101 and int(wearer - 200) in followed
-        )  # the person, in the cloth of the next one
+        # A person in the cloth of the next one, and that one.
+        assert wearer - 200 == owner - 101 and int(wearer - 200) in followed
         assert torch.equal(behind, torch.ones(5, 2, 2))
         assert not known[0].any() and torch.equal(known[1:], other)
         seen.add(target[0, 0, 0].item() >= 200)
@@ -310,3 +311,5 @@ def test_the_committed_model_is_safetensors_without_code():
     suffixes = {path.suffix for path in (ROOT / "demo" / "model").rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".safetensors", ".txt"}
     assert sum(path.stat().st_size for path in (ROOT / "demo" / "model").rglob("*")) < 16e6
+    with safe_open(ROOT / "demo" / "model" / ADAPTER_NAME, "pt") as adapter:
+        assert adapter.metadata()["base_model"] == "demo/model"  # not the folder in which it was trained
