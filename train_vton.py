@@ -145,7 +145,8 @@ ADAPTER_FLAGS = {  # what an adapter says that training begins from, and what ho
 NEEDS = {  # flags that say nothing without another
     "init_subfolder": "init_adapter", "perceptual_weight": "perceptual_loss", "perceptual_max_timestep": "perceptual_loss",
     "adversarial_start_step": "adversarial_weight", "hub_model_id": "push_to_hub", "hub_strategy": "push_to_hub",
-    "hub_private_repo": "push_to_hub",
+    "hub_private_repo": "push_to_hub", "pose_folder": "pose", "pose_column": "pose", "pose_dropout": "pose",
+    "condition_column": "mask_free",
 }  # fmt: skip
 
 
@@ -181,10 +182,15 @@ def resolution(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+def new_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for add_arguments in (add_data_arguments, add_model_arguments, add_optimisation_arguments, add_report_arguments):
         add_arguments(parser)
+    return parser
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = new_parser()
     args = parser.parse_args(input_args)
     check_args(parser, args)
     if args.init_adapter is None:
@@ -325,14 +331,15 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--push_to_hub uploads an adapter and its code: upload a LoRA's OUTPUT_DIR with hf upload")
     if args.lora_rank and args.init_adapter:
         parser.error("--lora_rank learns an update of the base alone: an adapter to begin from is trained whole")
-    for name, other in NEEDS.items():
-        value = getattr(args, name)
-        if value != parser.get_default(name) and not getattr(args, other):
-            parser.error(f"--{name} {value} needs --{other}")
 
 
 def check_settings(args: argparse.Namespace, fail: Callable[[str], Any]) -> None:
     """The same of flags that depend on what an adapter says that training begins from."""
+    parser = new_parser()
+    for name, other in NEEDS.items():
+        value = getattr(args, name)
+        if value != parser.get_default(name) and not getattr(args, other):
+            fail(f"--{name} {value} needs --{other}")
     if args.caption_column and (args.dataset_name is None or args.cross_attention != "prompt"):
         fail(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
     if args.mask_free and "mask" in args.augment:
@@ -341,8 +348,6 @@ def check_settings(args: argparse.Namespace, fail: Callable[[str], Any]) -> None
         fail(f"--num_cloths {args.num_cloths} needs --cloth_conditioning reference: a joint canvas holds one cloth")
     if args.pose and args.mask_free:
         fail("--pose paints into the hole that a mask leaves, and --mask_free has none")
-    if args.pose_folder and not args.pose:
-        fail(f"--pose_folder {args.pose_folder} needs --pose")
     if args.lora_rank and args.trainable not in {"self_attention", "attention"}:
         fail(f"--lora_rank needs --trainable self_attention or attention, got {args.trainable}")
 

@@ -254,6 +254,9 @@ def test_pose_dropout_takes_its_share_apart_from_the_cloths():
             "--pose paints into the hole that a mask leaves, and --mask_free has none",
         ),
         ({"pose_folder": "dense"}, "--pose_folder dense needs --pose"),
+        ({"pose_column": "dense"}, "--pose_column dense needs --pose"),
+        ({"pose_dropout": 0.5}, "--pose_dropout 0.5 needs --pose"),
+        ({"condition_column": "other"}, "--condition_column other needs --mask_free"),
     ],
 )
 def test_flags_that_do_not_go_together(capsys, changed, message):
