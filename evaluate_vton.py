@@ -666,6 +666,8 @@ class Model:
         )  # fmt: skip
         if args.push_to_hub and getattr(self.pipe.unet, "peft_config", None):
             raise ValueError(f"--push_to_hub uploads adapters and whole pipelines, not LoRAs such as {args.adapter}")
+        if args.masks == "parser" and self.pipe.human_parser is None:
+            raise ValueError(f"--masks parser: {args.model} holds no human parser, name one with --human_parser")
         self.pipe.set_progress_bar_config(disable=True)
         self.mask_free, self.posed = self.pipe.config.mask_free, self.pipe.config.pose == "painted"
 
@@ -690,6 +692,10 @@ class Model:
             "working_size": list(size),
             "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         } | said
+
+    def describe_masks(self) -> str:
+        args, weights = self.args, fingerprint(self.pipe.human_parser.state_dict().values())
+        return f"{args.human_parser or args.model} of weights {weights}, {args.looseness}, {args.cloth_type}"
 
     def draw_mask(self, line: Line, person: Image.Image) -> Image.Image:
         kind = CLOTH_TYPES.get(line.category, self.args.cloth_type)
@@ -1397,9 +1403,7 @@ class Evaluation:
         described = self.model.describe(self.working_size) | {
             "dataset": str(args.dataset_root or args.dataset_name),
             "split": args.split,
-            "masks": f"{args.human_parser or args.model}, {args.looseness}, {args.cloth_type}"
-            if self.masks == "parser"
-            else self.masks,
+            "masks": self.model.describe_masks() if self.masks == "parser" else self.masks,
         }
         if args.dataset_name is not None:
             columns = {f"{role}_column" for role in ("person", "cloth", "mask", "condition")}

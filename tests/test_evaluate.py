@@ -34,6 +34,7 @@ from evaluate_vton import (
     compare,
     decibels,
     find_duplicates,
+    fingerprint,
     frechet_distance,
     kernel_distance,
     load_lpips,
@@ -622,9 +623,12 @@ def test_masks_of_the_parser(own_tree, model, tmp_path):
         "num_samples": 2,
     } | PREDICTED
     report = evaluate(tmp_path / "out", own_tree, model, **options)
-    assert report["made"]["masks"] == f"{tmp_path / 'parser'}, box, upper"
+    weights = fingerprint(network.state_dict().values())
+    assert report["made"]["masks"] == f"{tmp_path / 'parser'} of weights {weights}, box, upper"
     assert [file.name for file in sorted((tmp_path / "out/masks").iterdir())] == ["00.png", "01.png"]
     assert figure(report, "unpaired", "composited", "psnr", "mask")["count"] == 2
+    with pytest.raises(ValueError, match="holds no human parser, name one with --human_parser"):
+        evaluate(tmp_path / "none", own_tree, model, **options | {"human_parser": None})
 
 
 def test_mask_free(own_tree, tmp_path):
