@@ -24,6 +24,7 @@ from demo.recognition import CLASSIFIER, load_classifier
 from demo.try_on import Line, check_count, draw_lines, fast_dtype, try_on
 from evaluate_vton import Interval, table
 from pipeline_vton import LORA_NAME, StableDiffusionVTONPipeline
+from train_vton import read_list
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +51,8 @@ EVERYTHING = (
 )
 RESOLUTIONS = "--resolutions 128x96 64x48 192x144"
 ADVERSARIAL = "--adversarial_weight 0.01 --adversarial_start_step 100"
+TRIED_ON = "--mask_free --condition_column tried_on"  # of what `draw_tried_on` draws
+SHIPPED = "--init_adapter {base} --learning_rate 2e-4"  # a trained adapter is moved less
 NO_CLOTH = Method("no cloth, with the prompt", "--cloth_dropout 1 --cross_attention prompt")
 METHODS = [
     NO_CLOTH,
@@ -63,7 +66,9 @@ METHODS = [
     Method("reference, the whole UNet, another seed", EVERYTHING, seed=1),
     Method("reference, attention and norms", "--trainable attention_norms", by_default=False),
     Method("reference, attention and norms, another seed", "--trainable attention_norms", seed=1, by_default=False),
-    Method("reference, mask-free", "--mask_free", by_default=False),
+    Method("reference, mask-free from true pictures", "--mask_free", by_default=False),
+    Method("reference, mask-free from the masked adapter's", TRIED_ON, by_default=False),
+    Method("reference, begun from the demo's adapter", SHIPPED, by_default=False),
     Method("reference, with the pose", "--pose", by_default=False),
     Method("reference, with the pose, another seed", "--pose", seed=1, by_default=False),
     Method("reference, with the prompt", "--cross_attention prompt", by_default=False),
@@ -129,7 +134,8 @@ def training(method: Method, base: Path, folder: Path, args: argparse.Namespace)
         del options["height"], options["width"]
     for name, value in options.items():
         command += [f"--{name}", value]
-    return [str(word) for word in (*command, *method.flags.split())]
+    flags = (flag.format(base=args.base) for flag in method.flags.split())
+    return [str(word) for word in (*command, *flags)]
 
 
 def train(method: Method, base: Path, folder: Path, args: argparse.Namespace) -> None:
@@ -147,6 +153,31 @@ def draw_dataset(args: argparse.Namespace, height: int) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         make_dataset(unfinished, train=args.train, test=16, seed=0, height=height, category="all")
         unfinished.rename(folder)
+
+
+def draw_tried_on(args: argparse.Namespace) -> None:
+    """Everybody in the next one's cloth, `tried_on/` of every category, as the adapter beside the base draws them in few steps."""
+    for kind, category in (("upper", "upper_body"), ("lower", "lower_body"), ("dress", "dresses")):
+        folder = dataset_folder(args) / category
+        own = [pair for name in ("train_pairs.txt", "test_pairs_paired.txt") for pair in read_list(folder / name)]
+        others = [f"{person}\t{cloth}\n" for (person, *_), (_, cloth, _) in zip(own, own[1:] + own[:1])]
+        (folder / "others.txt").write_text("".join(others), encoding="utf-8")
+        options = {
+            "person": folder / "images",
+            "cloth": folder / "images",
+            "pairs": folder / "others.txt",
+            "mask": folder / "agnostic_masks",
+            "output": folder / "tried_on",
+            "model": args.base,
+            "adapter": args.base,
+            "scheduler": "DDIMScheduler",
+            "steps": 4,
+            "guidance_scale": 1,
+            "cloth_type": kind,
+            "batch_size": 8,
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        subprocess.run([sys.executable, ROOT / "tryon.py", "--one_each", *map(str, words)], check=True)
 
 
 def picture_height(base: Path) -> int:
@@ -224,6 +255,8 @@ def main(args: argparse.Namespace) -> None:
     if any(method.channels == 4 for method in chosen):
         shutil.rmtree(four_channels, ignore_errors=True)
         write_four_channel_base(args.base, four_channels)
+    if any(method.flags == TRIED_ON for method in chosen):
+        draw_tried_on(args)
     lines = draw_lines(args.lines, args.seed, height)
     unspent = {"rows", "output_dir", "checkpointing_steps"}
     budget = {name: str(value) for name, value in vars(args).items() if name not in unspent}

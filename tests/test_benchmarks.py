@@ -1,6 +1,7 @@
 """The scripts behind the README's tables, in the small."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,20 @@ def test_every_row_is_a_command_line_of_the_trainer(method, tmp_path):
     flags = line[line.index(str(ROOT / "train_vton.py")) + 1 :]
     said, usual = (train_vton.parse_args(each) for each in (flags, flags[: len(flags) - len(method.flags.split())]))
     assert said.seed == method.seed and (said == usual) == (not method.flags)
+
+
+def test_the_masked_adapter_draws_what_a_mask_free_one_learns_from(tmp_path):
+    """Everybody of the lists, in a cloth that is not their own."""
+    args = methods.parse_args(["--output_dir", str(tmp_path), "--train", "6"])
+    methods.draw_dataset(args, height=64)
+    methods.draw_tried_on(args)
+    for category in train_vton.DRESS_CODE_FOLDERS:
+        folder = methods.dataset_folder(args) / category
+        people = {file.name for file in (folder / "images").glob("*_0.png")}
+        assert {file.name for file in (folder / "tried_on").iterdir()} == people
+        pairs = train_vton.read_list(folder / "others.txt")
+        assert {person for person, *_ in pairs} == people
+        assert all(Path(person).stem[:-2] != Path(cloth).stem[:-2] for person, cloth, _ in pairs)
 
 
 def test_a_row_is_measured_with_its_cloth_or_without():
