@@ -1,7 +1,10 @@
-"""Stable Diffusion 1.5's sizes, as the config.json files of stable-diffusion-v1-5/stable-diffusion-v1-5 give them."""
+"""Stable Diffusion 1.5's sizes, as the config.json files of stable-diffusion-v1-5/stable-diffusion-v1-5 give them, and those of
+Segformer's b2, of which published human parsers are made, as mattmdjaga/segformer_b2_clothes gives them.
+"""
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from pipeline_vton import StableDiffusionVTONPipeline
 
@@ -24,6 +27,12 @@ VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
+PARSER = {"depths": [3, 4, 6, 3], "hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 768}
+PARSER_SIDE = 512
+PARSER_LABELS = (
+    "Background", "Hat", "Hair", "Sunglasses", "Upper-clothes", "Skirt", "Pants", "Dress", "Belt", "Left-shoe", "Right-shoe",
+    "Face", "Left-leg", "Right-leg", "Left-arm", "Right-arm", "Bag", "Scarf",
+)  # fmt: skip
 
 # The same kinds of layers with a few thousand weights: what tests run a benchmark on.
 TINY_UNET = {
@@ -46,6 +55,17 @@ TINY_VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "norm_num_groups": 4,
 }
+TINY_PARSER = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 10, 16], "decoder_hidden_size": 16}
+
+
+def random_parser(
+    device: str | torch.device, dtype: torch.dtype, tiny: bool = False
+) -> tuple[SegformerForSemanticSegmentation, SegformerImageProcessor]:
+    """A human parser with random weights that sees an upper cloth everywhere, and its processor."""
+    config = SegformerConfig(**(TINY_PARSER if tiny else PARSER), id2label=dict(enumerate(PARSER_LABELS)))
+    parser = SegformerForSemanticSegmentation(config).to(device, dtype).eval().requires_grad_(False)
+    parser.decode_head.classifier.bias[PARSER_LABELS.index("Upper-clothes")] = 1e4
+    return parser, SegformerImageProcessor(size={"height": PARSER_SIDE, "width": PARSER_SIDE})
 
 
 def random_pipe(

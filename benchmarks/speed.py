@@ -27,7 +27,7 @@ from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.costs import PeakMemory
-from benchmarks.sd15 import random_pipe
+from benchmarks.sd15 import random_parser, random_pipe
 from evaluate_vton import table
 from pipeline_vton import ClothCacheAttnProcessor, StableDiffusionVTONPipeline, TryOnLatents, vton_attention
 
@@ -154,9 +154,11 @@ def drawn_pictures(height: int, width: int) -> tuple[Image.Image, Image.Image, I
 
 
 def try_on(pipe: StableDiffusionVTONPipeline, size: tuple[int, int], batch: int, steps: int, **options) -> list:
+    """Without a mask where the pipeline has a human parser."""
     person, cloth, mask = drawn_pictures(*size)
+    masks = [mask] * batch if pipe.human_parser is None else None
     options = {"guidance_scale": GUIDANCE, "num_inference_steps": steps} | options
-    return pipe([person] * batch, [cloth] * batch, [mask] * batch, height=size[0], width=size[1], **options).images
+    return pipe([person] * batch, [cloth] * batch, masks, height=size[0], width=size[1], **options).images
 
 
 @contextmanager
@@ -179,8 +181,12 @@ def stopwatch(pipe: StableDiffusionVTONPipeline) -> Iterator[dict[str, float]]:
         yield spent
 
 
-def time_stages(pipe: StableDiffusionVTONPipeline, size: tuple[int, int], batch: int, steps: int) -> dict[str, float]:
-    """Seconds by stage of one call, after a short one to warm up; `composite` is all that is in no other stage."""
+def time_stages(
+    pipe: StableDiffusionVTONPipeline, size: tuple[int, int], batch: int, steps: int, tiny: bool
+) -> dict[str, float]:
+    """Seconds by stage of one call without a mask, after a short one to warm up; `composite` is all that is in no other stage."""
+    parser, processor = random_parser(pipe.unet.device, pipe.unet.dtype, tiny)
+    pipe.register_modules(human_parser=parser, human_parser_processor=processor)
     try_on(pipe, size, batch, 1)
     with stopwatch(pipe) as spent:
         whole = seconds_of(lambda: try_on(pipe, size, batch, steps), pipe.unet.device)
@@ -237,8 +243,16 @@ def peak_of(variant: str, size: tuple[int, int], batch: int, device: str, tiny: 
 # ------------------------------------------------------------------------------------------------------------ compile
 
 
+COMPILED = {"repeated blocks": "compile_repeated_blocks", "whole UNet": "compile"}  # methods of a diffusers model
+
+
 def compile_cost(
-    pipe: StableDiffusionVTONPipeline, size: tuple[int, int], batch: int, rounds: int, backend: str = "inductor"
+    pipe: StableDiffusionVTONPipeline,
+    size: tuple[int, int],
+    batch: int,
+    rounds: int,
+    backend: str = "inductor",
+    how: str = "repeated blocks",
 ) -> dict[str, float]:
     """Seconds of a reference step, eager and compiled, and what the compiler had to do for several steps of two calls."""
     found = {}
@@ -247,7 +261,7 @@ def compile_cost(
         found["eager, s"] = statistics.median(seconds_of(step, pipe.unet.device) for _ in range(rounds))
     torch._dynamo.reset()
     counters.clear()
-    pipe.unet.compile_repeated_blocks(fullgraph=True, backend=backend)
+    getattr(pipe.unet, COMPILED[how])(fullgraph=True, backend=backend)
     for _ in range(2):
         with step_of(REFERENCE, pipe, *size, batch) as step:
             found["first step, s"] = seconds_of(step, pipe.unet.device)
@@ -310,11 +324,17 @@ def answer(
             [row.name, f"{flops / 1e9:.5g}", f"{times[row]:.3f}"] for row, flops in counted.items()
         ]
     if question == "stages":
-        spent = time_stages(pipe, size, batch, steps)
+        spent = time_stages(pipe, size, batch, steps, args.tiny)
         whole = sum(spent.values())
         return ["stage", "s", "share"], [[name, f"{s:.2f}", f"{s / whole:.1%}"] for name, s in spent.items()]
-    found = compile_cost(pipe, size, batch, args.rounds)
-    return ["", ""], [[name, f"{value:.3f}" if " s" in name else str(value)] for name, value in found.items()]
+    found = {}
+    for how in COMPILED:  # each on a copy: what is compiled stays so
+        own = random_pipe(pipe.unet.device, pipe.unet.dtype, args.tiny)
+        found[how] = compile_cost(own, size, batch, args.rounds, how=how)
+    names = next(iter(found.values()))
+    return ["", *COMPILED], [
+        [name, *(f"{one[name]:.3f}" if " s" in name else str(one[name]) for one in found.values())] for name in names
+    ]
 
 
 def main(args: argparse.Namespace) -> None:
