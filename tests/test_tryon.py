@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -180,6 +181,35 @@ def test_what_is_there_is_passed_over_and_a_stopped_run_goes_on(shop, model, cap
     assert "3 of 4 are there already" in capsys.readouterr().err
     assert run(shop, model, "--overwrite") == 0
     assert kept.read_bytes() != b"mine"
+
+
+def test_a_result_is_written_while_the_next_one_is_made(shop, model, monkeypatch):
+    made, overlapped, write = [], [], tryon.save_picture
+    second, call = Event(), tryon.StableDiffusionVTONPipeline.__call__
+
+    def calls(pipe, *args, **options):
+        made.append(args)
+        if len(made) == 2:
+            second.set()
+        return call(pipe, *args, **options)
+
+    def writes(*args):
+        overlapped.append(second.wait(timeout=60))
+        write(*args)
+
+    monkeypatch.setattr(tryon.StableDiffusionVTONPipeline, "__call__", calls)
+    monkeypatch.setattr(tryon, "save_picture", writes)
+    assert run(shop, model, person="people/ann.png") == 0
+    assert overlapped == [True, True] and len(list((shop / "results").iterdir())) == 2
+
+
+def test_a_result_that_cannot_be_written_ends_the_run(shop, model, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tryon, "save_picture", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(shop, model, person="people/ann.png", cloth="cloths/red.png")
 
 
 def test_bad_files_are_named_at_the_end_and_all_else_is_done(shop, model, capsys):
