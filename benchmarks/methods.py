@@ -32,11 +32,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Method:
-    """A row: further flags of `train_vton.py` and its seed; `channels` of the base; whether it is run if no rows are named."""
+    """A row: further flags of `train_vton.py` and its seed; `channels` of the base; what is drawn, `all` or the `outfit`s of two
+    cloths; whether it is run if no rows are named.
+    """
 
     name: str
     flags: str = ""
     channels: int = 9
+    drawn: str = "all"
     seed: int = 0
     by_default: bool = True
 
@@ -71,6 +74,8 @@ METHODS = [
     Method("reference, begun from the demo's adapter", SHIPPED, by_default=False),
     Method("reference, with the pose", "--pose", by_default=False),
     Method("reference, with the pose, another seed", "--pose", seed=1, by_default=False),
+    Method(f"{NO_CLOTH.name}, on outfits", NO_CLOTH.flags, drawn="outfit", by_default=False),
+    Method("reference, on outfits", "--num_cloths 2", drawn="outfit", by_default=False),
     Method("reference, with the prompt", "--cross_attention prompt", by_default=False),
     Method("reference, LoRA rank 4", "--lora_rank 4", by_default=False),
     Method("reference, conv_in widened from 4 channels", channels=4, by_default=False),
@@ -112,7 +117,7 @@ def training(method: Method, base: Path, folder: Path, args: argparse.Namespace)
     height = picture_height(args.base)
     options = {
         "pretrained_model_name_or_path": base,
-        "dataset_root": dataset_folder(args),
+        "dataset_root": dataset_folder(args, method.drawn),
         "output_dir": folder,
         "cache_latents": args.output_dir / "latents",
         "height": height,
@@ -142,16 +147,16 @@ def train(method: Method, base: Path, folder: Path, args: argparse.Namespace) ->
     subprocess.run(training(method, base, folder, args), check=True)
 
 
-def dataset_folder(args: argparse.Namespace) -> Path:
-    return args.output_dir / f"dataset-{args.train}"
+def dataset_folder(args: argparse.Namespace, drawn: str = "all") -> Path:
+    return args.output_dir / f"dataset-{args.train}-{drawn}"
 
 
-def draw_dataset(args: argparse.Namespace, height: int) -> None:
+def draw_dataset(args: argparse.Namespace, height: int, drawn: str = "all") -> None:
     """Once: cached latents are those of these files."""
-    unfinished, folder = args.output_dir / "dataset.unfinished", dataset_folder(args)
+    unfinished, folder = args.output_dir / "dataset.unfinished", dataset_folder(args, drawn)
     if not folder.is_dir():
         shutil.rmtree(unfinished, ignore_errors=True)
-        make_dataset(unfinished, train=args.train, test=16, seed=0, height=height, category="all")
+        make_dataset(unfinished, train=args.train, test=16, seed=0, height=height, category=drawn)
         unfinished.rename(folder)
 
 
@@ -194,7 +199,7 @@ def measure(
     else:
         pipe.load_vton_adapter(folder)
     run = (pipe, lines, args.num_inference_steps, args.seed)
-    results = without_cloth(*run) if method == NO_CLOTH else try_on(*run)
+    results = without_cloth(*run) if method.flags == NO_CLOTH.flags else try_on(*run)
     return figures(measure_results(results, lines, load_classifier(args.classifier)))
 
 
@@ -250,25 +255,22 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     height, four_channels = picture_height(args.base), args.output_dir / "four-channels"
-    draw_dataset(args, height)
     chosen = [method for method in METHODS if method.name in args.rows]
+    worlds = {method.drawn for method in chosen}
+    for drawn in worlds:
+        draw_dataset(args, height, drawn)
     if any(method.channels == 4 for method in chosen):
         shutil.rmtree(four_channels, ignore_errors=True)
         write_four_channel_base(args.base, four_channels)
     if any(method.flags == TRIED_ON for method in chosen):
         draw_tried_on(args)
-    lines = draw_lines(args.lines, args.seed, height)
+    lines = {drawn: draw_lines(args.lines, args.seed, height, drawn) for drawn in worlds}
     unspent = {"rows", "output_dir", "checkpointing_steps"}
     budget = {name: str(value) for name, value in vars(args).items() if name not in unspent}
-    rows = [
-        [
-            method.name,
-            *cells(
-                train_and_measure(method, four_channels if method.channels == 4 else args.base, lines, budget, args)
-            ),
-        ]
-        for method in chosen
-    ]
+    rows = []
+    for method in chosen:
+        base = four_channels if method.channels == 4 else args.base
+        rows.append([method.name, *cells(train_and_measure(method, base, lines[method.drawn], budget, args))])
     print(f"\n{args.max_train_steps} updates of {args.train_batch_size} pairs, {args.lines} held-out unpaired lines\n")
     print(table(["method", *TITLES.values()], rows))
 

@@ -31,12 +31,13 @@ class Line:
     """A person and a cloth that they don't wear, drawn; pictures have the model's size.
 
     Args:
-        category: one of `CATEGORIES`.
+        category: one of `CATEGORIES`, or `outfit`.
         person, cloth, mask, pose: what a try-on is given; the pose where the adapter reads poses.
         truth: what it should give.
         worn: where the truth shows the cloth, booleans (H, W).
         factors: the level of every factor by which the truth varies.
         attributes: what can be recognised of the cloth.
+        cloth_2: of an outfit, the trousers or the skirt.
     """
 
     category: str
@@ -48,12 +49,14 @@ class Line:
     worn: np.ndarray
     factors: dict[str, str]
     attributes: dict[str, str | None]
+    cloth_2: Image.Image | None = None
 
 
 def draw_line(world: World, index: int, partner: int) -> Line:
-    (person, own), (_, cloth) = (world.sample("test", i) for i in (index, partner))
+    (person, own), (wearer, cloth) = (world.sample("test", i) for i in (index, partner))
     before, mask, _ = draw_person(person, own, *world.size)
-    truth, _, labels = draw_person(person, cloth, *world.size)
+    outfit = {"cloth_2": draw_cloth(wearer.other, *world.size)} if world.category == "outfit" else {}
+    truth, _, labels = draw_person(replace(person, other=wearer.other) if outfit else person, cloth, *world.size)
     described = describe(world, person, own, cloth)
     return Line(
         category=world.category_of(index),
@@ -64,14 +67,15 @@ def draw_line(world: World, index: int, partner: int) -> Line:
         truth=truth,
         worn=labels == LIP[cloth.kind],
         **described,
+        **outfit,
     )
 
 
-def draw_lines(count: int, seed: int, height: int) -> list[Line]:
-    """The unpaired lines of the dataset that `demo.make_dataset` draws of all categories, those of a category side by side."""
-    world = World(seed, height, "all")
+def draw_lines(count: int, seed: int, height: int, category: str = "all") -> list[Line]:
+    """The unpaired lines of the dataset that `demo.make_dataset` draws of a category, or of all, those of each side by side."""
+    world = World(seed, height, category)
     lines = [draw_line(world, i, world.partner(i, count)) for i in range(count)]
-    return sorted(lines, key=lambda line: CATEGORIES.index(line.category))
+    return sorted(lines, key=lambda line: line.category in CATEGORIES and CATEGORIES.index(line.category))
 
 
 def fast_dtype() -> torch.dtype:
@@ -118,7 +122,7 @@ def try_on(
         batch = lines[start : start + BATCH_SIZE]
         results += pipe(
             person_image=[line.person for line in batch],
-            cloth_image=[line.cloth for line in batch],
+            cloth_image=[[line.cloth, line.cloth_2] if line.cloth_2 else line.cloth for line in batch],
             mask_image=[line.mask for line in batch],
             pose_image=[line.pose for line in batch] if posed else None,
             num_inference_steps=steps,

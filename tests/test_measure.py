@@ -54,6 +54,25 @@ def test_the_lines_are_those_of_the_dataset(lines, tmp_path):
         assert np.array_equal(Image.open(truth), line.truth) and np.array_equal(Image.open(cloth), line.cloth)
 
 
+def test_lines_of_outfits_have_two_cloths_and_are_those_of_the_dataset(tmp_path, monkeypatch):
+    make_dataset(tmp_path, train=0, test=3, seed=11, height=64, category="outfit")
+    rows = [json.loads(row) for row in (tmp_path / "factors.jsonl").read_text().splitlines()]
+    outfits = try_on.draw_lines(3, seed=11, height=64, category="outfit")
+    for row, line in zip((row for row in rows if not row["paired"]), outfits, strict=True):
+        names = "{}__{}.png".format(*(row[role].removesuffix(".png") for role in ("person", "cloth")))
+        files = {"truth": f"tryon/{names}", "cloth": f"cloth/{row['cloth']}", "cloth_2": f"cloth_2/{row['cloth']}"}
+        for role, file in files.items():
+            assert np.array_equal(Image.open(tmp_path / "test" / file), getattr(line, role))
+
+    pipe, asked = try_on.load_pipeline(MODEL), []
+    call = type(pipe).__call__
+    monkeypatch.setattr(
+        type(pipe), "__call__", lambda *args, **options: asked.append(options) or call(*args, **options)
+    )
+    assert len(try_on.try_on(pipe, outfits, steps=1, seed=0)) == 3
+    assert asked[0]["cloth_image"] == [[line.cloth, line.cloth_2] for line in outfits]
+
+
 def test_the_demo_model_puts_the_right_cloth_on(lines, pipe, classifier):
     """A result is nearer by 1 dB to its own truth than a result in the wrong cloth is, and is the person outside the mask."""
     tops = lines[:2]
