@@ -53,9 +53,10 @@ EVERYTHING = (
     "--trainable all --learning_rate 5e-4"  # at the others' rate, a whole UNet would unlearn what the base knows
 )
 RESOLUTIONS = "--resolutions 128x96 64x48 192x144"
-ADVERSARIAL = "--adversarial_weight 0.01 --adversarial_start_step 100"
+ADVERSARIAL = "--adversarial_weight 0.01 --adversarial_start_step {fifth}"
 TRIED_ON = "--mask_free --condition_column tried_on"  # of what `draw_tried_on` draws
 SHIPPED = "--init_adapter {base} --learning_rate 2e-4"  # a trained adapter is moved less
+DISTILLED = f"{SHIPPED} --guidance_distillation 1.5 --guidance_scale 1"
 NO_CLOTH = Method("no cloth, with the prompt", "--cloth_dropout 1 --cross_attention prompt")
 METHODS = [
     NO_CLOTH,
@@ -72,6 +73,8 @@ METHODS = [
     Method("reference, mask-free from true pictures", "--mask_free", by_default=False),
     Method("reference, mask-free from the masked adapter's", TRIED_ON, by_default=False),
     Method("reference, begun from the demo's adapter", SHIPPED, by_default=False),
+    Method("reference, begun from the demo's adapter, another seed", SHIPPED, seed=1, by_default=False),
+    Method("reference, the demo's adapter, guidance distilled", DISTILLED, by_default=False),
     Method("reference, with the pose", "--pose", by_default=False),
     Method("reference, with the pose, another seed", "--pose", seed=1, by_default=False),
     Method(f"{NO_CLOTH.name}, on outfits", NO_CLOTH.flags, drawn="outfit", by_default=False),
@@ -139,7 +142,8 @@ def training(method: Method, base: Path, folder: Path, args: argparse.Namespace)
         del options["height"], options["width"]
     for name, value in options.items():
         command += [f"--{name}", value]
-    flags = (flag.format(base=args.base) for flag in method.flags.split())
+    values = {"base": args.base, "fifth": args.max_train_steps // 5}
+    flags = (flag.format(**values) for flag in method.flags.split())
     return [str(word) for word in (*command, *flags)]
 
 
@@ -213,7 +217,7 @@ def train_and_measure(
     """A row's figures, kept from an earlier run of the same budget if there was one."""
     folder = args.output_dir / method.folder
     row, spent = folder / "row.json", folder / "budget.json"
-    budget = budget | {"method": str(method)}
+    budget = budget | {name: str(getattr(method, name)) for name in ("flags", "channels", "drawn", "seed")}
     if not spent.is_file() or json.loads(spent.read_text(encoding="utf-8")) != budget:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

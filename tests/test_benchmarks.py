@@ -56,6 +56,7 @@ def test_every_row_is_a_command_line_of_the_trainer(method, tmp_path):
     flags = line[line.index(str(ROOT / "train_vton.py")) + 1 :]
     said, usual = (train_vton.parse_args(each) for each in (flags, flags[: len(flags) - len(method.flags.split())]))
     assert said.seed == method.seed and (said == usual) == (not method.flags)
+    assert said.adversarial_start_step < said.max_train_steps or not said.adversarial_weight
 
 
 def test_the_masked_adapter_draws_what_a_mask_free_one_learns_from(tmp_path):
