@@ -18,12 +18,14 @@ named at the end, the exit status is then 1, and all else is done. Without --mod
 """
 
 import argparse
+import itertools
 import os
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -111,8 +113,13 @@ def find_pairs(args: argparse.Namespace) -> list[Pair]:
         people, cloths = pictures_in(args.person, "--person"), pictures_in(args.cloth, "--cloth")
         every = [(person, cloth) for person in people for cloth in cloths]
         pairs = one_each(people, cloths, args.seed) if args.one_each else every
-    if args.pairs is None and args.person.is_file() and args.cloth.is_file() and args.output.suffix.lower() in WRITTEN:
+    one = args.pairs is None and args.person.is_file() and args.cloth.is_file()
+    suffix, is_folder = args.output.suffix.lower(), args.output.is_dir()
+    if one and suffix in WRITTEN and not is_folder:
         return [pair_of(args, *pairs[0], args.output)]
+    if args.output.is_file() or (suffix in SUFFIXES and not is_folder):
+        rule = f"be a folder, or end in {', '.join(WRITTEN)}" if one else "be a folder"
+        raise ValueError(f"--output must {rule}, got {args.output}")
     ends = {person: person.suffix if person.suffix.lower() in WRITTEN else ".png" for person, _ in pairs}
     found: dict[Path, Pair] = {}
     for person, cloth in dict.fromkeys(pairs):
@@ -124,8 +131,9 @@ def find_pairs(args: argparse.Namespace) -> list[Pair]:
                 f"{person} with {cloth} and {other.person} with {other.cloth} would both be written to {output}: {remedy}"
             )
         found[output] = pair_of(args, person, cloth, output)
-    order = {cloth: i // CLOTHS_KEPT for i, cloth in enumerate(dict.fromkeys(pair.cloth for pair in found.values()))}
-    return sorted(found.values(), key=lambda pair: order[pair.cloth])  # stable: persons stay together
+    cloths = {cloth: i // CLOTHS_KEPT for i, cloth in enumerate(dict.fromkeys(pair.cloth for pair in found.values()))}
+    people = {person: i for i, person in enumerate(dict.fromkeys(pair.person for pair in found.values()))}
+    return sorted(found.values(), key=lambda pair: (cloths[pair.cloth], people[pair.person]))
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -218,7 +226,7 @@ class TryOn:
             keep(self.cloths, key, prepared, CLOTHS_KEPT)
         return self.cloths[key]
 
-    def batches(self, pairs: list[Pair]) -> Iterator[list[tuple[Pair, PreparedPerson, PreparedCloth]]]:
+    def batches(self, pairs: list[Pair], bar: tqdm) -> Iterator[list[tuple[Pair, PreparedPerson, PreparedCloth]]]:
         """Pairs that can be tried on together: of one size, at most `--batch_size`."""
         batch: list[tuple[Pair, PreparedPerson, PreparedCloth]] = []
         for pair in pairs:
@@ -231,8 +239,9 @@ class TryOn:
                 self.bad.add(tried)
                 file = tried[0]
                 self.failures[str(error) if str(file) in str(error) else f"{file}: {error}"] = None
-                continue
+                cloth = None
             if cloth is None:
+                bar.update()
                 continue
             full = len(batch) == self.args.batch_size
             if batch and (full or (person.height, person.width) != (batch[0][1].height, batch[0][1].width)):
@@ -246,18 +255,22 @@ class TryOn:
         """What the model makes of a batch; where it fails, of each alone, and nothing of the one that is the cause."""
         listed, persons, cloths = (list(each) for each in zip(*batch))
         try:
-            return self.pipe(
+            made = self.pipe(
                 persons,
                 cloths,
                 num_inference_steps=self.args.steps,
                 guidance_scale=self.args.guidance_scale,
                 generator=[torch.Generator().manual_seed(self.args.seed) for _ in batch],
-            ).images
+            )
         except ValueError as error:
             if len(batch) > 1:
                 return [result for one in batch for result in self.results([one])]
             self.failures[f"{listed[0].output}: {error}"] = None
             return [None]
+        blackened = made.nsfw_content_detected or [False] * len(batch)
+        for pair in itertools.compress(listed, blackened):
+            self.failures[f"{pair.output}: the model's safety checker blackened the picture"] = None
+        return [None if black else image for image, black in zip(made.images, blackened)]
 
     def __call__(self, pairs: list[Pair], bar: tqdm) -> None:
         """A batch's pictures are written while the next is made: to compress 24 megapixels takes seconds."""
@@ -266,15 +279,15 @@ class TryOn:
             for (pair, *_), result in zip(batch, results):
                 if result is not None:
                     save_picture(result, pair.output)
-            bar.update(len(batch))
 
         with ThreadPoolExecutor(1) as writer:
             written = None
-            for batch in self.batches(pairs):
+            for batch in self.batches(pairs, bar):
                 results = self.results(batch)
                 if written is not None:
                     written.result()  # no more than one batch waits in memory, and what failed is raised
                 written = writer.submit(write, batch, results)
+                bar.update(len(batch))
             if written is not None:
                 written.result()
 
@@ -298,7 +311,7 @@ def warn_of_photographs(pairs: list[Pair]) -> None:
                 "photographs with --model and --adapter",
                 file=sys.stderr,
             )
-        return
+            return
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -415,7 +428,7 @@ def load(args: argparse.Namespace, device: str | torch.device) -> StableDiffusio
 
 def main(args: argparse.Namespace) -> int:
     """The exit status."""
-    state = PartialState(cpu=args.device == "cpu")
+    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(hours=12))  # for whoever has the longer share
     try:
         pairs = find_pairs(args)
     except (OSError, ValueError) as error:
@@ -450,7 +463,10 @@ def main(args: argparse.Namespace) -> int:
     done = [pair for pair in pairs if pair.output.exists()]
     if state.is_main_process:
         if args.contact_sheet and done:
-            save_picture(contact_sheet(done), args.contact_sheet)
+            try:
+                save_picture(contact_sheet(done), args.contact_sheet)
+            except (OSError, ValueError) as error:
+                failures.append(f"--contact_sheet {args.contact_sheet}: {error}")
         for failure in dict.fromkeys(failures):
             print(failure, file=sys.stderr)
         print(f"{len(done)} of {len(pairs)} try-ons are in {args.output}")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_pictures import LINEAR
+from test_pipeline import add_safety_checker
 from test_train import trainer_of
 from tiny import ROOT, box_mask, picture, tiny_parser, tiny_pipe
 
@@ -94,6 +95,10 @@ def test_a_list_names_the_pairs(shop, model):
     (shop / "list.txt").write_text("ann.png tee.png\nbob.png red.png\nann.png tee.png\n")
     assert run(shop, model, "--pairs", str(shop / "list.txt")) == 0
     assert sorted(file.name for file in (shop / "results").iterdir()) == ["ann__tee.png", "bob__red.png"]
+    (shop / "list.txt").write_text("ann.png tee.png\nbob.png red.png\nann.png red.png\n")
+    paths = ["--person", str(shop / "people"), "--cloth", str(shop / "cloths"), "--output", str(shop / "out")]
+    ordered = find_pairs(parse_args([*paths, "--pairs", str(shop / "list.txt")]))
+    assert [pair.person.stem for pair in ordered] == ["ann", "ann", "bob"]  # each is encoded once
 
 
 def test_one_cloth_each_is_never_a_persons_own_and_results_have_persons_names(shop, model, capsys):
@@ -181,6 +186,45 @@ def test_what_is_there_is_passed_over_and_a_stopped_run_goes_on(shop, model, cap
     assert "3 of 4 are there already" in capsys.readouterr().err
     assert run(shop, model, "--overwrite") == 0
     assert kept.read_bytes() != b"mine"
+
+
+def test_one_file_is_no_place_for_several_pairs(shop, model, capsys):
+    assert run(shop, model, output="all.png") == 2
+    assert f"--output must be a folder, got {shop}/all.png" in capsys.readouterr().err
+    assert run(shop, model, person="people/ann.png", cloth="cloths/red.png", output="one.gif") == 2
+    assert "--output must be a folder, or end in .png, .jpg" in capsys.readouterr().err
+    (shop / "results").write_text("a file")
+    assert run(shop, model) == 2 and "--output must be a folder" in capsys.readouterr().err
+
+
+def test_what_a_safety_checker_blackens_is_no_result(shop, model, tmp_path, capsys):
+    pipe = add_safety_checker(tiny_pipe(9), flags=True)
+    pipe.save_pretrained(tmp_path / "checked")
+    assert run(shop, tmp_path / "checked", person="people/ann.png") == 1
+    said = capsys.readouterr()
+    assert said.err.count("the model's safety checker blackened the picture") == 2 and "0 of 2 try-ons" in said.out
+    assert not (shop / "results").exists()
+
+
+def test_a_sheet_that_cannot_be_drawn_costs_no_failure_its_sentence(shop, model, capsys):
+    (shop / "people/broken.png").write_text("no picture")
+    (shop / "results").mkdir()
+    (shop / "results/ann__red.png").write_text("no picture")
+    assert run(shop, model, "--contact_sheet", str(shop / "sheet.png")) == 1
+    told = capsys.readouterr().err
+    assert "broken.png cannot be read" in told and "--contact_sheet" in told and "ann__red.png cannot be read" in told
+
+
+def test_the_demos_model_is_the_default(shop):
+    """Two drawn pictures and nothing more."""
+    example = ROOT / "demo/examples/upper-0"
+    pictures = ["--person", str(example / "person.png"), "--cloth", str(example / "cloth.png")]
+    assert main(parse_args([*pictures, "--output", str(shop / "out.png"), "--steps", "1", "--device", "cpu"])) == 0
+    person, result = (
+        np.asarray(Image.open(file).convert("RGB")) for file in (example / "person.png", shop / "out.png")
+    )
+    changed = (person != result).any(axis=-1)
+    assert 0.1 < changed.mean() < 0.9
 
 
 def test_a_result_is_written_while_the_next_one_is_made(shop, model, monkeypatch):
@@ -319,6 +363,9 @@ def test_processes_share_the_list(shop, model):
 def test_photographs_and_the_demos_model(tmp_path):
     flat = Image.new("RGB", (96, 128), "navy")
     assert is_drawn(flat)
+    examples = list((ROOT / "demo/examples").glob("*/person.png"))
+    assert examples and all(is_drawn(Image.open(file)) for file in examples)
+    assert not is_drawn(Image.open(ROOT / "tests/photos/person.webp"))
     noise = np.random.default_rng(0).integers(0, 30, (256, 192, 3), dtype=np.uint8)
     photograph = Image.fromarray(np.asarray(picture(1, 256, 192)) // 2 + noise)
     assert not is_drawn(photograph)
@@ -333,6 +380,8 @@ def test_a_photograph_for_the_demos_model_is_told_of(shop, model, monkeypatch, c
     save(Image.new("RGB", (24, 32), "navy"), shop / "people/ann.png")
     assert run(shop, model, "--overwrite", **one) == 0
     assert "photograph" not in capsys.readouterr().err
+    assert run(shop, model, "--overwrite") == 0
+    assert "people/bob.png looks like a photograph" in capsys.readouterr().err
 
 
 def test_a_model_without_a_parser_asks_for_one_or_for_masks(shop, model, tmp_path, capsys):
