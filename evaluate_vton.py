@@ -163,9 +163,7 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fid_mode", choices=("clean", "legacy"), default="clean", help="clean-fid's resize (default), or TensorFlow's of 2015")  # fmt: skip
     add("--inception_weights", type=Path, help="torch-fidelity's file (default: downloaded)")
     add("--recognizer", help="MODULE:FUNCTION, from lists of PIL pictures and of their masks (white everywhere without masks) to a dict of attributes for each: the share that equals the truth's is reported (the drawn world's: demo.recognition:recognize_drawn)")  # fmt: skip
-    add(
-        "--push_to_hub", metavar="REPO", help="upload the adapter, or the whole pipeline, with the figures in its card"
-    )
+    add("--push_to_hub", metavar="REPO", help="upload --adapter with the figures in its card")
     add("--compare", nargs="+", type=Path, metavar="REPORT", help="print these report.json side by side, and do nothing else")  # fmt: skip
 
 
@@ -200,6 +198,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--scheduler must be the name of a scheduler class of diffusers, got {args.scheduler}")
     if args.pred_dir is not None and (args.seeds > 1 or args.push_to_hub or args.masks == "parser"):
         parser.error("--pred_dir has one seed, no adapter to push and no human parser")
+    if args.push_to_hub and not args.adapter:
+        parser.error(f"--push_to_hub {args.push_to_hub} needs --adapter, in whose card the figures stand")
     if args.human_parser is not None and args.masks != "parser":
         parser.error(f"--human_parser needs --masks parser, got {args.masks}")
     if args.pred_composited and (args.pred_dir is None or args.masks == "none"):
@@ -351,6 +351,7 @@ def clean_resize(pictures: Tensor, size: tuple[int, int]) -> Tensor:
 
 def load_lpips(net: str, weights: Path | None) -> torch.nn.Module:
     """torchmetrics' LPIPS; `weights` stands in torch's own cache, where torchvision would download the backbone to."""
+    metric_library("torchvision")  # without which torchmetrics names another remedy
     measure = metric_library("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity
     if weights is None:
         return measure(net, normalize=True, sync_on_compute=False)
@@ -371,7 +372,7 @@ def metric_library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"evaluate_vton.py needs {name.split('.')[0]}: {INSTALL}") from error
+        raise ImportError(f"measuring needs {name.split('.')[0]}: {INSTALL}") from error
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -665,9 +666,13 @@ class Model:
             args.adapter_subfolder, revision=args.revision, safety_checker=None,
         )  # fmt: skip
         if args.push_to_hub and getattr(self.pipe.unet, "peft_config", None):
-            raise ValueError(f"--push_to_hub uploads adapters and whole pipelines, not LoRAs such as {args.adapter}")
+            raise ValueError(f"--push_to_hub uploads adapters, not LoRAs such as {args.adapter}")
         if args.masks == "parser" and self.pipe.human_parser is None:
             raise ValueError(f"--masks parser: {args.model} holds no human parser, name one with --human_parser")
+        if args.masks == "none" and not self.pipe.config.mask_free:
+            raise ValueError(
+                "--masks none goes with mask-free adapters and --pred_dir: this model's adapter needs masks"
+            )
         self.pipe.set_progress_bar_config(disable=True)
         self.mask_free, self.posed = self.pipe.config.mask_free, self.pipe.config.pose == "painted"
 
@@ -819,11 +824,11 @@ def check_untouched(result: Image.Image, person: Image.Image, mask: Image.Image)
         raise ValueError(f"{changed.sum()} pixels outside the mask are not the person's")
 
 
-def check_truth(pictures: dict[str, Image.Image], truth: Image.Image) -> None:
+def check_truth(pictures: dict[str, Image.Image], truth: Image.Image, name: str = "truth") -> None:
     """No input is the truth itself, as where persons and cloths share a folder and a list mixes them up."""
     for role in pictures.keys() & {"cloth", "condition"}:
         if pictures[role].size == truth.size and np.array_equal(np.asarray(pictures[role]), np.asarray(truth)):
-            raise ValueError(f"the truth and the {role} are the same picture")
+            raise ValueError(f"the {name} and the {role} are the same picture")
 
 
 @dataclass
@@ -1226,8 +1231,8 @@ class Evaluation:
             inception = (inception or Inception(args.fid_mode, args.inception_weights)).to(device).eval()
         else:
             inception = None
-        if {"ssim", "psnr"} & set(args.metrics):
-            metric_library("torchmetrics")
+        for library in ("torchmetrics", "matplotlib"):  # missed now, not when all is drawn
+            metric_library(library)
         self.failures: list[dict[str, str]] = []
         self.model = (Model if args.pred_dir is None else Predictions)(args, device)
         self.masks = args.masks or ("none" if self.model.mask_free else "files")
@@ -1367,8 +1372,7 @@ class Evaluation:
         person, mask = pictures["person"], pictures.get("mask")
         truth = person if line.setting == "paired" else pictures.get("truth")
         values, features, seconds = {}, {}, None
-        if truth is not None:
-            check_truth(pictures, truth)
+        check_truth(pictures, *((person, "person") if truth is None else (truth,)))
         for compositing in self.compositings:
             file = self.file(seed, line, compositing)
             result = read_result(file, person)
@@ -1387,7 +1391,8 @@ class Evaluation:
                 features[compositing] = self.scorer.features(result, "result")
         if self.scorer.inception is not None and seed == self.seeds[0]:
             features["real"] = self.scorer.features(person, "person")
-        digests = {name: digest_of(picture) for name, picture in (("truth", truth), ("mask", mask)) if picture}
+        compared = {"truth": truth or person, "mask": mask}  # without a truth, with the persons' distribution
+        digests = {name: digest_of(picture) for name, picture in compared.items() if picture}
         share = None if mask is None else float((np.asarray(mask) >= 128).mean())
         return Row(index, seed, values, features, digests, share, seconds)
 
@@ -1545,8 +1550,7 @@ class Evaluation:
                     metric_value=float(number(figure.value, figure.metric)),
                 )
             )
-        adapter_only = self.args.adapter is not None
-        self.model.pipe.push_to_hub(self.args.push_to_hub, "Figures", adapter_only=adapter_only, eval_results=results)
+        self.model.pipe.push_to_hub(self.args.push_to_hub, "Figures", adapter_only=True, eval_results=results)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -1599,4 +1603,7 @@ def main(args: argparse.Namespace, inception: torch.nn.Module | None = None) -> 
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"evaluate_vton.py: {error}")

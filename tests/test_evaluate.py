@@ -4,6 +4,8 @@ import importlib.util
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -18,7 +20,7 @@ from accelerate.utils import patch_environment
 from huggingface_hub import ModelCard
 from PIL import Image
 from test_settings import save_lora
-from tiny import box_mask, picture, tiny_parser, tiny_pipe
+from tiny import ROOT, box_mask, picture, tiny_parser, tiny_pipe
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -801,6 +803,52 @@ def test_reports_side_by_side(tree, tmp_path, capsys):
             compare([reports[0], tmp_path / "other.json"])
 
 
+def test_unpaired_figures_of_other_persons_do_not_stand_side_by_side(own_tree, tmp_path):
+    """FID without truths is a distance to the persons."""
+    shutil.rmtree(own_tree / "test/tryon")
+    pictures, options = tmp_path / "predicted", {"setting": "unpaired", "metrics": ["fid"]}
+    for i in range(COUNT):
+        save(picture(400 + i, HEIGHT, WIDTH), pictures / f"{i:02d}.png")
+    evaluate(tmp_path / "before", own_tree, pred_dir=pictures, **options)
+    Image.open(own_tree / "test/image/03.png").save(own_tree / "test/image/03.png", "JPEG", quality=30)
+    evaluate(tmp_path / "after", own_tree, pred_dir=pictures, **options)
+    with pytest.raises(ValueError, match="were measured differently: truths is"):
+        compare([tmp_path / "before/report.json", tmp_path / "after/report.json"])
+
+
+def test_a_person_is_no_cloth(own_tree, tmp_path):
+    shutil.rmtree(own_tree / "test/tryon")
+    shutil.copy(own_tree / "test/image/02.png", own_tree / "test/cloth/04.png")
+    for i in range(COUNT):
+        save(picture(400 + i, HEIGHT, WIDTH), tmp_path / f"predicted/{i:02d}.png")
+    (failure,) = fails(tmp_path / "out", own_tree, pred_dir=tmp_path / "predicted", **PREDICTED | {"metrics": ["fid"]})
+    assert failure["error"] == "the person and the cloth are the same picture"
+
+
+def test_a_masked_adapter_is_measured_with_masks(tree, model, tmp_path):
+    with pytest.raises(ValueError, match="--masks none goes with mask-free adapters"):
+        evaluate(tmp_path / "out", tree, model, masks="none")
+
+
+@pytest.mark.parametrize(("package", "metric"), [("torchvision", "lpips"), ("matplotlib", "psnr")])
+def test_what_is_not_installed_is_missed_before_anything_is_drawn(tree, model, tmp_path, monkeypatch, package, metric):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"needs {package}: pip install -r requirements-eval.txt"):
+        evaluate(tmp_path / "out", tree, model, metrics=[metric])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fault_is_one_sentence(tree, tmp_path):
+    line = [
+        sys.executable,
+        str(ROOT / "evaluate_vton.py"),
+        *flags(tmp_path / "out", tree, tmp_path / "nowhere", metrics=["psnr"]),
+    ]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("evaluate_vton.py: ") and "nowhere" in done.stderr.splitlines()[-1]
+
+
 def test_figures_stand_in_the_adapters_card(finished, tree, model, tmp_path, hub, monkeypatch):
     out, report = finished
     monkeypatch.setenv("HF_TOKEN", "hf_me")
@@ -827,6 +875,7 @@ def test_figures_stand_in_the_adapters_card(finished, tree, model, tmp_path, hub
         (["--output_dir", "o", "--dataset_name", "d", "--model", "m", "--train_root", "t"], "--train_root goes with --dataset_root"),
         (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--seed", "-1"], "--seed must be 0 or more, got -1"),
         (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--scheduler", "None"], "--scheduler must be the name of a scheduler"),
+        (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--push_to_hub", "r"], "--push_to_hub r needs --adapter"),
         (["--compare", "one"], "--compare needs at least two reports, got 1"),
     ],
 )  # fmt: skip
