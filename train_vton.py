@@ -35,7 +35,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -1008,13 +1008,19 @@ class LatentCache(PairDataset):
         accelerator.wait_for_everyone()
 
 
+def hash_weights(weights: Mapping[str, Tensor], said: str = "") -> str:
+    """A name for these very values, and for what is said of them."""
+    found = hashlib.sha256(said.encode())
+    for name, weight in weights.items():
+        found.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def cache_key(vae: AutoencoderKL, settings: AdapterSettings, pairs: TreePairs | RowPairs) -> str:
     """A name for everything that changes the latents: pictures, size, VAE, settings, and how pictures are read."""
-    weights = hashlib.sha256(json.dumps(dict(vae.config), default=str).encode())
-    for name, weight in vae.state_dict().items():
-        weights.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    weights = hash_weights(vae.state_dict(), json.dumps(dict(vae.config), default=str))
     said = [getattr(settings, name) for name in ("height", "width", "condition_latents", "mask_free")]
-    key = json.dumps([READING, weights.hexdigest(), str(vae.dtype), said, pairs.identity()])
+    key = json.dumps([READING, weights, str(vae.dtype), said, pairs.identity()])
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -1536,6 +1542,10 @@ class Trainer:
         refuse_sdxl_text(self.unet, args.cross_attention)
         if self.in_channels == 4 and self.brought is None:
             widen_conv_in(self.unet)
+        self.taught_by = None  # a name for the weights that are distilled
+        if args.guidance_distillation:
+            taught = adapter_parameters(self.unet, args.trainable, self.in_channels == 4)
+            self.taught_by = hash_weights(taught)[:16]
         self.tokenizer = self.text_encoder = self.prompt_embeds = self.empty_embeds = None  # the embeds (1, 77, 768)
         if args.cross_attention == "prompt":
             self.tokenizer = CLIPTokenizer.from_pretrained(**self.base, subfolder="tokenizer")
@@ -2246,6 +2256,9 @@ class Checkpoints:
             "lora_rank": args.lora_rank,
             "resolutions": args.resolutions and [list(size) for size in args.resolutions],
             "num_cloths": args.num_cloths if args.num_cloths > 1 else None,
+            "vae_name_or_path": args.vae_name_or_path,
+            "guidance_distillation": args.guidance_distillation,
+            "teacher": self.trainer.taught_by,
         }
         kept_apart = {"adversarial_loss": args.adversarial_weight, "fp16_scaler": self.accelerator.scaler}
         return flags | {name: True if state else None for name, state in kept_apart.items()}

@@ -1063,6 +1063,13 @@ def test_a_distillation_goes_on_with_the_teacher_that_it_had(bases, data, tmp_pa
     begun = tmp_path / "whole" / "checkpoint-2"
     main(parse_args(flags(bases[9], data, tmp_path / "again", resume_from_checkpoint=begun, **options)))
     assert equal(load_file(tmp_path / "whole" / ADAPTER_NAME), load_file(tmp_path / "again" / ADAPTER_NAME))
+    with pytest.raises(ValueError, match="trained with guidance_distillation 2.0, not with guidance_distillation 3.0"):
+        changed = options | {"guidance_distillation": 3}
+        trainer_of(bases[9], data, tmp_path / "more", resume_from_checkpoint=begun, **changed)
+    other = tmp_path / "whole" / ADAPTER_NAME
+    with pytest.raises(ValueError, match="was trained with teacher .*, not with teacher "):
+        changed = options | {"init_adapter": other}
+        trainer_of(bases[9], data, tmp_path / "more", resume_from_checkpoint=begun, **changed)
 
 
 def test_lora_has_no_widened_conv_in(bases, data, tmp_path):
