@@ -276,7 +276,10 @@ def denoise(
             yield from iter(previews.get, None)
         finally:
             stopped.set()
-    yield settings.steps, run.result().images[0]
+    made = run.result()
+    if any(made.nsfw_content_detected or ()):
+        raise ValueError("The model's safety checker blackened the result: try other pictures, or another seed.")
+    yield settings.steps, made.images[0]
 
 
 @contextmanager
@@ -381,6 +384,7 @@ NOTES = (
     "who agreed to it, and say of a result that it is generated. Uploads and results are deleted within {minutes} minutes; "
     "nothing else is kept of them."
 )
+FAILED = "The server could not do it. Try again in a while; if that fails too, tell whoever runs this page."
 DEMO_NOTE = "This page runs the demo model, which knows drawn people only; `VTON_MODEL` names another."
 
 
@@ -588,6 +592,10 @@ class Page:
     def idle(self) -> dict[Component, Any]:
         return {self.start: gr.Button(visible=True), self.stop: gr.Button(visible=False)}
 
+    def page_failed(self) -> dict[Component, Any]:
+        """For what the page has no words for: gradio shows its own beside them, such as that too many wait."""
+        return {self.progress: status(FAILED, failed=True), **self.idle()}
+
     def page_begin(self) -> dict[Component, Any]:
         return {
             self.stopped: threading.Event(),
@@ -612,7 +620,7 @@ class Page:
             api_visibility="private",
             **ONE_AT_A_TIME,
         )
-        run.failure(self.idle, None, buttons, **quietly)
+        run.failure(self.page_failed, None, [self.progress, *buttons], **quietly)
         self.stop.click(self.page_stop, self.stopped, [self.progress, *buttons], **quietly)
         asked = [self.editor, self.cloth_type, self.looseness]
         self.propose.click(  # progress shown on the editor would stay there
@@ -624,6 +632,7 @@ class Page:
         )
 
     def connect_examples(self) -> None:
+        own_guidance = self.studio.pipe.config.guidance_scale
         # An empty canvas takes the new picture's size, and so does its layer; it wants a moment to be empty.
         cleared = self.gallery.click(
             lambda editor: None if editor and editor["background"] else gr.skip(),
@@ -633,9 +642,9 @@ class Page:
             api_visibility="private",
         )
         cleared.then(
-            lambda index: (*self.fillings[index], STEPS, None, 0),
+            lambda index: (*self.fillings[index], "loose", STEPS, own_guidance, None, 0),
             self.gallery,
-            [self.editor, self.cloth, self.cloth_type, self.steps, self.seed, self.height],
+            [self.editor, self.cloth, *self.options],
             js="async (index) => { await new Promise(done => setTimeout(done, 300)); return index; }",
             queue=False,
             api_visibility="private",

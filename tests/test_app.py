@@ -11,11 +11,14 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from huggingface_hub import RepoCard
 from nbclient import NotebookClient
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from test_pipeline import add_safety_checker
 from tiny import ROOT, box_mask, picture, seeded, tiny_parser, tiny_pipe
 
 import app
@@ -275,6 +278,36 @@ def test_limits_are_said_in_words(tmp_path, monkeypatch):
         app.open_picture(save(picture(1), tmp_path / "person.png"), "person")
 
 
+def test_what_a_safety_checker_blackens_is_said(tmp_path):
+    studio = app.Studio(add_safety_checker(tiny_pipe(9), flags=True))
+    settings = app.Settings("upper", "loose", 1, 1.5, 1, None)
+    with pytest.raises(app.gr.Error, match="safety checker blackened"):
+        list(studio.try_on(picture(1), picture(2), box_mask(), settings))
+
+
+def test_the_environment_names_the_weights(tmp_path, monkeypatch):
+    base, other = tiny_pipe(9), tiny_pipe(9, seed=1)
+    base.save_pretrained(tmp_path / "base")
+    other.save_vton_adapter(tmp_path / "adapters/mine")
+    for part in tiny_parser(["top"], only="top"):
+        part.save_pretrained(tmp_path / "parser")
+    places = {"MODEL": "base", "ADAPTER": "adapters", "HUMAN_PARSER": "parser"}
+    for name, place in places.items():
+        monkeypatch.setenv(f"VTON_{name}", str(tmp_path / place))
+    monkeypatch.setenv("VTON_ADAPTER_SUBFOLDER", "mine")
+    pipe = app.load_from_environment()
+    name = next(name for name in pipe.unet.state_dict() if "attn1.to_k" in name)
+    assert torch.equal(pipe.unet.state_dict()[name], other.unet.state_dict()[name])
+    assert pipe.human_parser.config.id2label == {0: "top"} and not app.serves_demo()
+
+
+def test_the_spaces_card_is_what_the_hub_reads(tmp_path):
+    app.write_space(tmp_path / "space")
+    card = RepoCard.load(tmp_path / "space/README.md").data
+    assert (card.sdk, card.sdk_version, card.license) == ("gradio", app.gr.__version__, "apache-2.0")
+    assert (tmp_path / "space" / card.app_file).read_text() == (ROOT / "app.py").read_text()
+
+
 def test_a_used_folder_is_no_space(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="write_space"):
@@ -396,14 +429,59 @@ def test_what_is_wrong_is_said_in_words(page_url, visit, tmp_path):
     wait_until(page, "The file for the cloth (photo.png) is no picture that can be read.")
 
 
+def test_what_there_are_no_words_for_is_told_too_and_the_button_comes_back(page_url, visit, tmp_path, monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("a kernel panic")
+        yield
+
+    page = visit(page_url)
+    upload_person(page, save(picture(1), tmp_path / "person.png"))
+    upload(page, "cloth", save(picture(2), tmp_path / "cloth.png"))
+    page.locator("#cloth img").wait_for(state="attached")
+    with monkeypatch.context() as broken:
+        broken.setattr(app.Studio, "try_on", breaks)
+        page.locator("#start").click()
+        wait_until(page, app.FAILED)
+    expect(page.locator("#start")).to_be_visible(timeout=PATIENCE)
+    assert "kernel panic" not in page.content()
+    set_steps(page, 1)
+    page.locator("#start").click()
+    wait_until(page, "Done")
+
+
+def test_pictures_are_deleted_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(app, "DELETE_EVERY", 1)
+    monkeypatch.setattr(app, "DELETE_AFTER", 1)
+    page = app.build_page(tiny_pipe())
+    _, url, _ = app.launch(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    client = Client(url, verbose=False, download_files=str(tmp_path / "mine"))
+    files = {"person": picture(1), "cloth": picture(2), "mask": box_mask()}
+    sent = {name: handle_file(save(image, tmp_path / f"{name}.png")) for name, image in files.items()}
+    result, _, _ = client.predict(**sent, steps=1, seed=7, api_name="/tryon")
+    deadline = time.monotonic() + PATIENCE / 1000
+    while (left := list((tmp_path / "cache").rglob("*.png"))) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    page.close()
+    assert left == [] and Path(result).is_file()
+
+
 def test_an_example_fills_everything_and_a_cleared_person_is_uploaded_and_painted(page_url, visit, tmp_path):
     person, mask = as_array(picture(7, 64, 48)), np.asarray(box_mask(64, 48)) > 127
     page = visit(page_url)
     empty = canvas(page)
+    set_steps(page, 9)
+    guidance = page.get_by_label("number input for Guidance: pull of the cloth")
+    own = guidance.input_value()
+    guidance.fill("7")
+    guidance.blur()
     page.locator("#examples button").first.click()
     expect(page.locator("#cloth img")).to_be_visible(timeout=PATIENCE)
     filled = settled(page, empty)
-    set_steps(page, 2)
+    expect(guidance).to_have_value(own, timeout=PATIENCE)
+    expect(page.locator("#steps input[type=number]")).to_have_value(str(app.STEPS))
+    page.locator("#steps input[type=number]").fill("2")
+    page.locator("#steps input[type=number]").blur()
     page.locator("#start").click()
     wait_until(page, "Done")
     changed = (downloaded(page) != person).any(axis=2)
