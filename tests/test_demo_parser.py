@@ -6,14 +6,25 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from tiny import tiny_pipe
+from tiny import ROOT, tiny_pipe
 from transformers import SegformerForSemanticSegmentation
 
 from demo import train_parser
-from demo.train_parser import COMPONENTS, DRESS_CODE, LIP, load, main, parse_args
+from demo.make_dataset import make_dataset
+from demo.train_parser import (
+    COMPONENTS,
+    DRESS_CODE,
+    LIP,
+    intersection_over_union,
+    load,
+    main,
+    parse_args,
+    read_parser,
+)
 from pipeline_vton import StableDiffusionVTONPipeline
 
 
+MODEL = ROOT / "demo/model"
 NUMBERS = {"viton-hd": LIP, "dresscode": DRESS_CODE}
 
 
@@ -131,3 +142,14 @@ def test_what_is_asked_of_the_parsers_command_is_checked(capsys):
 def test_a_folder_without_parse_maps_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="--dataset_root.*nothing"):
         load([tmp_path / "nothing"], "train", 64, 48)
+
+
+def test_the_demos_parser_is_small_and_sees_what_is_drawn(tmp_path):
+    """`make measure-parser` says more: .904 on 192 people of this seed."""
+    for category in ("upper", "lower", "dress"):
+        make_dataset(tmp_path / category, train=0, test=8, seed=22, height=128, category=category)
+    roots = [tmp_path / category for category in ("upper", "lower", "dress")]
+    parser, processor = read_parser(MODEL)
+    scores = intersection_over_union(parser, processor, *load(roots, "test", 128, 96))
+    assert np.mean(list(scores.values())) > 0.85
+    assert sum(file.stat().st_size for file in (MODEL / "human_parser").iterdir()) < 1e6

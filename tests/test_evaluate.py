@@ -18,13 +18,17 @@ from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import patch_environment
 from huggingface_hub import ModelCard
-from PIL import Image
+from PIL import Image, ImageFilter
 from test_settings import save_lora
 from tiny import ROOT, box_mask, picture, tiny_parser, tiny_pipe
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from demo import measure
+from demo.make_dataset import make_dataset
 from demo.recognition import ATTRIBUTES, load_classifier, recognize
+from demo.try_on import draw_lines
+from demo.world import CATEGORIES
 from evaluate_vton import (
     Features,
     Inception,
@@ -48,6 +52,7 @@ from evaluate_vton import (
     ssim,
 )
 from pipeline_vton import StableDiffusionVTONPipeline, as_tensors, resize
+from train_vton import DRESS_CODE_FOLDERS
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -250,7 +255,7 @@ def test_a_missing_library_is_named_with_the_remedy():
 # -------------------------------------------------------------------------------------------------------------- a run
 
 
-def test_the_report_is_what_the_pictures_say(finished, tree):
+def test_the_report_is_what_the_pictures_say(finished, tree, model):
     out, report = finished
     for setting, truth in (("paired", "image/{0:02d}"), ("unpaired", "tryon/{0:02d}__{1:02d}")):
         pairs = [(i, i if setting == "paired" else (i + 2) % COUNT) for i in range(COUNT)]
@@ -270,6 +275,13 @@ def test_the_report_is_what_the_pictures_say(finished, tree):
             assert figure(report, setting, compositing, "fid")["value"] == pytest.approx(fid, abs=1e-6)
             kid = figure(report, setting, compositing, "kid")
             assert (kid["value"], kid["deviation"]) == pytest.approx([1000 * x for x in kernel_distance(real, fake)])
+    pipe = StableDiffusionVTONPipeline.from_pretrained(model)
+    pipe.load_vton_adapter(model)
+    weights = [*pipe.unet.state_dict().values(), *pipe.vae.state_dict().values()]
+    assert report["made"]["weights"] == fingerprint(weights)
+    assert report["made"]["seeds"] == [0] and report["made"]["revision"] is None
+    assert report["cost"]["seconds_a_picture"] > 0 and 0.1 < report["cost"]["peak_memory_gib"] < 100
+    assert report["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
     text = (out / "report.md").read_text()
     shown = figure(report, "paired", "composited", "ssim")
     assert f"{shown['value']:.4f} [{shown['low']:.4f}, {shown['high']:.4f}]" in text and "FID (clean)" in text
@@ -771,6 +783,32 @@ def test_the_demos_classifier_is_a_recognizer(tree, tmp_path):
     for name in ATTRIBUTES:
         share = np.mean([said[name] == true[name] for said, true in zip(*expected)])
         assert figure(report, "unpaired", "bare", f"recognition of {name}")["value"] == pytest.approx(share)
+
+
+def test_a_drawn_world_is_measured_as_the_demos_own_measures_do(tmp_path):
+    """Unpaired lines of DressCode's layout, pooled and by category: in the mask, at the pictures' own size."""
+    make_dataset(tmp_path / "drawn", train=0, test=6, seed=11, height=128, category="all")
+    lines = draw_lines(6, seed=11, height=128)
+    for i, file in enumerate(sorted((tmp_path / "drawn").glob("*/tryon/*.png"))):
+        blurred = Image.open(file).filter(ImageFilter.GaussianBlur(1 + i))
+        save(blurred, tmp_path / "predicted" / file.parent.parent.name / file.name)
+    options = PREDICTED | {"metrics": ["psnr", "ssim"], "recognizer": "demo.recognition:recognize_drawn"}
+    report = evaluate(tmp_path / "out", tmp_path / "drawn", pred_dir=tmp_path / "predicted", **options)
+    results = []
+    for line in lines:
+        folder = tmp_path / "drawn" / DRESS_CODE_FOLDERS[CATEGORIES.index(line.category)]
+        truths = {file.name: np.asarray(Image.open(file)) for file in (folder / "tryon").iterdir()}
+        (name,) = [name for name, truth in truths.items() if np.array_equal(truth, line.truth)]
+        results.append(Image.open(tmp_path / "predicted" / folder.name / name))
+    own = measure.measure(results, lines, load_classifier())
+    for group in ("all", *DRESS_CODE_FOLDERS):
+        kinds = CATEGORIES if group == "all" else (CATEGORIES[DRESS_CODE_FOLDERS.index(group)],)
+        expected = measure.figures([parts for parts, line in zip(own, lines) if line.category in kinds])
+        name = group if group == "all" else f"category: {group}"
+        for metric in expected.keys() & {"psnr", "ssim", *ATTRIBUTES}:
+            shown = (f"recognition of {metric}",) if metric in ATTRIBUTES else (metric, "mask")
+            found = figure(report, "unpaired", "bare", *shown, group=name)
+            assert found["value"] == pytest.approx(expected[metric].value, abs=1e-5)
 
 
 def test_reports_side_by_side(tree, tmp_path, capsys):

@@ -135,6 +135,14 @@ def test_the_worn_cloth_and_skin_are_covered_and_head_feet_and_hands_stay(cloth_
     assert rim.any() or cloth_type == "lower"  # a hand is spared without its rim
 
 
+@pytest.mark.parametrize("looseness", LOOSENESS)
+@pytest.mark.parametrize("cloth_type", COVERED)
+def test_a_bag_before_the_cloth_stays(cloth_type, looseness):
+    parsed = standing()
+    parsed[50:110, 50:64] = FASHN.index("bag")
+    assert not masked(parsed, cloth_type, looseness)[where(parsed, "bag")].any()
+
+
 def test_loose_contains_tight_and_box_contains_loose_hull():
     for cloth_type in COVERED:
         tight, loose, box = (masked(standing(), cloth_type, looseness) for looseness in LOOSENESS)
