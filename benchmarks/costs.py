@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from PIL import Image
 
 from benchmarks.backbones import SDXL
 from benchmarks.sd15 import UNET, random_pipe
@@ -32,6 +33,8 @@ ROWS = {
     "reference, both": "--cache_latents --gradient_checkpointing",
     "reference, two cloths": "--num_cloths 2",
     "reference, bf16": "--mixed_precision bf16",
+    "reference, channels_last": "",
+    "reference, bf16, channels_last": "--mixed_precision bf16",
     "reference, bf16, gradient checkpointing": "--mixed_precision bf16 --gradient_checkpointing",
     "reference, bf16, gradient checkpointing, LoRA rank 16": "--mixed_precision bf16 --gradient_checkpointing --lora_rank 16",
     "reference, perceptual loss": "--perceptual_loss latent --perceptual_max_timestep 999",
@@ -71,9 +74,11 @@ class PeakMemory:
         self.thread.join()
 
 
-def measure(line: list[str], updates: int) -> tuple[float, float]:
-    """Seconds of the fastest update, and GiB at the peak."""
+def measure(line: list[str], updates: int, channels_last: bool = False) -> tuple[float, float]:
+    """Seconds of the fastest update, and GiB at the peak; `channels_last` is the UNet's memory format, which no flag sets."""
     trainer = Trainer(training_args(line))
+    if channels_last:
+        trainer.unet.to(memory_format=torch.channels_last)
     batches, seconds = trainer.batches(), []
     with PeakMemory() as peak, vton_attention(trainer.unet, trainer.self_attention, trainer.args.cross_attention):
         for _ in range(1 + updates):
@@ -105,6 +110,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=1, help="default 1")
     parser.add_argument("--updates", type=int, default=3, help="timed updates; the fastest counts (default 3)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
+    parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead, to try the script")
     parser.add_argument("--loader", action="store_true", help="CPU milliseconds that reading a pair costs, instead")
     return parser.parse_args(input_args)
 
@@ -117,15 +123,17 @@ def main(args: argparse.Namespace) -> None:
     size = ["--height", args.height, "--width", args.width, "--train_batch_size", args.train_batch_size]
     print("| what is trained | seconds an update | peak memory |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        write_base(Path(folder) / "base", BACKBONES[args.backbone])
+        write_base(Path(folder) / "base", BACKBONES[args.backbone], args.tiny)
         pairs = args.train_batch_size * (1 + args.updates)
         make_dataset(Path(folder) / "data", train=pairs, test=0, seed=0, category="outfit")
+        for file in Path(folder, "data").rglob("*.png"):  # to whatever aspect is asked for
+            Image.open(file).resize((args.width, args.height), Image.Resampling.NEAREST).save(file)
         where = ["--pretrained_model_name_or_path", f"{folder}/base", "--dataset_root", f"{folder}/data"]
         where += ["--output_dir", f"{folder}/out", "--dataloader_num_workers", "0", "--report_to", "none"]
         for name in args.rows:
             line = [str(word) for word in (*where, *size, *ROWS[name].split())]
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-                seconds, gib = alone.submit(measure, line, args.updates).result()
+                seconds, gib = alone.submit(measure, line, args.updates, "channels_last" in name).result()
             print(f"| {name} | {seconds:.1f} s | {gib:.1f} GiB |", flush=True)
 
 

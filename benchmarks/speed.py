@@ -10,6 +10,7 @@ Reading the cloth is spread over the steps of a picture (`--num_inference_steps`
 """
 
 import argparse
+import gc
 import platform
 import statistics
 import time
@@ -234,6 +235,10 @@ def peak_of(variant: str, size: tuple[int, int], batch: int, device: str, tiny: 
         kept.append(sum(x.numel() * x.element_size() for processor in processors for x in processor.cloth))
         return {}
 
+    if device.startswith("cuda"):  # all of the weights were there while they were made smaller, or moved away
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     with PeakMemory() as peak:
         try_on(pipe, size, batch, 2, callback_on_step_end=look)
     gib = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else peak.gib
@@ -254,7 +259,7 @@ def compile_cost(
     backend: str = "inductor",
     how: str = "repeated blocks",
 ) -> dict[str, float]:
-    """Seconds of a reference step, eager and compiled, and what the compiler had to do for several steps of two calls."""
+    """Seconds of a reference step, eager and compiled, and what the compiler had to do for two calls, each with steps without guidance."""
     found = {}
     with step_of(REFERENCE, pipe, *size, batch) as step:
         step()
@@ -262,10 +267,11 @@ def compile_cost(
     torch._dynamo.reset()
     counters.clear()
     getattr(pipe.unet, COMPILED[how])(fullgraph=True, backend=backend)
-    for _ in range(2):
-        with step_of(REFERENCE, pipe, *size, batch) as step:
-            found["first step, s"] = seconds_of(step, pipe.unet.device)
-            found["compiled, s"] = statistics.median(seconds_of(step, pipe.unet.device) for _ in range(rounds))
+    with step_of(REFERENCE, pipe, *size, batch) as step:
+        found["first step, s"] = seconds_of(step, pipe.unet.device)
+        found["compiled, s"] = statistics.median(seconds_of(step, pipe.unet.device) for _ in range(rounds))
+    for _ in range(2):  # with guided and unguided steps
+        try_on(pipe, size, batch, 4, guidance_interval=(0.0, 0.75))
         found.setdefault("graphs", counters["stats"]["unique_graphs"])
     found["graphs of later calls"] = counters["stats"]["unique_graphs"] - found["graphs"]
     found["graph breaks"] = sum(counters["graph_break"].values())
@@ -330,6 +336,7 @@ def answer(
     found = {}
     for how in COMPILED:  # each on a copy: what is compiled stays so
         own = random_pipe(pipe.unet.device, pipe.unet.dtype, args.tiny)
+        own.unet.to(memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
         found[how] = compile_cost(own, size, batch, args.rounds, how=how)
     names = next(iter(found.values()))
     return ["", *COMPILED], [

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from tiny import ROOT
 
 import train_vton
-from benchmarks import costs, methods, photograph
+from benchmarks import costs, many, methods, photograph
 from demo.make_dataset import make_dataset
 from demo.try_on import draw_lines
 
@@ -83,9 +83,11 @@ def test_a_row_is_measured_with_its_cloth_or_without():
 
 def test_a_photograph_is_timed_and_weighed(capsys):
     photograph.main(photograph.parse_args(["--size", "320", "480"]))
-    *stages, whole, memory = capsys.readouterr().out.splitlines()
-    seconds = [float(line.split()[0]) for line in stages]
-    assert len(seconds) == 5 and float(whole.split()[0]) == pytest.approx(sum(seconds), abs=0.04)
+    *stages, memory = capsys.readouterr().out.splitlines()
+    seconds = {name: float(spent) for spent, name in (stage.strip().split(" s  ") for stage in stages)}
+    around = list(seconds).index("in all")
+    assert around == 5 and seconds["in all"] == pytest.approx(sum(list(seconds.values())[:around]), abs=0.04)
+    assert list(seconds)[around + 1 :] == ["draw a mask", "write PNG", "open PNG", "write JPEG", "open JPEG"]
     assert float(memory.split()[0]) < 0.5 and "320x480" in memory
 
 
@@ -103,3 +105,16 @@ def test_a_step_is_timed_and_weighed(tmp_path, fresh_accelerate):
 
 def test_reading_a_pair_is_measured():
     assert 0 < costs.measure_loader(64, 48, pairs=2, rounds=1) < 1000
+
+
+def test_a_row_of_costs_is_measured_at_any_aspect(capsys):
+    rows = ["reference, bf16, channels_last", "reference, two cloths"]
+    costs.main(costs.parse_args(["--tiny", "--height", "64", "--width", "64", "--updates", "1", "--rows", *rows]))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| reference")] == [f"| {row}" for row in rows]
+
+
+def test_pairs_a_minute_of_whole_runs(capsys):
+    many.main(many.parse_args(["--pairs", "6", "--batches", "4", "--processes", "1", "--steps", "1"]))
+    title, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2::2])
+    assert title == ["processes", "4 a batch"] and row[0] == "1" and float(row[1]) > 0
