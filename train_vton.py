@@ -1124,14 +1124,20 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return default_collate([{k: v for k, v in item.items() if k not in kept} for item in items]) | kept
 
 
-def draw(seeds: Iterable[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """What is random in a step, each row from its own seed: three noises (B, *shape) and two numbers (B,) in [0, 1)."""
+def draw(seeds: Iterable[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """What is random in a step, each row from its own seed: three noises (B, *shape) and two numbers (B,) in [0, 1).
+
+    It is drawn on the CPU, whatever the device, and nobody waits for its way there.
+    """
     rows = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         row = {name: torch.randn(shape, generator=generator) for name in ("noise", "cloth_noise", "posterior")}
         rows.append(row | {name: torch.rand((), generator=generator) for name in ("time", "dropout")})
-    return default_collate(rows)
+    drawn = default_collate(rows)
+    if torch.device(device).type == "cuda":
+        drawn = {name: value.pin_memory() for name, value in drawn.items()}
+    return {name: value.to(device, non_blocking=True) for name, value in drawn.items()}
 
 
 def draw_share(seeds: Iterable[int], share: float) -> Tensor:
@@ -1815,7 +1821,7 @@ class Trainer:
         with torch.no_grad():
             pose_seen = draw_share(batch["seed"], self.args.pose_dropout) if self.args.pose else None
             conditioning, mean, std = self.latents(batch, pose_seen)
-            drawn = {k: v.to(mean.device) for k, v in draw(batch["seed"], mean.shape[1:]).items()}
+            drawn = draw(batch["seed"], mean.shape[1:], mean.device)
             clean = (mean + std * drawn["posterior"]).float() * self.vae.config.scaling_factor
         clean, noise = self.on_canvas(conditioning, clean, drawn)
         timesteps = (drawn["time"] * self.noise_scheduler.config.num_train_timesteps).long()
@@ -1863,7 +1869,7 @@ class Trainer:
         if self.is_contested:
             found = conditioning.mask * found + (1 - conditioning.mask) * clean
             others = [int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]) for seed in seeds]
-            drawn = {name: value.to(clean.device) for name, value in draw(others, clean.shape[1:]).items()}
+            drawn = draw(others, clean.shape[1:], clean.device)
             told = seen.repeat_interleave(len(conditioning.cloth) // len(seen))  # of a row that saw no cloth, none
             cloth = conditioning.cloth * told.view(-1, 1, 1, 1)
             part = self.adversary(found, clean, cloth, timesteps, drawn)
@@ -1881,7 +1887,8 @@ class Trainer:
     def update(self, batch: dict[str, Any]) -> list[float]:
         """Forward, backward and, every `gradient_accumulation_steps` batches, one update; returns its batches' losses then.
 
-        Processes wait for one another, and for their devices, once an update, after backward.
+        Processes wait for one another, and for their devices, once an update, after backward; a perceptual or an adversarial loss
+        waits for the device as well.
         """
         accelerator, losses = self.accelerator, []
         with accelerator.accumulate(self.model):

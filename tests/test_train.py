@@ -1087,9 +1087,12 @@ def test_sharded_weights_are_refused():
     refuse_sharding(DistributedType.MULTI_GPU)
 
 
-def test_two_processes_equal_one_with_twice_the_batch(bases, data, tmp_path):
+@pytest.mark.parametrize("distilled", [False, True])
+def test_two_processes_equal_one_with_twice_the_batch(bases, data, tmp_path, distilled):
     options = {"max_train_steps": 7, "report_to": "tensorboard", "learning_rate": 1e-3, "lr_warmup_steps": 3}
     options |= {"cloth_dropout": 0.4, "max_grad_norm": 0.05, "checkpointing_steps": 7}
+    if distilled:
+        options |= {"init_adapter": save_teacher(tmp_path / "teacher"), "guidance_distillation": 2}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
