@@ -1,6 +1,7 @@
 """What a try-on costs is counted as it is, and fewer steps are what they say."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -75,6 +76,23 @@ def test_a_gpu_is_accepted_by_checks_that_also_run_here(tmp_path, capsys):
     }
     assert 0 < checks["bf16: relative difference from fp32"]["value"] < 0.1
     assert report["environment"]["torch"] == torch.__version__ and (tmp_path / "whole.png").is_file()
+
+
+def test_real_weights_are_checked_in_half_precision_against_fp32(tmp_path, monkeypatch):
+    """With the demo's in their place."""
+    model, example = ROOT / "demo/model", ROOT / "demo/examples/upper-0"
+    shutil.copytree(model / "human_parser", tmp_path / "parser")
+    shutil.copy(model / "human_parser_processor/preprocessor_config.json", tmp_path / "parser")
+    monkeypatch.setattr(accept_gpu, "REAL_STEPS", 2)
+    places = {"BASE": model, "ADAPTER": model, "ADAPTER_FOLDER": None, "PARSER": tmp_path / "parser"}
+    for name, place in (places | {"PERSON": example / "person.png", "CLOTH": example / "cloth.png"}).items():
+        monkeypatch.setattr(accept_gpu, name, place and str(place))
+    out = tmp_path / "out"
+    accept_gpu.main(accept_gpu.parse_args(["--device", "cpu", "--groups", "real", "--real", "--output_dir", str(out)]))
+    checks = {row["name"]: row["value"] for row in json.loads((out / "report.json").read_text())["checks"]}
+    assert checks["real weights: largest change outside the mask"] == 0
+    assert 0 < checks["real weights, bf16: mean difference from fp32 in the mask"] < 0.02
+    assert (out / "real-mask.png").is_file() and (out / "real-tryon.png").is_file()
 
 
 def test_what_fails_is_in_the_report_and_the_rest_goes_on(tmp_path):
