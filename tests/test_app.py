@@ -321,7 +321,7 @@ def test_the_notebook_runs_on_the_demo_model(tmp_path, monkeypatch):
     for name, value in {
         "MODEL": "demo/model",
         "ADAPTER": "demo/model",
-        "SUBFOLDER": "",
+        "ADAPTER_SUBFOLDER": "",
         "PICTURES": str(EXAMPLE),
         "STEPS": "2",
     }.items():
