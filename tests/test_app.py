@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -97,6 +98,7 @@ def visit(browser):
         page.locator("#person canvas").first.wait_for(state="attached")
         return page
 
+    visit.wrong = wrong
     yield visit
     for context in contexts:
         context.close()
@@ -285,6 +287,21 @@ def test_what_a_safety_checker_blackens_is_said(tmp_path):
         list(studio.try_on(picture(1), picture(2), box_mask(), settings))
 
 
+def test_a_zero_gpu_space_lends_its_gpu_to_every_run_and_mask(monkeypatch):
+    lent = []
+
+    def gpu(duration):
+        return lambda function: lambda *arguments: lent.append(duration) or function(*arguments)
+
+    monkeypatch.setattr(app, "spaces", SimpleNamespace(GPU=gpu))
+    pipe = tiny_pipe(9)
+    parser, processor = tiny_parser(["top"], only="top")
+    pipe.register_modules(human_parser=parser, human_parser_processor=processor)
+    studio = app.Studio(pipe)
+    *_, last = studio.try_on(picture(1), picture(2), None, app.Settings("upper", "loose", 1, 1.5, 1, None))
+    assert last.finished and lent == [120, 120]
+
+
 def test_the_environment_names_the_weights(tmp_path, monkeypatch):
     base, other = tiny_pipe(9), tiny_pipe(9, seed=1)
     base.save_pretrained(tmp_path / "base")
@@ -447,6 +464,38 @@ def test_what_there_are_no_words_for_is_told_too_and_the_button_comes_back(page_
     set_steps(page, 1)
     page.locator("#start").click()
     wait_until(page, "Done")
+
+
+def test_whoever_finds_the_queue_full_is_told_and_may_try_again(pipe, visit, tmp_path, monkeypatch):
+    enough = threading.Event()
+
+    def waits(*_):
+        enough.wait(PATIENCE / 1000)
+        raise app.in_words("That was enough.")
+        yield
+
+    monkeypatch.setattr(app.Studio, "try_on", waits)
+    with monkeypatch.context() as narrow:
+        narrow.setattr(app, "MAX_QUEUE", 1)
+        served = app.build_page(pipe)
+    _, url, _ = app.launch(served, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    pages = [visit(url) for _ in range(3)]
+    for page, said in zip(
+        pages, ("Reading the pictures", "queue", app.FAILED)
+    ):  # one runs, one waits, one is too many
+        upload_person(page, save(picture(1), tmp_path / "person.png"))
+        upload(page, "cloth", save(picture(2), tmp_path / "cloth.png"))
+        page.locator("#cloth img").wait_for(state="attached")
+        page.locator("#start").click()
+        wait_until(page, said)
+    expect(pages[2].locator("#start")).to_be_visible(timeout=PATIENCE)
+    enough.set()
+    for page in pages[:2]:
+        wait_until(page, "That was enough.")
+    served.close()
+    (refused,) = visit.wrong  # which the browser's console tells of, too
+    assert "503 (Service Unavailable)" in refused
+    visit.wrong.clear()
 
 
 def test_pictures_are_deleted_after_a_while(tmp_path, monkeypatch):
