@@ -433,21 +433,8 @@ def _cut(picture: torch.Tensor, region: tuple[int, int, int, int]) -> torch.Tens
     return picture[:, top:bottom, left:right]
 
 
-def trim_margins(cloth: Image.Image) -> Image.Image:
-    """A cloth without the white around it, but for a rim of 2 % of its larger side; white is 250 to 255 in every channel."""
-    coloured = torch.from_numpy(np.asarray(cloth.convert("RGB")).min(axis=-1) < 250)
-    if not coloured.any():
-        return cloth
-    top, bottom, left, right = extent(coloured)
-    rim = round(0.02 * max(bottom - top, right - left))
-    return cloth.crop(
-        (max(0, left - rim), max(0, top - rim), min(cloth.width, right + rim), min(cloth.height, bottom + rim))
-    )
-
-
-def fit_cloth(cloth: Image.Image, height: int, width: int, trim: bool = False) -> Image.Image:
-    """The whole cloth, centred on white, at height x width; with `trim` as large as it can be (`trim_margins`)."""
-    cloth = trim_margins(cloth) if trim else cloth
+def fit_cloth(cloth: Image.Image, height: int, width: int) -> Image.Image:
+    """The whole cloth, centred on white, at height x width."""
     return ImageOps.pad(cloth, (width, height), method=Image.Resampling.LANCZOS, color="white")
 
 
@@ -2416,8 +2403,6 @@ class TryOnInputs:
     person_latents: list["PreparedPerson"] | None = None  # N, where the call was given them
     cloth_latents: list["PreparedCloth"] | None = None  # as many as `cloths`
     num_cloths: int = 1  # of a person
-    cloth_scale: float = 1.0
-    trim_cloth: bool = False
 
     @functools.cached_property
     def regions(self) -> list[tuple[int, int, int, int]]:
@@ -2500,8 +2485,6 @@ class VTONInputsMixin:
         padding_mask_crop: int | None = None,
         *,
         pose_image: PictureInput | None = None,
-        cloth_scale: float = 1.0,
-        trim_cloth: bool = False,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -2539,7 +2522,6 @@ class VTONInputsMixin:
             )
         people = self._prepared(person_image, PreparedPerson, "person_image")
         pieces = self._prepared(cloth_image, PreparedCloth, "cloth_image")
-        self._check_cloth_scale(cloth_scale, trim_cloth, pieces)
         if people:
             brought = {"mask_image": mask_image, "pose_image": pose_image, "padding_mask_crop": padding_mask_crop}
             for name, value in brought.items():
@@ -2598,26 +2580,7 @@ class VTONInputsMixin:
             person_latents=people,
             cloth_latents=pieces,
             num_cloths=num_cloths,
-            cloth_scale=float(cloth_scale),
-            trim_cloth=bool(trim_cloth),
         )
-
-    def _check_cloth_scale(self, cloth_scale: float, trim_cloth: bool, pieces: list[PreparedCloth] | None) -> None:
-        if not is_number(cloth_scale) or not 1 <= cloth_scale <= 2:
-            raise ValueError(f"`cloth_scale` must be a number from 1 to 2, got {shown(cloth_scale)}")
-        if not isinstance(trim_cloth, (bool, np.bool_)):
-            raise TypeError(f"`trim_cloth` must be True or False, got {shown(trim_cloth)}")
-        if cloth_scale != 1 and self.config.cloth_conditioning == "joint":
-            raise ValueError(
-                f"`cloth_scale` must be 1 where `cloth_conditioning` is joint, whose canvas has one scale, got {cloth_scale}"
-            )
-        if pieces and (cloth_scale != 1 or trim_cloth):
-            name, value = ("cloth_scale", cloth_scale) if cloth_scale != 1 else ("trim_cloth", trim_cloth)
-            raise ValueError(f"`{name}` must be left out with a prepared cloth, which brings its own, got {value}")
-        if pieces and len({one.latents["cloth"].shape for one in pieces}) > 1:
-            raise ValueError(
-                "`cloth_image` must have been prepared with one `cloth_scale` for all of a call, got several"
-            )
 
     def _check_pictures(
         self,
@@ -2805,8 +2768,6 @@ class VTONInputsMixin:
         height: int,
         width: int,
         profile: bytes | None = None,
-        cloth_scale: float = 1.0,
-        trim_cloth: bool = False,
     ) -> PreparedCloth | list[PreparedCloth]:
         """Encode and read cloths once, for many calls: what comes back is given to a call as `cloth_image`.
 
@@ -2817,19 +2778,17 @@ class VTONInputsMixin:
             cloth_image: one or N cloths, as a call takes them.
             height, width: the size that the calls work at, such as a prepared person's.
             profile: the ICC profile of the persons (`PreparedPerson.profile`); None is sRGB.
-            cloth_scale, trim_cloth: as in a call, which then takes neither.
 
         Returns:
             One, or a list of them for a list or a batch. It holds for these weights and settings; a call says where not.
         """
         self._check_components()
-        self._check_cloth_scale(cloth_scale, trim_cloth, None)
         height, width = self.resolve_size(height or 1, width or 1, height, width)
         cloths = [
             convert_profile(cloth, before, profile)
             for cloth, before in zip(as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image))
         ]
-        latents, keys_values = self._encode_cloths(cloths, height, width, float(cloth_scale), trim_cloth), None
+        latents, keys_values = self._encode_cloths(cloths, height, width), None
         if self.config.cloth_conditioning == "reference" and self.config.cross_attention != "prompt":
             self._cross_attention_kwargs = None
             with vton_attention(self.unet, ClothCacheAttnProcessor, self.config.cross_attention) as processors:
@@ -3042,8 +3001,7 @@ class StableDiffusionVTONPipeline(
     def encode_pictures(self, inputs: TryOnInputs) -> TryOnLatents:
         """Stretch persons and masks to height x width, fit the cloths on white, and encode all that is not encoded yet."""
         persons, cloths = inputs.person_latents, inputs.cloth_latents
-        sizes = (inputs.height, inputs.width, inputs.cloth_scale, inputs.trim_cloth)
-        cloth = _joined(cloths) if cloths else self._encode_cloths(inputs.cloths, *sizes)
+        cloth = _joined(cloths) if cloths else self._encode_cloths(inputs.cloths, inputs.height, inputs.width)
         return TryOnLatents(
             **(_joined(persons) if persons else self._encode_persons(inputs)),
             **cloth,
@@ -3077,16 +3035,9 @@ class StableDiffusionVTONPipeline(
         check_finite(encoded["person"], "the VAE's encoder", self.vae.dtype)
         return encoded
 
-    def _encode_cloths(
-        self, cloths: list[torch.Tensor], height: int, width: int, scale: float, trim: bool
-    ) -> dict[str, torch.Tensor]:
-        multiple = self.size_multiple
-        sides = (
-            (height, width) if scale == 1 else (round(side * scale / multiple) * multiple for side in (height, width))
-        )
-        size = dict(zip(("height", "width"), sides))
-        fitted = [fit_cloth(as_pil(cloth), **size, trim=trim) for cloth in cloths]
-        pixels = self.image_processor.preprocess(fitted, **size)
+    def _encode_cloths(self, cloths: list[torch.Tensor], height: int, width: int) -> dict[str, torch.Tensor]:
+        fitted = [fit_cloth(as_pil(cloth), height, width) for cloth in cloths]
+        pixels = self.image_processor.preprocess(fitted, height=height, width=width)
         with within_range(self.vae, self.unet):
             encoded = TryOnLatents.encode_cloth(
                 self.vae,
@@ -3133,10 +3084,8 @@ class StableDiffusionVTONPipeline(
             self._run_unet(rows, timesteps, prompt_embeds)
         if not len(conditioning.person):
             return
-        person, cloth = (latents.shape[-2:].numel() for latents in (conditioning.person, conditioning.cloth))
-        for processor in processors:
-            tokens = processor.cloth[0].shape[1] // num_cloths * person // cloth
-            processor.make_room(len(conditioning.person), tokens)
+        for processor in processors:  # a cloth has as many tokens as its person
+            processor.make_room(len(conditioning.person), processor.cloth[0].shape[1] // num_cloths)
 
     def _run_unet(self, rows: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor | None) -> torch.Tensor:
         """(B, 8 or 9, h, w) to (B, 4, h, w)."""
@@ -3253,8 +3202,6 @@ class StableDiffusionVTONPipeline(
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         padding_mask_crop: int | None = None,
-        cloth_scale: float = 1.0,
-        trim_cloth: bool = False,
         composite: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -3291,9 +3238,6 @@ class StableDiffusionVTONPipeline(
             latents: the first noise (N * num_images_per_prompt, 4, h, w), before the scheduler's scale; the whole canvas in
                 joint mode.
             padding_mask_crop: work on the mask's surroundings alone, with so many pixels around it.
-            cloth_scale: read the cloth at so many times the size that is worked at, 1 to 2, for fine prints: at 2 it has four times
-                the tokens, read once but looked at in every step. Reference mode only; adapters are trained at 1.
-            trim_cloth: cut the white around the cloth away before it is fitted, so that it fills its picture.
             composite: lay the result into the photograph, at its own size and untouched outside the mask; False returns the
                 bare decode at height x width.
             output_type: `"pil"`, `"np"` (N, H, W, 3), `"pt"` (N, 3, H, W), both in [0, 1], or `"latent"` (N, 4, h, w).
@@ -3318,7 +3262,6 @@ class StableDiffusionVTONPipeline(
             raise TypeError(f"`return_dict` must be True or False, got {shown(return_dict)}")
         inputs = self.check_inputs(
             person_image, cloth_image, mask_image, cloth_type, height, width, padding_mask_crop, pose_image=pose_image,
-            cloth_scale=cloth_scale, trim_cloth=trim_cloth,
             num_images_per_prompt=num_images_per_prompt, generator=generator, latents=latents, composite=composite,
             output_type=output_type, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps, timesteps=timesteps,

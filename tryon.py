@@ -221,8 +221,7 @@ class TryOn:
     def cloth(self, pair: Pair, person: PreparedPerson) -> PreparedCloth:
         key = (pair.cloth, person.height, person.width, person.profile)
         if key not in self.cloths:
-            options = {"cloth_scale": self.args.cloth_scale, "trim_cloth": self.args.trim_cloth}
-            prepared = self.pipe.prepare_cloth(open_picture(pair.cloth), *key[1:], **options)
+            prepared = self.pipe.prepare_cloth(open_picture(pair.cloth), *key[1:])
             keep(self.cloths, key, prepared, CLOTHS_KEPT)
         return self.cloths[key]
 
@@ -388,14 +387,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="size to work at (default: the person's aspect at the adapter's area)",
     )
     add("--width", type=positive, metavar="N", help="likewise")
-    add("--cloth_scale", type=float, default=1.0, metavar="X", help="read cloths at so many times the size, 1 to 2, for fine prints (default 1)")  # fmt: skip
-    add("--trim_cloth", action="store_true", help="cut the white around a cloth away, so that it fills its picture")
     add("--batch_size", type=positive, default=1, metavar="N", help="pairs at a time (default 1)")
     args = parser.parse_args(input_args)
     if args.scheduler is not None and not is_scheduler(args.scheduler):
         parser.error(f"--scheduler must be the name of a diffusers scheduler, got {args.scheduler}")
-    if not 1 <= args.cloth_scale <= 2:
-        parser.error(f"--cloth_scale must be from 1 to 2, got {args.cloth_scale}")
     if args.contact_sheet is not None and args.contact_sheet.suffix.lower() not in WRITTEN:
         parser.error(f"--contact_sheet must end in {', '.join(WRITTEN)}, got {args.contact_sheet}")
     if args.mask is not None and not args.mask.exists():

@@ -220,8 +220,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--height", type=int, help="of the pictures and of the work, a multiple of 64: what sizes not trained at cost (default: as trained)")  # fmt: skip
     add("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
     add("--guidance_scale", type=float, nargs="+", default=[None], help="one row each (default: the adapter's own)")
-    add("--cloth_scale", type=float, nargs="+", default=[1.0], help="how large the cloth is read, 1 to 2, one row each (default 1)")  # fmt: skip
-    add("--trim_cloth", action="store_true", help="without the white around the cloth, in rows of their own")
     add("--masks", nargs="+", choices=MASKS, default=["true"], help=f"{MASKS_HELP}, one row each (default true)")
     add("--by", nargs="*", choices=GROUPS, metavar="FACTOR", help=f"break down by these, all if none is named: {', '.join(GROUPS)}")  # fmt: skip
     add(
@@ -234,8 +232,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--num_inference_steps and --steps must be positive, got {steps}")
     if args.height is not None and (args.height < 64 or args.height % 64):
         parser.error(f"--height must be a positive multiple of 64, got {args.height}")
-    if not all(1 <= size <= 2 for size in args.cloth_scale):
-        parser.error(f"--cloth_scale must be from 1 to 2, got {' '.join(map(str, args.cloth_scale))}")
     args.by = [] if args.by is None else args.by or list(GROUPS)
     return args
 
@@ -245,12 +241,10 @@ def compare(
 ) -> dict[str, list[Parts]]:
     """The adapter and what it has to beat; it is unloaded on the way."""
     rows, run, worked = {}, (args.num_inference_steps, args.seed), {"height": lines[0].person.height}
-    trims = (False, True) if args.trim_cloth else (False,)
-    for masks, scale, size, trim in itertools.product(args.masks, args.guidance_scale, args.cloth_scale, trims):
+    for masks, scale in itertools.product(args.masks, args.guidance_scale):
         masked = lines if masks == "true" else with_masks(pipe, lines, masks)
-        results = try_on(pipe, masked, *run, scale, cloth_scale=size, trim_cloth=trim, **worked)
-        read = (f", the cloth at {size:g}" if size != 1 else "") + (", trimmed" if trim else "")
-        read += "" if masks == "true" else f", {masks} masks of the parser"
+        results = try_on(pipe, masked, *run, scale, **worked)
+        read = "" if masks == "true" else f", {masks} masks of the parser"
         rows[f"(a) the adapter, guidance {pipe.guidance_scale:g}{read}"] = score(results)
     pipe.unload_vton_adapter()
     return rows | {

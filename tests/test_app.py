@@ -492,6 +492,8 @@ def test_whoever_finds_the_queue_full_is_told_and_may_try_again(pipe, visit, tmp
     enough.set()
     for page in pages[:2]:
         wait_until(page, "That was enough.")
+    for page in pages:
+        page.context.close()
     served.close()
     (refused,) = visit.wrong  # which the browser's console tells of, too
     assert "503 (Service Unavailable)" in refused

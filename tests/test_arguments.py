@@ -41,12 +41,12 @@ ODD = {
 ARGUMENTS = [
     "person_image", "cloth_image", "mask_image", "pose_image", "cloth_type", "prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds",
     "height", "width", "num_inference_steps", "timesteps", "guidance_scale", "guidance_rescale", "guidance_interval",
-    "num_images_per_prompt", "eta", "cross_attention_kwargs", "generator", "latents", "padding_mask_crop", "cloth_scale", "trim_cloth", "composite", "output_type",
+    "num_images_per_prompt", "eta", "cross_attention_kwargs", "generator", "latents", "padding_mask_crop", "composite", "output_type",
     "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
 ]  # fmt: skip
 # What is odd and right: a page's and numpy's numbers, any finite guidance, prompts that nobody reads, a callback that does nothing.
 RIGHT = {
-    ("True", "composite"), ("True", "trim_cloth"), ("True", "return_dict"), ("a negative number", "guidance_scale"), ("a number between", "guidance_scale"),
+    ("True", "composite"), ("True", "return_dict"), ("a negative number", "guidance_scale"), ("a number between", "guidance_scale"),
     ("a word", "prompt"), ("a word", "negative_prompt"), ("an empty list", "prompt"), ("an empty list", "negative_prompt"),
     ("a tensor of five axes", "prompt_embeds"), ("a tensor of five axes", "negative_prompt_embeds"),
     ("an empty list", "callback_on_step_end_tensor_inputs"), ("an empty tuple", "callback_on_step_end_tensor_inputs"),
@@ -89,7 +89,6 @@ def test_an_odd_argument_is_one_clear_sentence_or_right(pipe, odd):
         ("num_images_per_prompt", [1, 1.0, np.uint8(1)]),
         ("height", [32, 32.0, np.int32(32), np.float64(32)]),
         ("padding_mask_crop", [4, 4.0, np.int16(4)]),
-        ("cloth_scale", [2, 2.0, np.float32(2), Fraction(4, 2)]),
         ("guidance_scale", [3, 3.0, np.float32(3), np.int8(3), Fraction(3)]),
         ("guidance_rescale", [1, 1.0, np.float16(1)]),
         ("eta", [1, 1.0, np.float64(1)]),

@@ -19,18 +19,13 @@ from test_pose import base  # noqa: F401
 from test_train import by_hand, flags, trainer_of
 from tiny import box_mask, picture, run, seeded, tiny_pipe
 
-import tryon
-from demo import measure
 from demo.make_dataset import World, make_dataset
 from demo.world import draw_person
 from pipeline_vton import (
     ADAPTER_NAME,
     ClothBesideAttnProcessor,
     ClothCacheAttnProcessor,
-    StableDiffusionVTONPipeline,
     TryOnLatents,
-    fit_cloth,
-    trim_margins,
     vton_attention,
 )
 from train_vton import OutfitPairs, Preparation, RowPairs, TreePairs, load_rows, main, parse_args, tree_pairs
@@ -298,69 +293,3 @@ def test_a_drawn_outfit_changes_within_its_mask(outfits):
         changed, same, _ = draw_person(replace(person, other=other.other), cloth, *world.size)
         differ = (np.asarray(image) != np.asarray(changed)).any(axis=-1)
         assert differ.any() and (np.asarray(mask)[differ] > 0).all() and (np.asarray(mask) == np.asarray(same)).all()
-
-
-# ---- the cloth at its own resolution
-
-
-def test_margins_are_trimmed():
-    cloth = Image.new("RGB", (100, 80), (253, 255, 251))
-    cloth.paste("red", (40, 20, 60, 70))
-    assert trim_margins(cloth).size == (22, 52)
-    blank = Image.new("RGB", (30, 40), "white")
-    assert trim_margins(blank) is blank
-    fitted = [np.asarray(fit_cloth(cloth, 64, 48, trim)) for trim in (False, True)]
-    red = [(picture[..., 1] < 128).sum() for picture in fitted]
-    assert red[1] > 2 * red[0] and fitted[1].shape == (64, 48, 3)
-    pipe = tiny_pipe(9)
-    trimmed = conditioning_of(pipe, picture(1), cloth, trim_cloth=True).cloth
-    torch.testing.assert_close(trimmed, conditioning_of(pipe, picture(1), trim_margins(cloth)).cloth, **CLOSE)
-
-
-def test_a_scaled_cloth_is_read_with_more_tokens_once():
-    pipe, sizes = tiny_pipe(9), []
-    hook = pipe.unet.register_forward_pre_hook(lambda unet, args: sizes.append(tuple(args[0].shape)))
-    large = run(pipe, cloth_scale=2)
-    hook.remove()
-    assert sizes == [(1, 9, 20, 12), *[(2, 9, 10, 6)] * 3] and abs(large - run(pipe)).max() > 1e-3
-    assert (run(pipe, cloth_scale=1.0, trim_cloth=False) == run(pipe)).all()
-    middling = conditioning_of(pipe, picture(1), picture(2), cloth_scale=1.5).cloth
-    assert middling.shape == (1, 4, 16, 8)  # of 64x32
-    one = pipe.prepare_cloth(picture(2), 40, 24, cloth_scale=2, trim_cloth=True)
-    assert (run(pipe, cloth=one) == run(pipe, cloth_scale=2, trim_cloth=True)).all()
-    outfit = run(pipe, cloth=OUTFITS[:1], cloth_scale=2)
-    pieces = [[pipe.prepare_cloth(cloth, 40, 24, cloth_scale=2) for cloth in OUTFITS[0]]]
-    np.testing.assert_allclose(run(pipe, cloth=pieces), outfit, atol=1.01 / 255)
-
-    joint = tiny_pipe(9, cloth_conditioning="joint")
-    for action, message in (
-        (lambda: run(joint, cloth_scale=1.5), "`cloth_scale` must be 1 where `cloth_conditioning` is joint.*got 1.5"),
-        (lambda: joint.prepare_cloth(picture(2), 40, 24, cloth_scale=2), "`cloth_scale` must be 1 where"),
-        (lambda: run(pipe, cloth_scale=2.5), "`cloth_scale` must be a number from 1 to 2, got 2.5"),
-        (lambda: run(pipe, cloth=one, cloth_scale=2), "`cloth_scale` must be left out with a prepared cloth"),
-        (lambda: run(pipe, cloth=one, trim_cloth=True), "`trim_cloth` must be left out with a prepared cloth"),
-        (
-            lambda: run(pipe, cloth=[one, pipe.prepare_cloth(picture(2), 40, 24)]),
-            "one `cloth_scale` for all of a call",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            action()
-
-
-def test_the_command_line_scales_and_trims(base, tmp_path, capsys):  # noqa: F811
-    wide = Image.new("RGB", (60, 40), "white")
-    wide.paste(picture(2, 20, 20), (20, 10))
-    for name, image in (("person", picture(1)), ("cloth", wide), ("mask", box_mask())):
-        image.save(tmp_path / f"{name}.png")
-    line = [f"--{name}={tmp_path / name}.png" for name in ("person", "cloth", "mask")]
-    line += ["--output", str(tmp_path / "out.png"), "--model", str(base), "--steps", "2", "--device", "cpu"]
-    assert tryon.main(tryon.parse_args([*line, "--cloth_scale", "2", "--trim_cloth"])) == 0
-    pipe = StableDiffusionVTONPipeline.from_pretrained(base)
-    read = {"cloth_scale": 2, "trim_cloth": True, "num_inference_steps": 2, "generator": seeded()}
-    expected = pipe(picture(1), wide, box_mask(), **read).images[0]
-    assert (np.asarray(Image.open(tmp_path / "out.png")) == np.asarray(expected)).all()
-    for parse, more in ((tryon.parse_args, line), (measure.parse_args, [])):
-        with pytest.raises(SystemExit):
-            parse([*more, "--cloth_scale", "3"])
-        assert "--cloth_scale must be from 1 to 2, got 3.0" in capsys.readouterr().err
