@@ -1425,9 +1425,10 @@ class Evaluation:
         if not failures:
             rows = self.score()
             failures = gather_object(self.failures)
+        peak = max(gather_object([peak_memory(self.accelerator.device)]))
         if main:
             different = {tuple(failure.values()): failure for failure in failures}  # the seeds of a line fail alike
-            self.report(described, [] if failures else rows, list(different.values()))
+            self.report(described, [] if failures else rows, list(different.values()), peak)
         self.accelerator.wait_for_everyone()
         return not failures
 
@@ -1468,7 +1469,7 @@ class Evaluation:
             "truths": digests["truth"],
         }
 
-    def report(self, described: dict[str, Any], rows: list[Row], failures: list[dict[str, str]]) -> None:
+    def report(self, described: dict[str, Any], rows: list[Row], failures: list[dict[str, str]], peak: float) -> None:
         args, folder = self.args, self.args.output_dir
         asked = (*args.metrics, "recognition")
         found = figures(rows, self.lines, self.groups(), args.seed)
@@ -1490,7 +1491,7 @@ class Evaluation:
             },
             "cost": {
                 "seconds_a_picture": round(float(np.mean(seconds)), 3) if seconds else None,
-                "peak_memory_gib": round(peak_memory(self.accelerator.device), 2),
+                "peak_memory_gib": round(peak, 2),  # of the process that took the most
                 "device": device_name(self.accelerator.device),
                 "processes": self.accelerator.num_processes,
             },

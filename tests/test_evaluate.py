@@ -362,7 +362,7 @@ def test_every_line_has_a_seed_of_its_own():
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_batches_change_nothing(finished, tree, model, tmp_path, batch_size):
     out, report = finished
-    assert_close(evaluate(tmp_path, tree, model, batch_size=batch_size, **UNPAIRED), report)
+    assert_close(evaluate(tmp_path, tree, model, "unpaired", batch_size=batch_size), report)
     assert same(results(tmp_path), results(out))
 
 
@@ -928,15 +928,19 @@ def test_arguments(capsys, line, said):
 real_classes = pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is None, reason="needs make test-eval")
 
 
+BACKBONES = {"squeeze": "squeezenet1_1", "alex": "alexnet", "vgg": "vgg16"}
+
+
 @pytest.fixture(scope="session")
 def random_weights(tmp_path_factory) -> dict[str, Path]:
     """Files as torch-fidelity's and torchvision's, with random weights."""
     import torchvision
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    files = {name: tmp_path_factory.mktemp("weights") / f"{name}.pth" for name in ("inception", "squeeze")}
+    files = {name: tmp_path_factory.mktemp("weights") / f"{name}.pth" for name in ("inception", *BACKBONES)}
     torch.manual_seed(0)
-    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), files["squeeze"])
+    for net, name in BACKBONES.items():
+        torch.save(torchvision.models.get_model(name, weights=None).state_dict(), files[net])
     torch.save({}, files["inception"])
     with pytest.MonkeyPatch.context() as patch:  # it can only be made of a file
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
@@ -964,9 +968,10 @@ def test_inception_is_torch_fidelitys(random_weights):
 
 
 @real_classes
-@pytest.mark.parametrize("net", ["squeeze"])
+@pytest.mark.parametrize("net", BACKBONES)
 def test_lpips_is_torchmetrics(random_weights, tmp_path, net):
     """From a file, without a download; torch's own cache is left alone."""
+    import torchvision
     from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 
     one, other = (as_tensors(picture(i, 64, 48), "p")[0][None] for i in (1, 2))
@@ -975,7 +980,8 @@ def test_lpips_is_torchmetrics(random_weights, tmp_path, net):
     assert torch.hub.get_dir() == before
     torch.hub.set_dir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    shutil.copy(random_weights[net], tmp_path / "checkpoints/squeezenet1_1-b8a52dc0.pth")
+    url = torchvision.models.get_model_weights(BACKBONES[net]).DEFAULT.url
+    shutil.copy(random_weights[net], tmp_path / "checkpoints" / Path(url).name)
     try:
         direct = learned_perceptual_image_patch_similarity(one, other, net, normalize=True).item()
     finally:
@@ -997,3 +1003,9 @@ def test_a_perfect_prediction_by_the_real_classes(own_tree, random_weights, tmp_
     assert report["protocol"]["lpips_net"] == "squeeze" and len(report["protocol"]["inception_weights"]) == 16
     text = (tmp_path / "out/report.md").read_text()
     assert "LPIPS (squeeze) ↓" in text and "FID (clean) ↓" in text and "KID × 1000 ↓" in text
+    legacy = options | {"metrics": ["fid"], "fid_mode": "legacy"}
+    main(parse_args(flags(tmp_path / "legacy", own_tree, **legacy)))
+    assert "FID (legacy) ↓" in (tmp_path / "legacy/report.md").read_text()
+    main(parse_args(flags(tmp_path / "clean", own_tree, **legacy | {"fid_mode": "clean"})))
+    with pytest.raises(ValueError, match="were measured differently: fid_mode is legacy and clean"):
+        compare([tmp_path / name / "report.json" for name in ("legacy", "clean")])
