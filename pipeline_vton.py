@@ -495,6 +495,11 @@ def _blocks(left: torch.Tensor, radius: int, whole: bool) -> Iterator[tuple[tupl
         for start in range(leftmost // side * side, rightmost, side):
             part = (slice(top, min(top + side, left.shape[0])), slice(start, min(start + side, left.shape[1])))
             if left[part].numpy().any():
+                up, down, leftward, rightward = extent(left[part])  # of which the most may be done
+                part = (
+                    slice(top + up // radius * radius, top + down),
+                    slice(start + leftward // radius * radius, start + rightward),
+                )
                 around = tuple(
                     slice(max(0, one.start - reach), min(one.stop + reach, size))
                     for one, size in zip(part, left.shape)
