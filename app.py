@@ -632,7 +632,7 @@ class Page:
         )
 
     def connect_examples(self) -> None:
-        own_guidance = self.studio.pipe.config.guidance_scale
+        usual = [component.value for component in self.options[1:]]  # all but the kind of cloth
         # An empty canvas takes the new picture's size, and so does its layer; it wants a moment to be empty.
         cleared = self.gallery.click(
             lambda editor: None if editor and editor["background"] else gr.skip(),
@@ -642,7 +642,7 @@ class Page:
             api_visibility="private",
         )
         cleared.then(
-            lambda index: (*self.fillings[index], "loose", STEPS, own_guidance, None, 0),
+            lambda index: (*self.fillings[index], *usual),
             self.gallery,
             [self.editor, self.cloth, *self.options],
             js="async (index) => { await new Promise(done => setTimeout(done, 300)); return index; }",

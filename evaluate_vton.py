@@ -67,6 +67,7 @@ from train_vton import (
     RowPairs,
     TreePairs,
     check_sizes,
+    fingerprint,
     in_persons_colours,
     load_rows,
     open_picture,
@@ -373,14 +374,6 @@ def metric_library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"measuring needs {name.split('.')[0]}: {INSTALL}") from error
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """16 hexadecimal digits that stand for these very values."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------------------------- lists and pictures
@@ -1599,6 +1592,8 @@ def main(args: argparse.Namespace, inception: torch.nn.Module | None = None) -> 
     evaluation = Evaluation(args, inception)
     complete = evaluation.run()
     logger.info("%s", args.output_dir / "report.md")
+    if evaluation.accelerator.is_main_process:
+        print((args.output_dir / "report.md").read_text(encoding="utf-8"))
     if not complete:
         raise SystemExit(f"no figures, since lines failed: {args.output_dir / 'report.md'} lists them")
 

@@ -35,7 +35,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -1008,19 +1008,19 @@ class LatentCache(PairDataset):
         accelerator.wait_for_everyone()
 
 
-def hash_weights(weights: Mapping[str, Tensor], said: str = "") -> str:
-    """A name for these very values, and for what is said of them."""
-    found = hashlib.sha256(said.encode())
-    for name, weight in weights.items():
-        found.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """16 hexadecimal digits that stand for these very values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def cache_key(vae: AutoencoderKL, settings: AdapterSettings, pairs: TreePairs | RowPairs) -> str:
     """A name for everything that changes the latents: pictures, size, VAE, settings, and how pictures are read."""
-    weights = hash_weights(vae.state_dict(), json.dumps(dict(vae.config), default=str))
+    weights = [dict(vae.config), fingerprint(vae.state_dict().values()), str(vae.dtype)]
     said = [getattr(settings, name) for name in ("height", "width", "condition_latents", "mask_free")]
-    key = json.dumps([READING, weights, str(vae.dtype), said, pairs.identity()])
+    key = json.dumps([READING, weights, said, pairs.identity()], default=str)
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -1551,7 +1551,7 @@ class Trainer:
         self.taught_by = None  # a name for the weights that are distilled
         if args.guidance_distillation:
             taught = adapter_parameters(self.unet, args.trainable, self.in_channels == 4)
-            self.taught_by = hash_weights(taught)[:16]
+            self.taught_by = fingerprint(taught.values())
         self.tokenizer = self.text_encoder = self.prompt_embeds = self.empty_embeds = None  # the embeds (1, 77, 768)
         if args.cross_attention == "prompt":
             self.tokenizer = CLIPTokenizer.from_pretrained(**self.base, subfolder="tokenizer")

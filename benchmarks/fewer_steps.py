@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from demo.measure import add_lines_arguments, figures, measure, recognition
 from demo.recognition import ClothClassifier, load_classifier
 from demo.try_on import Line, check_count, draw_lines, load_pipeline, picture_height, try_on
-from evaluate_vton import fingerprint, table
+from evaluate_vton import table
+from train_vton import fingerprint
 
 
 SCHEDULERS = {

@@ -785,8 +785,8 @@ def test_the_demos_classifier_is_a_recognizer(tree, tmp_path):
         assert figure(report, "unpaired", "bare", f"recognition of {name}")["value"] == pytest.approx(share)
 
 
-def test_a_drawn_world_is_measured_as_the_demos_own_measures_do(tmp_path):
-    """Unpaired lines of DressCode's layout, pooled and by category: in the mask, at the pictures' own size."""
+def test_a_drawn_world_is_measured_as_the_demos_own_measures_do(tmp_path, capsys):
+    """Unpaired lines of DressCode's layout, pooled and by category: in the mask, at the pictures' own size; and printed."""
     make_dataset(tmp_path / "drawn", train=0, test=6, seed=11, height=128, category="all")
     lines = draw_lines(6, seed=11, height=128)
     for i, file in enumerate(sorted((tmp_path / "drawn").glob("*/tryon/*.png"))):
@@ -794,6 +794,7 @@ def test_a_drawn_world_is_measured_as_the_demos_own_measures_do(tmp_path):
         save(blurred, tmp_path / "predicted" / file.parent.parent.name / file.name)
     options = PREDICTED | {"metrics": ["psnr", "ssim"], "recognizer": "demo.recognition:recognize_drawn"}
     report = evaluate(tmp_path / "out", tmp_path / "drawn", pred_dir=tmp_path / "predicted", **options)
+    assert capsys.readouterr().out.strip() == (tmp_path / "out/report.md").read_text().strip()
     results = []
     for line in lines:
         folder = tmp_path / "drawn" / DRESS_CODE_FOLDERS[CATEGORIES.index(line.category)]
