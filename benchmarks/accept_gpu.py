@@ -9,13 +9,13 @@ Every check says its figure and its bound; one that raises fails with what it sa
 """
 
 import argparse
+import copy
 import json
 import math
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -32,12 +32,12 @@ from safetensors.torch import load_file
 
 from benchmarks import speed
 from benchmarks.costs import write_base
+from benchmarks.launch import ROOT, launch
 from benchmarks.sd15 import random_pipe
 from demo.make_dataset import make_dataset
 from pipeline_vton import ADAPTER_NAME, StableDiffusionVTONPipeline
 
 
-ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = (
     "torch",
     "diffusers",
@@ -130,9 +130,16 @@ class Acceptance:
         self.size, self.large = ((64, 48), (128, 96)) if args.tiny else ((512, 384), (1024, 768))
         self.halves = list(HALF) if self.gpu else ["bf16"]
         self.dtype = speed.DTYPES[self.halves[-1]]
+        self.random = random_pipe(tiny=args.tiny)
 
-    def pipe(self, dtype: torch.dtype | None = None) -> StableDiffusionVTONPipeline:
-        return random_pipe(self.device, dtype or self.dtype, self.args.tiny)
+    def pipe(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> StableDiffusionVTONPipeline:
+        """A copy of one with random weights, which take far longer to draw than to copy."""
+        parts = {name: copy.deepcopy(part) for name, part in self.random.components.items()}
+        pipe = StableDiffusionVTONPipeline(**parts).to(device or self.device, dtype or self.dtype)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def latents(
         self, pipe: StableDiffusionVTONPipeline, size: tuple[int, int] | None = None, batch: int = 1
@@ -182,7 +189,7 @@ class Acceptance:
         for kind in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
 
             def offloaded(kind: str = kind) -> float:
-                pipe = random_pipe("cpu", self.dtype, self.args.tiny)
+                pipe = self.pipe(device="cpu")
                 getattr(pipe, kind)(device=self.device)
                 return off(self.latents(pipe), expected)
 
@@ -255,9 +262,7 @@ class Acceptance:
 
     def train(self, out: Path, processes: int, precision: str) -> float:
         """Twenty updates; the mean of the last five losses over that of the first five."""
-        launch = ["--multi_gpu"] if processes > 1 else [] if self.gpu else ["--cpu"]
-        line = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--num_processes", processes]
-        line += ["--num_machines", 1, "--dynamo_backend", "no", "--mixed_precision", precision, ROOT / "train_vton.py"]
+        line = launch("train_vton.py", processes, precision, self.gpu)
         line += ["--pretrained_model_name_or_path", out.parent / "base", "--dataset_root", out.parent / "data"]
         line += ["--output_dir", out, "--height", self.size[0], "--width", self.size[1], "--train_batch_size", 2]
         line += ["--max_train_steps", self.args.updates, "--guidance_scale", 2, "--report_to", "none"]

@@ -7,19 +7,15 @@ Every cell is a whole run of the command, loading included. On CPUs, processes s
 
 import argparse
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from benchmarks.launch import launch
 from demo.try_on import check_count, draw_lines
 from evaluate_vton import table
-
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def draw(folder: Path, count: int) -> None:
@@ -34,9 +30,6 @@ def draw(folder: Path, count: int) -> None:
 
 
 def seconds_of(folder: Path, batch: int, processes: int, steps: int) -> float:
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += [] if torch.cuda.is_available() else ["--cpu", "--num_cpu_threads_per_process", max(1, torch.get_num_threads() // processes)]  # fmt: skip
     options = {
         "person": folder / "people",
         "mask": folder / "masks",
@@ -48,7 +41,7 @@ def seconds_of(folder: Path, batch: int, processes: int, steps: int) -> float:
     }
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     started = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, (*launch, ROOT / "tryon.py", *words))], check=True, capture_output=True)
+    subprocess.run([*launch("tryon.py", processes), *map(str, words)], check=True, capture_output=True)
     return time.perf_counter() - started
 
 

@@ -17,17 +17,15 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
+from benchmarks.launch import ROOT, launch
 from demo.make_dataset import UNIT_HEIGHT, UNIT_WIDTH, make_dataset
 from demo.measure import TITLES, cells, figures, without_cloth
 from demo.measure import measure as measure_results
 from demo.recognition import CLASSIFIER, load_classifier
-from demo.try_on import Line, check_count, draw_lines, fast_dtype, try_on
+from demo.try_on import Line, check_count, draw_lines, fast_device, fast_dtype, mixed_precision, try_on
 from evaluate_vton import Interval, table
 from pipeline_vton import LORA_NAME, StableDiffusionVTONPipeline
 from train_vton import read_list
-
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -113,10 +111,7 @@ def write_four_channel_base(base: Path, folder: Path) -> None:
 
 def training(method: Method, base: Path, folder: Path, args: argparse.Namespace) -> list[str]:
     """The command line of a row's run of `train_vton.py`."""
-    precision = "bf16" if fast_dtype() == torch.bfloat16 else "no"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    command += ["--num_machines", "1", "--mixed_precision", precision, "--dynamo_backend", "no"]
-    command += ["--num_cpu_threads_per_process", torch.get_num_threads(), ROOT / "train_vton.py"]
+    command = launch("train_vton.py", precision=mixed_precision())
     height = picture_height(args.base)
     options = {
         "pretrained_model_name_or_path": base,
@@ -197,7 +192,7 @@ def measure(
     method: Method, base: Path, folder: Path, lines: list[Line], args: argparse.Namespace
 ) -> dict[str, Interval]:
     """The row's figures, by the names of `TITLES`."""
-    pipe = StableDiffusionVTONPipeline.from_pretrained(base, dtype=fast_dtype())
+    pipe = StableDiffusionVTONPipeline.from_pretrained(base, dtype=fast_dtype()).to(fast_device())
     if (folder / LORA_NAME).is_file():
         pipe.load_lora_weights(folder)
     else:

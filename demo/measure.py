@@ -92,9 +92,9 @@ def mean_color(line: Line) -> Image.Image:
 def round_trip(vae: AutoencoderKL, lines: Sequence[Line]) -> list[Image.Image]:
     """What the VAE leaves of the truth."""
     pixels = torch.stack([as_tensor(line.truth) for line in lines]) * 2 - 1  # (N, 3, H, W)
-    batches = pixels.to(vae.dtype).split(BATCH_SIZE)
+    batches = pixels.to(vae.device, vae.dtype).split(BATCH_SIZE)
     decoded = torch.cat([vae.decode(vae.encode(batch).latent_dist.mode()).sample.float() for batch in batches])
-    arrays = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
+    arrays = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().movedim(1, -1).cpu().numpy()
     return inside(map(Image.fromarray, arrays), lines)
 
 

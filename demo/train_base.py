@@ -1,4 +1,4 @@
-"""Train the demo's stand-in for Stable Diffusion 1.5 inpainting: the same classes, five million weights, a drawn world.
+"""Train the demo's stand-in for Stable Diffusion 1.5 inpainting: the same classes, eleven million weights, a drawn world.
 
 Like SD1.5, it sees people and flat cloths, in whole and through masks, and as on a catalogue's page two people in the same
 cloth side by side, but never a person beside their flat cloth: what it learns is how the drawn world looks, and to copy from one
@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import AutocastKwargs
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -36,11 +37,15 @@ from train_vton import TreePairs
 
 
 CAPTIONS = ("", "a person", "a cloth")
-MASK_KINDS = {
-    "person": (("agnostic", 0.65), ("random", 0.2), ("full", 0.15)),
-    "cloth": (("random", 0.8), ("full", 0.2)),
-}
+KINDS = ("person", "cloth")
 PEOPLE_SHARE = 0.6  # of the pictures that are no pages of two; the others are cloths
+MASK_SHARES = {  # of the same pictures, by what they show and what hides parts of it
+    ("person", "agnostic"): 0.65 * PEOPLE_SHARE,
+    ("person", "random"): 0.2 * PEOPLE_SHARE,
+    ("person", "full"): 0.15 * PEOPLE_SHARE,
+    ("cloth", "random"): 0.8 * (1 - PEOPLE_SHARE),
+    ("cloth", "full"): 0.2 * (1 - PEOPLE_SHARE),
+}
 HELD_OUT_TIMESTEPS = (100, 300, 500, 700, 900)
 
 
@@ -53,6 +58,9 @@ class Pictures:
 
     images: torch.Tensor
     masks: dict[str, torch.Tensor]
+
+    def to(self, device: torch.device) -> "Pictures":
+        return Pictures(self.images.to(device), {kind: masks.to(device) for kind, masks in self.masks.items()})
 
 
 def random_masks(count: int, height: int, width: int) -> torch.Tensor:
@@ -106,7 +114,7 @@ def hide(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 def save_sheet(file: Path, columns: list[torch.Tensor]) -> None:
     """Pictures (N, 3, H, W) in [-1, 1], one column for each of the tensors."""
-    rows = torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2)
+    rows = torch.cat([torch.cat(list(column.cpu()), dim=1) for column in columns], dim=2)
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(((rows.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(file)
 
@@ -117,9 +125,47 @@ def save_sheet(file: Path, columns: list[torch.Tensor]) -> None:
 @contextmanager
 def undisturbed(seed: int):
     """What happens inside draws from a seed of its own, and leaves the generators of the training as they were."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
         torch.manual_seed(seed)
         yield
+
+
+class Captured:
+    """A function of a GPU's tensors, as one CUDA graph for each shape of theirs: a small network's thousands of kernels take longer to
+    launch one by one than to run.
+
+    Args:
+        function: draws nothing and waits for nothing; what it leaves in tensors that were there before, as gradients, is left by a
+            replay too.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        self.function, self.graphs = function, {}
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        shapes = tuple(each.shape for each in inputs)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = self.capture([each.clone() for each in inputs])
+        graph, places, result = self.graphs[shapes]
+        for place, value in zip(places, inputs):
+            place.copy_(value)
+        graph.replay()
+        return result.clone()
+
+    def capture(self, places: list[torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # libraries choose their kernels, and gradients find their places
+                self.function(*places)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self.function(*places)
+        return graph, places, result
+
+
+Drawn = tuple[torch.Tensor, ...]
 
 
 @dataclass
@@ -143,10 +189,18 @@ class Stage:
     def folder(self) -> Path:
         return self.args.output_dir / "checkpoints" / self.name
 
-    def train(self, loss: Callable[[], torch.Tensor], report: Callable[[int], dict[str, float]]) -> None:
-        """Minimise `loss()`; `report(step)` says how held-out pictures fare, with the weights that will be published."""
+    def train(
+        self,
+        draw: Callable[[], Drawn],
+        loss: Callable[..., torch.Tensor],
+        report: Callable[[int], dict[str, float]],
+    ) -> None:
+        """Minimise `loss(*draw())`, which draws nothing itself; `report(step)` says how held-out pictures fare, with the weights
+        that will be published.
+        """
         logs = {"log_with": "tensorboard", "project_dir": str(self.args.output_dir)}
-        accelerator = Accelerator(cpu=True, mixed_precision=self.args.mixed_precision, **logs)
+        uncached = AutocastKwargs(cache_enabled=False)  # a graph casts weights as they are when it is replayed
+        accelerator = Accelerator(mixed_precision=self.args.mixed_precision, kwargs_handlers=[uncached], **logs)
         accelerator.init_trackers(f"logs-{self.name}")
         torch.manual_seed(self.args.seed)
         optimizer = torch.optim.AdamW(
@@ -157,24 +211,30 @@ class Stage:
             optimizer, num_warmup_steps=warmup, num_decay_steps=decay, num_training_steps=self.steps
         )
         _, optimizer, schedule = accelerator.prepare(self.module, optimizer, schedule)
-        ema = EMAModel(self.trained, decay=0.999, use_ema_warmup=True, power=0.75)
+        ema = EMAModel(self.trained, decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
         accelerator.register_for_checkpointing(ema)
         done = self.resume(accelerator)
+        ema.to(accelerator.device)  # what accelerate restores of it lies on the CPU
+
+        def descend(*drawn: torch.Tensor) -> torch.Tensor:
+            optimizer.zero_grad(set_to_none=False)
+            with accelerator.autocast():
+                value = loss(*drawn)
+            accelerator.backward(value)
+            return value.detach()
+
+        descend = Captured(descend) if accelerator.device.type == "cuda" else descend
         bar, losses = tqdm(range(done, self.steps), initial=done, total=self.steps, desc=self.name), []
         for step in range(done + 1, self.steps + 1):
-            with accelerator.autocast():
-                value = loss()
-            accelerator.backward(value)
+            losses.append(descend(*draw()))  # read when it is shown: nobody waits for a GPU after each step
             accelerator.clip_grad_norm_(self.trained, 1.0)
             optimizer.step()
             schedule.step()
-            optimizer.zero_grad()
             if self.average:
                 ema.step(self.trained)
-            losses.append(value.item())
             bar.update()
             if step % 50 == 0:
-                log = {f"{self.name}/loss": float(np.mean(losses[-50:])), f"{self.name}/lr": schedule.get_last_lr()[0]}
+                log = {f"{self.name}/loss": mean(losses[-50:]), f"{self.name}/lr": schedule.get_last_lr()[0]}
                 accelerator.log(log, step=step)
             if step % self.args.checkpointing_steps == 0 or step == self.steps:
                 self.save(accelerator, step)
@@ -182,7 +242,7 @@ class Stage:
                     held_out = report(step)
                 accelerator.log({f"{self.name}/{name}": value for name, value in held_out.items()}, step=step)
                 shown = "  ".join(f"{name} {value:.4f}" for name, value in held_out.items())
-                tqdm.write(f"{self.name} step {step}  loss {np.mean(losses[-200:]):.4f}  {shown}")
+                tqdm.write(f"{self.name} step {step}  loss {mean(losses[-200:]):.4f}  {shown}")
         if self.average:
             ema.copy_to(self.trained)
         accelerator.end_training()
@@ -219,6 +279,10 @@ class Stage:
         return int(self.finished()[-1].name)
 
 
+def mean(losses: list[torch.Tensor]) -> float:
+    return torch.stack(losses).mean().item()
+
+
 def psnr(error: torch.Tensor) -> float:
     """Of an error in a range of two, from -1 to 1."""
     return 10 * math.log10(4 / error.square().mean().item())
@@ -251,7 +315,7 @@ class VAETraining:
 
     def __init__(self, vae: AutoencoderKL, pictures: dict[str, Pictures], held_out: Pictures, args) -> None:
         self.vae, self.pictures, self.held_out, self.args = vae, pictures, held_out, args
-        sample = torch.cat([to_model(pictures[name].images[:512]) for name in MASK_KINDS])
+        sample = torch.cat([to_model(pictures[name].images[:512]) for name in KINDS])
         self.variances, self.axes = torch.linalg.eigh(torch.cov(sample.movedim(1, -1).reshape(-1, 3).T))
 
     def whitening(self, power: float) -> torch.Tensor:
@@ -264,25 +328,31 @@ class VAETraining:
         last.copy_(torch.einsum("co,oihw->cihw", self.whitening(0.5), last))
         self.vae.quant_conv.bias[4:] = -8.0  # the posterior starts almost without noise
 
-    def draw(self) -> torch.Tensor:
-        """A batch (B, 3, H, W) in [-1, 1]: three people to two cloths, one in six behind a mask."""
+    def draw(self) -> Drawn:
+        """A batch (B, 3, H, W) in [-1, 1]: three people to two cloths, one in six behind a mask; and noise (B, 4, h, w)."""
         batch = []
         people = round(self.args.batch_size * PEOPLE_SHARE)
         for name, count in (("person", people), ("cloth", self.args.batch_size - people)):
             kind = self.pictures[name]
             chosen = torch.randint(len(kind.images), (count,))
             images = to_model(kind.images[chosen])
-            hidden = torch.rand(count, 1, 1, 1) < 1 / 6
+            hidden = torch.rand(count, 1, 1, 1, device=images.device) < 1 / 6
             batch.append(torch.where(hidden, hide(images, kind.masks["random"][chosen]), images))
-        return torch.cat(batch)
+        batch = torch.cat(batch)
+        return batch, torch.randn_like(F.avg_pool2d(batch[:, :1], 4).expand(-1, 4, -1, -1))
 
-    def loss(self) -> torch.Tensor:
+    def draw_noisy(self) -> Drawn:
+        """As `draw`, with noise from none to a third of the latents' deviation: as wrong as a UNet's are (arXiv:2510.11690)."""
+        batch, noise = self.draw()
+        strength = torch.rand(len(batch), 1, 1, 1, device=batch.device) * 0.35 / self.vae.config.scaling_factor
+        return batch, strength * noise
+
+    def loss(self, batch: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Of the decoded sample, and of the halved picture, which halved latents must show: smooth latents, which a UNet learns
         far sooner (arXiv:2502.09509). The divergence is a sum over latents and the error a mean: at 1e-6 it drowns channels.
         """
-        batch = self.draw()
         posterior = self.vae.encode(batch).latent_dist
-        latents = posterior.sample()
+        latents = posterior.mean + posterior.std * noise
         halved = self.error(F.avg_pool2d(latents, 2), F.avg_pool2d(batch, 2))
         return self.error(latents, batch) + 0.25 * halved + 1e-8 * posterior.kl().mean()
 
@@ -293,14 +363,11 @@ class VAETraining:
         coarse = torch.einsum("cd,bdhw->bchw", self.whitening(-0.5), F.avg_pool2d(error, 4))
         return fine.square().mean() + 0.1 * fine.abs().mean() + 0.5 * coarse.square().mean()
 
-    def decoder_loss(self) -> torch.Tensor:
-        """Of latents with noise, from none to a third of their deviation: as wrong as a UNet's are (arXiv:2510.11690)."""
-        batch = self.draw()
+    def decoder_loss(self, batch: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The plain error of what is decoded of noisy latents."""
         with torch.no_grad():
             latents = self.vae.encode(batch).latent_dist.mode()
-        noise = torch.rand(len(batch), 1, 1, 1) * 0.35 / self.vae.config.scaling_factor
-        latents = latents + noise * torch.randn_like(latents)
-        error = self.vae.decode(latents).sample - batch
+        error = self.vae.decode(latents + noise).sample - batch
         return error.square().mean() + 0.05 * error.abs().mean()
 
     def report(self, step: int, name: str = "vae") -> dict[str, float]:
@@ -315,13 +382,13 @@ class VAETraining:
 def train_vae(pictures: dict[str, Pictures], held_out: Pictures, args) -> AutoencoderKL:
     """A VAE, and its `scaling_factor` such that latents have unit variance."""
     torch.manual_seed(args.seed)
-    vae = build_vae(held_out.images.shape[-2])
+    vae = build_vae(held_out.images.shape[-2]).to(held_out.images.device)
     training = VAETraining(vae, pictures, held_out, args)
     training.initialize()
     stage = Stage("vae", vae, list(vae.parameters()), args.vae_steps, 3e-3, 1e-4, average=False, args=args)
-    stage.train(training.loss, training.report)
+    stage.train(training.draw, training.loss, training.report)
     with torch.no_grad():
-        sample = [vae.encode(to_model(pictures[name].images[:256])).latent_dist.mode() for name in MASK_KINDS]
+        sample = [vae.encode(to_model(pictures[name].images[:256])).latent_dist.mode() for name in KINDS]
     vae.register_to_config(scaling_factor=1 / torch.cat(sample).std().item())
     return vae
 
@@ -332,7 +399,7 @@ def train_decoder(vae: AutoencoderKL, pictures: dict[str, Pictures], held_out: P
         parameter.requires_grad_(True)
     training = VAETraining(vae, pictures, held_out, args)
     stage = Stage("decoder", vae, trained, args.decoder_steps, 2e-3, 1e-4, average=True, args=args)
-    stage.train(training.decoder_loss, partial(training.report, name="decoder"))
+    stage.train(training.draw_noisy, training.decoder_loss, partial(training.report, name="decoder"))
 
 
 # ------------------------------------------------------------------------------------------------------------- latents
@@ -365,12 +432,12 @@ def encode_pictures(vae: AutoencoderKL, pictures: dict[str, Pictures]) -> dict[s
 
 def cached_latents(vae: AutoencoderKL, pictures: dict[str, Pictures], pairs: TreePairs, file: Path) -> dict:
     """`encode_pictures`, once for these pairs and this VAE."""
-    weights = b"".join(v.contiguous().numpy().tobytes() for v in vae.encoder.state_dict().values())
+    weights = b"".join(v.contiguous().cpu().numpy().tobytes() for v in vae.encoder.state_dict().values())
     identity = hashlib.sha256(weights + repr(pairs.identity()).encode()).hexdigest()
     if file.is_file():
         with safe_open(file, "pt") as stored:
             if (stored.metadata() or {}).get("identity") == identity:
-                return load_file(file)
+                return load_file(file, str(vae.device))
     latents = encode_pictures(vae, pictures)
     save_file(latents, file.with_suffix(".unfinished"), metadata={"identity": identity})
     file.with_suffix(".unfinished").rename(file)
@@ -405,7 +472,7 @@ def build_unet(latent_size: tuple[int, int], cross_attention_dim: int) -> UNet2D
         sample_size=round(math.sqrt(math.prod(latent_size))),  # StableDiffusionInpaintPipeline takes no pair
         in_channels=9,
         out_channels=4,
-        block_out_channels=(32, 96, 128),
+        block_out_channels=(64, 128, 192),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D",) * 3,
@@ -459,63 +526,72 @@ class UNetTraining:
     def __post_init__(self) -> None:
         tokens = self.pipe.tokenizer(list(CAPTIONS), padding="max_length", return_tensors="pt").input_ids
         with torch.no_grad():
-            self.caption_embeds = self.pipe.text_encoder(tokens)[0]  # (captions, 16, 32)
+            self.caption_embeds = self.pipe.text_encoder(tokens.to(self.pipe.device))[0]  # (captions, 16, 32)
         self.held_out_latents = encode_pictures(self.pipe.vae, self.held_out)
 
     def draw(self, latents: dict[str, torch.Tensor], count: int) -> Batch:
         """Three people to two cloths on average, behind masks of random kinds, half without text."""
+        drawn = torch.multinomial(torch.tensor(list(MASK_SHARES.values())), count, replacement=True)
         targets, conditions, captions = [], [], []
-        for _ in range(count):
-            name = "person" if torch.rand(()) < PEOPLE_SHARE else "cloth"
-            kinds, weights = zip(*MASK_KINDS[name])
-            k = int(torch.randint(len(latents[f"{name}.mean"]), ()))
-            targets.append(latents[f"{name}.mean"][k])
-            seen = latents[f"{name}.{kinds[int(torch.multinomial(torch.tensor(weights), 1))]}"]
-            conditions.append(seen[k if len(seen) > 1 else 0])
-            captions.append(CAPTIONS.index(f"a {name}") if torch.rand(()) < 0.5 else 0)
-        return torch.stack(targets).float(), torch.stack(conditions).float(), torch.tensor(captions)
+        for (name, kind), number in zip(MASK_SHARES, drawn.bincount(minlength=len(MASK_SHARES)).tolist()):
+            chosen = torch.randint(len(latents[f"{name}.mean"]), (number,))
+            targets.append(latents[f"{name}.mean"][chosen])
+            conditions.append(latents[f"{name}.{kind}"][chosen if kind != "full" else torch.zeros_like(chosen)])
+            captions.append(CAPTIONS.index(f"a {name}") * (torch.rand(number) < 0.5))
+        return torch.cat(targets).float(), torch.cat(conditions).float(), torch.cat(captions)
 
     def draw_views(self, latents: dict[str, torch.Tensor], numbers: torch.Tensor) -> tuple[Batch, Batch]:
         """Two people in the same cloth, of numbers that are followed: one behind the agnostic mask, the other to be seen; without text."""
-        hidden, shown = [], []
-        for k in numbers.tolist():
-            views = [("changed", k), ("person", k + 1)][:: 1 if torch.rand(()) < 0.5 else -1]
-            for (name, i), half, kind in zip(views, (hidden, shown), ("agnostic", "mean")):
-                seen = latents[f"{name}.{kind}"][i]
-                seen = seen if kind == "agnostic" else F.pad(seen, (0, 0, 0, 0, 1, 0))  # the mask hides nothing
-                half.append(torch.cat([latents[f"{name}.mean"][i], seen]))
-        halves, no_text = (
-            [torch.stack(half).float() for half in (hidden, shown)],
-            torch.zeros(len(numbers), dtype=torch.long),
-        )
-        return tuple((half[:, :4], half[:, 4:], no_text) for half in halves)
+        cut = (
+            len(numbers) + int(torch.rand(()) < 0.5)
+        ) // 2  # who is hidden: half of them in one cloth, half in the other
+        first, second = numbers[:cut], numbers[cut:] + 1
+        hidden = {"changed": first, "person": second}
+        shown = {"person": first + 1, "changed": second - 1}
 
-    def errors(self, batch: Batch, timesteps: torch.Tensor) -> torch.Tensor:
-        """Squared, (B, 4, h, w)."""
+        def stack(kind: str, chosen: dict[str, torch.Tensor]) -> torch.Tensor:
+            return torch.cat([latents[f"{name}.{kind}"][i] for name, i in chosen.items()]).float()
+
+        no_text, seen = torch.zeros(len(numbers), dtype=torch.long), stack("mean", shown)
+        unmasked = F.pad(seen, (0, 0, 0, 0, 1, 0))  # its mask hides nothing
+        return (stack("mean", hidden), stack("agnostic", hidden), no_text), (seen, unmasked, no_text)
+
+    def with_noise(self, batch: Batch, timesteps: torch.Tensor) -> Drawn:
+        """What the UNet is given, (B, 9, h, w), timesteps and embeddings; and the velocities that it should predict, (B, 4, h, w)."""
         targets, conditions, captions = batch
+        timesteps = timesteps.to(targets.device)
         noise = torch.randn_like(targets)
         noisy = self.pipe.scheduler.add_noise(targets, noise, timesteps)
-        model_input = torch.cat([noisy, conditions], dim=1)  # (B, 9, h, w)
-        predicted = self.pipe.unet(model_input, timesteps, self.caption_embeds[captions], return_dict=False)[0]
-        return (predicted.float() - self.pipe.scheduler.get_velocity(targets, noise, timesteps)).square()
+        velocities = self.pipe.scheduler.get_velocity(targets, noise, timesteps)
+        return torch.cat([noisy, conditions], dim=1), timesteps, self.caption_embeds[captions], velocities
+
+    def errors(
+        self, model_input: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor, velocities: torch.Tensor
+    ) -> torch.Tensor:
+        """Squared, (B, 4, h, w)."""
+        predicted = self.pipe.unet(model_input, timesteps, embeds, return_dict=False)[0]
+        return (predicted.float() - velocities).square()
 
     def timesteps(self, count: int) -> torch.Tensor:
         """One of every equal share of the schedule: the same mean as drawing each alone, with less luck."""
         return ((torch.randperm(count) + torch.rand(count)) / count * len(self.pipe.scheduler.betas)).long()
 
-    def loss(self) -> torch.Tensor:
-        """Of a batch's first half, pictures; of its second, pages of two, beside or above one another, one of them known, which
-        count twice, since they hold twice the pixels.
-        """
+    def draw_step(self) -> Drawn:
+        """Of a batch's first half, pictures; of its second, pages of two, beside or above one another, one of them known."""
         views = self.args.batch_size // 2
         count = self.args.batch_size - views
-        loss = self.errors(self.draw(self.latents, count), self.timesteps(count)).mean()
+        drawn = self.with_noise(self.draw(self.latents, count), self.timesteps(count))
         if views:
             pair = self.draw_views(self.latents, self.followed[torch.randint(len(self.followed), (views,))])
             pair = pair[:: 1 if torch.rand(()) < 0.5 else -1]
             page = on_one_page(*pair, dim=int(torch.randint(2, 4, ())))
-            loss = loss + 2 * self.errors(page, self.timesteps(views)).mean()
-        return loss
+            drawn += self.with_noise(page, self.timesteps(views))
+        return drawn
+
+    def loss(self, *drawn: torch.Tensor) -> torch.Tensor:
+        """Pages count twice, since they hold twice the pixels."""
+        pictures, pages = drawn[:4], drawn[4:]
+        return self.errors(*pictures).mean() + (2 * self.errors(*pages).mean() if pages else 0)
 
     def reading(self, timestep: int) -> dict[str, float]:
         """The error behind the masks of held-out people above another in the same cloth, and in a wrong one."""
@@ -524,14 +600,16 @@ class UNetTraining:
         hole, timesteps = (hidden[1][:, :1] > 0).expand_as(hidden[0]), torch.full((len(hidden[0]),), timestep)
         for other in (shown, tuple(part.roll(1, dims=0) for part in shown)):
             with undisturbed(self.args.seed):  # the same noise for both
-                error = self.errors(on_one_page(hidden, other, dim=2), timesteps)
+                error = self.errors(*self.with_noise(on_one_page(hidden, other, dim=2), timesteps))
             errors.append(error[:, :, : hole.shape[2]][hole].mean().item())
         return {f"read t{timestep}": errors[0], f"misread t{timestep}": errors[1]}
 
     def report(self, step: int) -> dict[str, float]:
         """Errors on held-out pictures by timestep; a sheet of masked people and of what stands behind the masks."""
         batch = self.draw(self.held_out_latents, 48)
-        errors = {t: self.errors(batch, torch.full((48,), t)).mean().item() for t in HELD_OUT_TIMESTEPS}
+        errors = {
+            t: self.errors(*self.with_noise(batch, torch.full((48,), t))).mean().item() for t in HELD_OUT_TIMESTEPS
+        }
         people = self.held_out["person"]
         images = to_model(people.images[:8])
         results = self.pipe(
@@ -590,8 +668,10 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--dataset_root {args.dataset_root}: no category has two {split} pairs")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    pictures = load_pictures(pairs)
-    held_out = load_pictures(held_out_pairs)
+    device = PartialState().device
+    pictures, held_out = (
+        {name: kind.to(device) for name, kind in load_pictures(read).items()} for read in (pairs, held_out_pairs)
+    )
 
     vae = train_vae(pictures, held_out["person"], args)
     latents = cached_latents(vae, pictures, pairs, args.output_dir / "latents.safetensors")
@@ -602,15 +682,18 @@ def main(args: argparse.Namespace) -> None:
     pipe = StableDiffusionInpaintPipeline(
         vae, text_encoder, tokenizer, unet, build_scheduler(), None, None, requires_safety_checker=False
     )
+    pipe.to(device)
+    if args.mixed_precision == "bf16":  # as the units that multiply bf16 read them
+        unet.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
     training = UNetTraining(pipe, latents, followed["train"], held_out, followed["test"], args)
     stage = Stage("unet", unet, list(unet.parameters()), args.unet_steps, args.learning_rate, 1e-3, True, args)
-    stage.train(training.loss, training.report)
+    stage.train(training.draw_step, training.loss, training.report)
 
     train_decoder(vae, pictures, held_out["person"], args)
     # The text encoder stays in float32: transformers loads what was saved, and a default load must not mix dtypes.
     vae.to(torch.float16)
-    unet.to(torch.float16)
+    unet.to(torch.float16, memory_format=torch.contiguous_format)
     pipe.save_pretrained(args.output_dir)
     print(f"base in {args.output_dir}")
 

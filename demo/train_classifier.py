@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from demo.make_dataset import World
 from demo.recognition import ATTRIBUTES, ClothClassifier, crop, load_classifier, to_input
+from demo.try_on import fast_device
 from demo.world import LOGOS, UNIT_HEIGHT, draw_person
 
 
@@ -46,20 +47,25 @@ def draw_truths(count: int, world: World, logos: bool) -> TensorDataset:
 
 def disturb(crops: torch.Tensor) -> torch.Tensor:
     """What a result may have and a truth has not: mirrored, shifted, darker or lighter, blurred, noisy; (N, 4, H, W) in [-1, 1]."""
-    count, _, height, width = crops.shape
-    crops = torch.where(torch.rand(count, 1, 1, 1) < 0.5, crops.flip(3), crops)
+    _, _, height, width = crops.shape
+
+    def drawn() -> torch.Tensor:
+        return torch.rand(len(crops), 1, 1, 1, device=crops.device)
+
+    crops = torch.where(drawn() < 0.5, crops.flip(3), crops)
     down, right = torch.randint(0, 7, (2,)).tolist()
     crops = F.pad(crops, (3, 3, 3, 3), mode="replicate")[..., down : down + height, right : right + width]
     picture, mask = crops.split((3, 1), dim=1)
     blurred = F.avg_pool2d(F.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    picture = picture.lerp(blurred, 0.6 * torch.rand(count, 1, 1, 1) * (torch.rand(count, 1, 1, 1) < 0.4))
-    picture = picture * (1 + 0.04 * torch.randn(count, 1, 1, 1)) + 0.04 * torch.randn(count, 1, 1, 1)
-    picture = picture + 0.08 * torch.rand(count, 1, 1, 1) * torch.randn_like(picture)
+    picture = picture.lerp(blurred, 0.6 * drawn() * (drawn() < 0.4))
+    light = torch.randn_like(picture[:, :2, :1, :1])
+    picture = picture * (1 + 0.04 * light[:, :1]) + 0.04 * light[:, 1:]
+    picture = picture + 0.08 * drawn() * torch.randn_like(picture)
     return torch.cat([picture.clamp(-1, 1), mask], dim=1)
 
 
 def loss(classifier: ClothClassifier, crops: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    said = classifier(disturb(to_input(crops)))
+    said, values = classifier(disturb(to_input(crops.to(classifier.device)))), values.to(classifier.device)
     return sum(F.cross_entropy(said[name], values[:, i]) for i, name in enumerate(ATTRIBUTES))
 
 
@@ -68,7 +74,7 @@ def evaluate(classifier: ClothClassifier, truths: TensorDataset) -> dict[str, Co
     """By attribute, how often which (true value, said value) occurred."""
     confusions = {name: Counter() for name in ATTRIBUTES}
     for crops, values in DataLoader(truths, batch_size=256):
-        for i, (name, logits) in enumerate(classifier(to_input(crops)).items()):
+        for i, (name, logits) in enumerate(classifier(to_input(crops.to(classifier.device))).items()):
             pairs = zip(values[:, i].tolist(), logits.argmax(dim=1).tolist())
             confusions[name].update((ATTRIBUTES[name][t], ATTRIBUTES[name][s]) for t, s in pairs if t != NONE)
     return confusions
@@ -84,7 +90,7 @@ def train(classifier: ClothClassifier, truths: TensorDataset, held_out: TensorDa
     total = args.epochs * len(batches)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=total, pct_start=0.15)
-    classifier.to(memory_format=torch.channels_last)
+    classifier.to(fast_device(), memory_format=torch.channels_last)
     bar = tqdm(total=total, desc="classifier")
     for epoch in range(args.epochs):
         classifier.train()
@@ -96,9 +102,7 @@ def train(classifier: ClothClassifier, truths: TensorDataset, held_out: TensorDa
             schedule.step()
             bar.update()
         shares = {name: share_right(found) for name, found in evaluate(classifier.eval(), held_out).items()}
-        tqdm.write(
-            f"epoch {epoch + 1}  loss {value.item():.3f}  " + "  ".join(f"{n} {s:.4f}" for n, s in shares.items())
-        )
+        tqdm.write(f"epoch {epoch + 1}  loss {value:.3f}  " + "  ".join(f"{n} {s:.4f}" for n, s in shares.items()))
 
 
 def report(confusions: dict[str, Counter]) -> str:

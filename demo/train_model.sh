@@ -15,7 +15,7 @@ python=.venv/bin/python
 : "${PARSER_TRAIN:=1500}" "${PARSER_TEST:=64}" "${PARSER_STEPS:=2500}"
 : "${VAE_STEPS:=2500}" "${UNET_STEPS:=10000}" "${DECODER_STEPS:=900}" "${CLASSIFIER:=--train 24000}"
 : "${ADAPTER_STEPS:=2200}" "${BATCH:=8}" "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
-precision=$($python -c 'from demo.try_on import fast_dtype; print("bf16" if str(fast_dtype()) == "torch.bfloat16" else "no")')
+precision=$($python -c 'from demo.try_on import mixed_precision; print(mixed_precision())')
 
 stage() { # NAME PROOF COMMAND...: the command writes the proof when it has finished
   echo "== $1"

@@ -78,9 +78,19 @@ def draw_lines(count: int, seed: int, height: int, category: str = "all") -> lis
     return sorted(lines, key=lambda line: line.category in CATEGORIES and CATEGORIES.index(line.category))
 
 
+def fast_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def mixed_precision() -> str:
+    """What training is to multiply matrices in: `bf16` on a GPU and on CPUs with AMX; on others that is slower."""
+    return "bf16" if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() else "no"
+
+
 def fast_dtype() -> torch.dtype:
-    """bfloat16 where the CPU has AMX, which multiplies matrices of it; elsewhere float32 is faster."""
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    """bfloat16 on CPUs that are fast with it; elsewhere float32, which on a GPU the demo's small model can afford."""
+    return torch.bfloat16 if mixed_precision() == "bf16" and fast_device().type == "cpu" else torch.float32
 
 
 def load_pipeline(model: Path, adapter: Path | None = None, dtype: torch.dtype | None = None) -> DiffusionPipeline:
@@ -90,7 +100,7 @@ def load_pipeline(model: Path, adapter: Path | None = None, dtype: torch.dtype |
         custom_pipeline=str(DEMO.parent / "pipeline_vton.py"),
         trust_remote_code=True,
         dtype=dtype or fast_dtype(),
-    )
+    ).to(fast_device())
     pipe.load_vton_adapter(adapter or model)
     return pipe
 

@@ -445,8 +445,8 @@ def written(word: str) -> np.ndarray:
 def logo_place(cloth: Cloth) -> tuple[float, float, float]:
     """Where on a cloth the logo's middle is, and the radius, in units."""
     if cloth.kind == "trousers":
-        return 8.5, 59.0, 4.2
-    return (0.0, 52.0, 5.0) if cloth.kind == "skirt" else (0.0, 20.5, 5.2 if cloth.kind == "dress" else 4.6)
+        return 8.5, 60.0, 5.2
+    return (0.0, 53.0, 7.6) if cloth.kind == "skirt" else (0.0, 23.0, 7.6 if cloth.kind == "dress" else 7.0)
 
 
 def logo(cloth: Cloth, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -21,12 +21,12 @@ def run_stage(folder: Path, kill_at_step: int | None = None, kill_in_save: int |
     module = torch.nn.Linear(4, 4)
     steps = 0
 
-    def loss() -> torch.Tensor:
+    def loss(drawn: torch.Tensor) -> torch.Tensor:
         nonlocal steps
         steps += 1
         if steps == kill_at_step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return (module(torch.randn(8, 4)) - torch.rand(8, 4)).square().mean()
+        return (module(drawn) - drawn).square().mean()
 
     class KilledInSave(Stage):
         def save(self, accelerator, step: int) -> None:
@@ -36,7 +36,7 @@ def run_stage(folder: Path, kill_at_step: int | None = None, kill_in_save: int |
             super().save(accelerator, step)
 
     stage = KilledInSave("toy", module, list(module.parameters()), STEPS, 1e-2, 1e-3, average=True, args=args)
-    stage.train(loss, lambda step: {"drawn": torch.rand(()).item()})
+    stage.train(lambda: (torch.randn(8, 4),), loss, lambda step: {"drawn": torch.rand(()).item()})
     torch.save(module.state_dict(), folder / "result.pt")
 
 
