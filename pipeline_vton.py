@@ -462,15 +462,15 @@ def crop_region(mask: torch.Tensor, height: int, width: int, padding: int) -> tu
 
 
 def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
-    """Soften a mask (1, H, W) of 0 and 1 inward: 0 outside, rising over `width` pixels to 1.
+    """Soften a mask (1, H, W) of 0 and 1 inward: bytes, 0 outside, rising over `width` pixels to 255.
 
     Where the mask is thinner than 15 times that, the seam is a half as wide, or a quarter, and so on, or hard: a small mask,
     and a thin part of a large one, keep a core that is entirely theirs.
     """
     top, bottom, left, right = extent(mask[0])
     window = slice(max(0, top - width), bottom + width), slice(max(0, left - width), right + width)
-    alpha = mask.clone()
-    inside = mask[(..., *window)]
+    alpha = (mask > 0).to(torch.uint8).mul_(255)
+    inside = alpha[(..., *window)].clone()
     soft, left = alpha[(..., *window)], inside > 0  # `left`: still hard
     radii = sorted({width >> halvings for halvings in range(width.bit_length())}, reverse=True)
     for radius in radii:  # the finer ones are needed in a few places, and cost the most
@@ -508,13 +508,15 @@ def _blocks(left: torch.Tensor, radius: int, whole: bool) -> Iterator[tuple[tupl
 
 
 def _seam(inside: torch.Tensor, radius: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a mask (1, H, W) is 15 radii thick, and its values as the seam of that width has them."""
-    cells = F.max_pool2d(1 - inside, radius, ceil_mode=True)  # 0 where a square of that side is inside
+    """Where a mask (1, H, W), 0 or 255, is 15 radii thick, and its bytes as the seam of that width has them."""
+    cells = (F.max_pool2d(255 - inside, radius, ceil_mode=True) > 0).float()  # 0 where a square of that side is inside
     core = 1 - F.max_pool2d(F.max_pool2d(cells, (15, 1), 1, (7, 0)), (1, 15), 1, (0, 7))
     thick = F.max_pool2d(F.max_pool2d(core, (19, 1), 1, (9, 0)), (1, 19), 1, (0, 9)) > 0
     thick = thick.repeat_interleave(radius, 1).repeat_interleave(radius, 2)[:, : inside.shape[1], : inside.shape[2]]
-    blurred = _as_tensor(as_pil(inside).filter(ImageFilter.BoxBlur(radius)), "mask", "black")[:1]
-    return thick, blurred.mul_(2).sub_(1).clamp_(min=0).mul_(inside)
+    blurred = (
+        as_pil(inside).filter(ImageFilter.BoxBlur(radius)).point([max(0, 2 * value - 255) for value in range(256)])
+    )
+    return thick, torch.from_numpy(np.array(blurred))[None].bitwise_and_(inside)
 
 
 def composite_result(
@@ -536,20 +538,21 @@ def composite_result(
     seen = extent(mask[0, top:bottom, left:right] > 0)
     part, image = enlarged_part(image, bottom - top, right - left, seen)
     window = (slice(top + part[0], top + part[1]), slice(left + part[2], left + part[3]))
-    alpha, result = feather(mask, max(bottom - top, right - left) // 128)[(0, *window)], person.clone()
-    like = as_bytes if person.dtype == torch.uint8 else as_floats
-    before, seam = person[(..., *window)], (alpha > 0) & (alpha < 1)
-    mixed = torch.where(alpha == 1, like(image), before)
-    mixed[:, seam] = like(torch.lerp(as_floats(before[:, seam]), as_floats(image[:, seam]), alpha[seam]))
-    result[(..., *window)] = mixed
+    alpha = feather(mask, max(bottom - top, right - left) // 128)[(..., *window)]
+    if person.dtype == torch.uint8:  # PIL mixes bytes a pixel at a time, with no float of any
+        laid, image = as_pil(person), image if isinstance(image, Image.Image) else as_pil(image)
+        laid.paste(image, (window[1].start, window[0].start), as_pil(alpha))
+        return _as_picture(laid, "image", "white")
+    result, image = person.clone(), _as_tensor(image, "image", "white")
+    result[(..., *window)] = torch.lerp(person[(..., *window)], image, alpha / 255)
     return result
 
 
 def enlarged_part(
     picture: torch.Tensor, height: int, width: int, part: tuple[int, int, int, int]
-) -> tuple[tuple[int, int, int, int], torch.Tensor]:
-    """What `resize` makes of a picture, where only a part (top, bottom, left, right) of it is needed, in eight bits where it is
-    resized; and what came out.
+) -> tuple[tuple[int, int, int, int], torch.Tensor | Image.Image]:
+    """What `resize` makes of a picture, where only a part (top, bottom, left, right) of it is needed: which part came out; and that,
+    a PIL image where it was resized.
 
     It is a little larger than the part, as far as LANCZOS reaches, so that its edges change nothing in there.
     """
@@ -563,8 +566,7 @@ def enlarged_part(
     if picture.shape[1:] == (height, width):
         return (top, bottom, left, right), picture[:, top:bottom, left:right]
     size, corners = (right - left, bottom - top), (box[1][0], box[0][0], box[1][1], box[0][1])
-    enlarged = as_pil(picture).resize(size, Image.Resampling.LANCZOS, box=corners)
-    return (top, bottom, left, right), _as_picture(enlarged, "image", "white")
+    return (top, bottom, left, right), as_pil(picture).resize(size, Image.Resampling.LANCZOS, box=corners)
 
 
 # ---------------------------------------------------------------------------------------------------------- the mask

@@ -6,16 +6,20 @@
 #
 # WORK (default runs/demo-model) holds every stage's results; the same command goes on where a killed one stopped, and finished
 # stages are skipped: remove a stage's folder to run it again. At the end they are copied to MODEL (default demo/model) and
-# CLASSIFIER (default demo/classifier) and measured. The numbers below can be set in the environment.
+# CLASSIFIER (default demo/classifier) and measured. The numbers below, of the committed model, are for a GPU, and can be set in the
+# environment: two CPU cores took hours for BATCH=8 UNET_STEPS=10000 of a base of half the width.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-runs/demo-model} model=${2:-demo/model} classifier=${3:-demo/classifier}
 python=.venv/bin/python
-: "${HEIGHT:=128}" "${TRAIN:=5000}" "${TEST:=96}"
+: "${HEIGHT:=128}" "${TRAIN:=9000}" "${TEST:=96}"
 : "${PARSER_TRAIN:=1500}" "${PARSER_TEST:=64}" "${PARSER_STEPS:=2500}"
-: "${VAE_STEPS:=2500}" "${UNET_STEPS:=10000}" "${DECODER_STEPS:=900}" "${CLASSIFIER:=--train 24000}"
-: "${ADAPTER_STEPS:=2200}" "${BATCH:=8}" "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
+: "${BATCH:=128}" "${VAE_STEPS:=1000}" "${UNET_STEPS:=3500}" "${UNET_RATE:=1e-3}" "${DECODER_STEPS:=2000}"
+: "${CLASSIFIER:=--train 48000 --epochs 16 --batch_size 128}"
+: "${ADAPTER_BATCH:=96}" "${ADAPTER_STEPS:=500}" "${ADAPTER_RATE:=1.2e-3}" "${WORKERS:=8}"
+: "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
 precision=$($python -c 'from demo.try_on import mixed_precision; print(mixed_precision())')
+launch=$($python -c "from benchmarks.launch import launch; print(*launch('train_vton.py', precision='$precision'))")
 
 stage() { # NAME PROOF COMMAND...: the command writes the proof when it has finished
   echo "== $1"
@@ -31,7 +35,7 @@ drawn() { # FOLDER FLAGS...
 base() {
   $python -m demo.train_base --dataset_root "$work/dataset" --output_dir "$work/base" \
     --vae_steps "$VAE_STEPS" --unet_steps "$UNET_STEPS" --decoder_steps "$DECODER_STEPS" \
-    --batch_size "$BATCH" --learning_rate 8e-4 --mixed_precision "$precision" \
+    --batch_size "$BATCH" --learning_rate "$UNET_RATE" --mixed_precision "$precision" \
     --checkpointing_steps "$CHECKPOINT_EVERY" --seed 0
 }
 
@@ -46,12 +50,10 @@ parser() { # seeds of its own; VITON-HD's labels tell the neck from the face, Dr
 }
 
 adapter() { # attention alone, of all categories: DREAM (arXiv:2312.00210), averaged weights, and masks that do not tell the cut
-  $python -m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --dynamo_backend no \
-    --mixed_precision "$precision" --num_cpu_threads_per_process "${OMP_NUM_THREADS:-$(nproc)}" train_vton.py \
-    --pretrained_model_name_or_path "$work/base" --dataset_root "$work/dataset" --output_dir "$work/adapter" \
+  $launch --pretrained_model_name_or_path "$work/base" --dataset_root "$work/dataset" --output_dir "$work/adapter" \
     --height "$HEIGHT" --width $((HEIGHT * 3 / 4)) --augment mask flip --dream_detail_preservation 10 \
-    --train_batch_size "$BATCH" --max_train_steps "$ADAPTER_STEPS" --learning_rate 6e-4 \
-    --lr_warmup_steps 60 --ema_decay 0.99 --guidance_scale 1.5 --dataloader_num_workers 0 \
+    --train_batch_size "$ADAPTER_BATCH" --max_train_steps "$ADAPTER_STEPS" --learning_rate "$ADAPTER_RATE" \
+    --lr_warmup_steps "$((ADAPTER_STEPS / 12))" --ema_decay 0.99 --guidance_scale 1.5 --dataloader_num_workers "$WORKERS" \
     --validation_steps "$CHECKPOINT_EVERY" --checkpointing_steps "$CHECKPOINT_EVERY" --checkpoints_total_limit 2 \
     --resume_from_checkpoint latest --seed 0
 }

@@ -98,10 +98,13 @@ def train(
     """Minimise the cross-entropy of every pixel; the parser is left ready for use."""
     images, maps = pictures
 
-    def loss() -> torch.Tensor:
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.randint(len(images), (args.batch_size,)).numpy()
         batch = processor(list(images[chosen]), segmentation_maps=list(maps[chosen]), return_tensors="pt")
-        return parser(**batch).loss
+        return batch["pixel_values"].to(parser.device), batch["labels"].to(parser.device)
+
+    def loss(pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return parser(pixel_values=pixel_values, labels=labels).loss
 
     def report(step: int) -> dict[str, float]:
         scores = intersection_over_union(parser, processor, *held_out)
@@ -109,7 +112,7 @@ def train(
 
     trained = list(parser.parameters())
     Stage("parser", parser, trained, args.train_steps, args.learning_rate, 0.01, average=False, args=args).train(
-        loss, report
+        draw, loss, report
     )
 
 
@@ -121,9 +124,9 @@ def intersection_over_union(
     intersection, union = np.zeros(len(LIP)), np.zeros(len(LIP))
     for start in range(0, len(images), 32):
         part, truth = images[start : start + 32], maps[start : start + 32]
-        outputs = parser(**processor(list(part), return_tensors="pt").to(parser.dtype))
+        outputs = parser(**processor(list(part), return_tensors="pt").to(parser.device, parser.dtype))
         parsed = processor.post_process_semantic_segmentation(outputs, [truth.shape[1:]] * len(truth))
-        parsed = np.where(truth == IGNORED, IGNORED, torch.stack(parsed).numpy())
+        parsed = np.where(truth == IGNORED, IGNORED, torch.stack(parsed).cpu().numpy())
         for i in range(len(LIP)):
             intersection[i] += ((parsed == i) & (truth == i)).sum()
             union[i] += ((parsed == i) | (truth == i)).sum()
