@@ -7,6 +7,7 @@ denoising steps. `--output_dir` receives the tables (report.md) and their plots.
 """
 
 import argparse
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -237,18 +238,18 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def compare(
-    pipe: DiffusionPipeline, lines: Sequence[Line], args: argparse.Namespace, score: Callable
+    pipe: DiffusionPipeline, lines: Sequence[Line], args: argparse.Namespace, score: Callable, adapter: Callable
 ) -> dict[str, list[Parts]]:
     """The adapter and what it has to beat; it is unloaded on the way."""
-    rows, run, worked = {}, (args.num_inference_steps, args.seed), {"height": lines[0].person.height}
+    rows = {}
     for masks, scale in itertools.product(args.masks, args.guidance_scale):
-        masked = lines if masks == "true" else with_masks(pipe, lines, masks)
-        results = try_on(pipe, masked, *run, scale, **worked)
+        found = adapter(args.num_inference_steps, masks, scale)
         read = "" if masks == "true" else f", {masks} masks of the parser"
-        rows[f"(a) the adapter, guidance {pipe.guidance_scale:g}{read}"] = score(results)
+        shown = pipe.config.guidance_scale if scale is None else scale
+        rows[f"(a) the adapter, guidance {shown:g}{read}"] = found
     pipe.unload_vton_adapter()
     return rows | {
-        "(b) the base without a cloth": score(without_cloth(pipe, lines, *run)),
+        "(b) the base without a cloth": score(without_cloth(pipe, lines, args.num_inference_steps, args.seed)),
         "(c) the cloth's mean colour in its true place": score([mean_color(line) for line in lines]),
         "(d) the truth through the VAE": score(round_trip(pipe.vae, lines)),
         "(e) the person in a wrong cloth, as they came": score([line.person for line in lines]),
@@ -265,14 +266,17 @@ def main(args: argparse.Namespace) -> None:
     def score(results: Sequence[Image.Image]) -> list[Parts]:
         return measure(results, lines, classifier)
 
+    @functools.cache
+    def adapter(steps: int, masks: str, scale: float | None) -> list[Parts]:
+        masked = lines if masks == "true" else with_masks(pipe, lines, masks)
+        return score(try_on(pipe, masked, steps, args.seed, scale, height=height))
+
     width, steps = lines[0].person.width, args.num_inference_steps
     parts = [
         f"{args.lines} held-out unpaired lines of seed {args.seed} at {height}x{width}, {steps} DDPM steps, in the mask\n"
     ]
-    by_steps = {
-        n: figures(score(try_on(pipe, lines, n, args.seed, args.guidance_scale[0], height=height))) for n in args.steps
-    }
-    rows = compare(pipe, lines, args, score)
+    by_steps = {n: figures(adapter(n, args.masks[0], args.guidance_scale[0])) for n in args.steps}
+    rows = compare(pipe, lines, args, score, adapter)
     parts.append(table(["", *TITLES.values()], [[name, *cells(figures(found))] for name, found in rows.items()]))
     if by_steps:
         parts.append(table(["steps", *TITLES.values()], [[str(n), *cells(found)] for n, found in by_steps.items()]))
