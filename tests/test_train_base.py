@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo.train_base import Stage, parse_args, random_masks
+from demo.train_base import Captured, Stage, parse_args, random_masks
 
 
 STEPS, EVERY = 12, 4
@@ -71,3 +71,23 @@ def test_random_masks_hide_a_part():
     shares = (masks == 255).float().mean(dim=(1, 2, 3))
     assert set(masks.unique().tolist()) == {0, 255}
     assert shares.min() > 0.05 and shares.max() < 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_captured_descent_leaves_what_the_descent_itself_leaves():
+    module = torch.nn.Linear(4, 4, device="cuda")
+
+    def descend(drawn: torch.Tensor) -> torch.Tensor:
+        module.zero_grad(set_to_none=False)
+        value = (module(drawn) - drawn).square().mean()
+        value.backward()
+        return value.detach()
+
+    captured = Captured(descend)
+    for rows in (8, 2, 8):  # of either shape, and after the weights have changed
+        drawn = torch.randn(rows, 4, device="cuda")
+        got = captured(drawn), module.weight.grad.clone()
+        expected = descend(drawn), module.weight.grad.clone()
+        torch.testing.assert_close(got, expected)
+        with torch.no_grad():
+            module.weight.add_(1)
