@@ -543,7 +543,10 @@ def composite_result(
         laid, image = as_pil(person), image if isinstance(image, Image.Image) else as_pil(image)
         laid.paste(image, (window[1].start, window[0].start), as_pil(alpha))
         return _as_picture(laid, "image", "white")
-    result, image = person.clone(), _as_tensor(image, "image", "white")
+    result, image = (
+        person.clone(),
+        _as_tensor(image, "image", "white") if isinstance(image, Image.Image) else as_floats(image),
+    )
     result[(..., *window)] = torch.lerp(person[(..., *window)], image, alpha / 255)
     return result
 

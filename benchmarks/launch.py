@@ -20,8 +20,9 @@ def launch(script: str, processes: int = 1, precision: str = "no", gpu: bool | N
     gpu = torch.cuda.is_available() if gpu is None else gpu
     line = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     line += ["--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", precision]
-    if not gpu:
+    if gpu:
+        config = "one_gpu.yaml" if processes == 1 else "one_node.yaml"
+        line += ["--config_file", str(ROOT / "configs" / config)]
+    else:
         line += ["--cpu", "--num_cpu_threads_per_process", str(max(1, torch.get_num_threads() // processes))]
-    elif processes > 1:
-        line.append("--multi_gpu")
     return [*line, str(ROOT / script)]

@@ -224,7 +224,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--masks", nargs="+", choices=MASKS, default=["true"], help=f"{MASKS_HELP}, one row each (default true)")
     add("--by", nargs="*", choices=GROUPS, metavar="FACTOR", help=f"break down by these, all if none is named: {', '.join(GROUPS)}")  # fmt: skip
     add(
-        "--steps", type=int, nargs="+", default=[], help="the adapter's figures after each number of steps, as a curve"
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[],
+        help="the adapter's figures after each number of steps, as a curve, with the first of --masks and --guidance_scale",
     )
     args = parser.parse_args(input_args)
     check_count(parser, "lines", args.lines)
@@ -238,12 +242,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def compare(
-    pipe: DiffusionPipeline, lines: Sequence[Line], args: argparse.Namespace, score: Callable, adapter: Callable
+    pipe: DiffusionPipeline, lines: Sequence[Line], args: argparse.Namespace, score: Callable, adapter_row: Callable
 ) -> dict[str, list[Parts]]:
     """The adapter and what it has to beat; it is unloaded on the way."""
     rows = {}
     for masks, scale in itertools.product(args.masks, args.guidance_scale):
-        found = adapter(args.num_inference_steps, masks, scale)
+        found = adapter_row(args.num_inference_steps, masks, scale)
         read = "" if masks == "true" else f", {masks} masks of the parser"
         shown = pipe.config.guidance_scale if scale is None else scale
         rows[f"(a) the adapter, guidance {shown:g}{read}"] = found
@@ -267,16 +271,19 @@ def main(args: argparse.Namespace) -> None:
         return measure(results, lines, classifier)
 
     @functools.cache
-    def adapter(steps: int, masks: str, scale: float | None) -> list[Parts]:
-        masked = lines if masks == "true" else with_masks(pipe, lines, masks)
-        return score(try_on(pipe, masked, steps, args.seed, scale, height=height))
+    def masked(masks: str) -> list[Line]:
+        return lines if masks == "true" else with_masks(pipe, lines, masks)
+
+    @functools.cache
+    def adapter_row(steps: int, masks: str, scale: float | None) -> list[Parts]:
+        return score(try_on(pipe, masked(masks), steps, args.seed, scale, height=height))
 
     width, steps = lines[0].person.width, args.num_inference_steps
     parts = [
         f"{args.lines} held-out unpaired lines of seed {args.seed} at {height}x{width}, {steps} DDPM steps, in the mask\n"
     ]
-    by_steps = {n: figures(adapter(n, args.masks[0], args.guidance_scale[0])) for n in args.steps}
-    rows = compare(pipe, lines, args, score, adapter)
+    by_steps = {n: figures(adapter_row(n, args.masks[0], args.guidance_scale[0])) for n in args.steps}
+    rows = compare(pipe, lines, args, score, adapter_row)
     parts.append(table(["", *TITLES.values()], [[name, *cells(figures(found))] for name, found in rows.items()]))
     if by_steps:
         parts.append(table(["steps", *TITLES.values()], [[str(n), *cells(found)] for n, found in by_steps.items()]))

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import math
 import shutil
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
@@ -33,6 +34,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, get_wsd_schedule
 
+from demo.try_on import fast_device
 from train_vton import TreePairs
 
 
@@ -125,7 +127,7 @@ def save_sheet(file: Path, columns: list[torch.Tensor]) -> None:
 @contextmanager
 def undisturbed(seed: int):
     """What happens inside draws from a seed of its own, and leaves the generators of the training as they were."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
+    with torch.random.fork_rng([0] if torch.cuda.is_available() else []), torch.no_grad():
         torch.manual_seed(seed)
         yield
 
@@ -137,10 +139,11 @@ class Captured:
     Args:
         function: draws nothing and waits for nothing; what it leaves in tensors that were there before, as gradients, is left by a
             replay too.
+        kept: tensors that it adds to at each call, which are none the wiser for the calls that come before the first graph.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
-        self.function, self.graphs = function, {}
+    def __init__(self, function: Callable[..., torch.Tensor], kept: list[torch.Tensor]) -> None:
+        self.function, self.kept, self.graphs = function, kept, {}
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         shapes = tuple(each.shape for each in inputs)
@@ -153,6 +156,7 @@ class Captured:
         return result.clone()
 
     def capture(self, places: list[torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]:
+        before = [each.clone() for each in self.kept]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -162,6 +166,8 @@ class Captured:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = self.function(*places)
+        for place, value in zip(self.kept, before):
+            place.copy_(value)
         return graph, places, result
 
 
@@ -200,7 +206,10 @@ class Stage:
         """
         logs = {"log_with": "tensorboard", "project_dir": str(self.args.output_dir)}
         uncached = AutocastKwargs(cache_enabled=False)  # a graph casts weights as they are when it is replayed
-        accelerator = Accelerator(mixed_precision=self.args.mixed_precision, kwargs_handlers=[uncached], **logs)
+        on_cpu = fast_device().type == "cpu"
+        accelerator = Accelerator(
+            cpu=on_cpu, mixed_precision=self.args.mixed_precision, kwargs_handlers=[uncached], **logs
+        )
         accelerator.init_trackers(f"logs-{self.name}")
         torch.manual_seed(self.args.seed)
         optimizer = torch.optim.AdamW(
@@ -223,8 +232,8 @@ class Stage:
             accelerator.backward(value)
             return value.detach()
 
-        descend = Captured(descend) if accelerator.device.type == "cuda" else descend
-        bar, losses = tqdm(range(done, self.steps), initial=done, total=self.steps, desc=self.name), []
+        descend = descend if on_cpu else Captured(descend, list(self.module.buffers()))
+        bar, losses = tqdm(range(done, self.steps), initial=done, total=self.steps, desc=self.name), deque(maxlen=200)
         for step in range(done + 1, self.steps + 1):
             losses.append(descend(*draw()))  # read when it is shown: nobody waits for a GPU after each step
             accelerator.clip_grad_norm_(self.trained, 1.0)
@@ -234,7 +243,7 @@ class Stage:
                 ema.step(self.trained)
             bar.update()
             if step % 50 == 0:
-                log = {f"{self.name}/loss": mean(losses[-50:]), f"{self.name}/lr": schedule.get_last_lr()[0]}
+                log = {f"{self.name}/loss": mean(list(losses)[-50:]), f"{self.name}/lr": schedule.get_last_lr()[0]}
                 accelerator.log(log, step=step)
             if step % self.args.checkpointing_steps == 0 or step == self.steps:
                 self.save(accelerator, step)
@@ -242,9 +251,10 @@ class Stage:
                     held_out = report(step)
                 accelerator.log({f"{self.name}/{name}": value for name, value in held_out.items()}, step=step)
                 shown = "  ".join(f"{name} {value:.4f}" for name, value in held_out.items())
-                tqdm.write(f"{self.name} step {step}  loss {mean(losses[-200:]):.4f}  {shown}")
+                tqdm.write(f"{self.name} step {step}  loss {mean(list(losses)):.4f}  {shown}")
         if self.average:
             ema.copy_to(self.trained)
+        optimizer.zero_grad(set_to_none=True)
         accelerator.end_training()
         accelerator.unwrap_model(self.module, keep_fp32_wrapper=False).eval().requires_grad_(False)
 
@@ -339,7 +349,8 @@ class VAETraining:
             hidden = torch.rand(count, 1, 1, 1, device=images.device) < 1 / 6
             batch.append(torch.where(hidden, hide(images, kind.masks["random"][chosen]), images))
         batch = torch.cat(batch)
-        return batch, torch.randn_like(F.avg_pool2d(batch[:, :1], 4).expand(-1, 4, -1, -1))
+        height, width = batch.shape[-2:]
+        return batch, torch.randn(len(batch), 4, height // 4, width // 4, device=batch.device)
 
     def draw_noisy(self) -> Drawn:
         """As `draw`, with noise from none to a third of the latents' deviation: as wrong as a UNet's are (arXiv:2510.11690)."""
@@ -625,7 +636,7 @@ class UNetTraining:
         ).images
         masked = hide(images, people.masks["agnostic"][:8])
         sheet = self.args.output_dir / "samples" / f"unet-{step:06d}.png"
-        save_sheet(sheet, [images, masked, results.float().cpu() * 2 - 1])
+        save_sheet(sheet, [images, masked, results.float() * 2 - 1])
         found = {"held_out": float(np.mean(list(errors.values())))} | {f"t{t}": error for t, error in errors.items()}
         return found | self.reading(HELD_OUT_TIMESTEPS[-2])
 
@@ -647,7 +658,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--learning_rate", type=float, default=8e-4, help="the UNet's highest rate (default 8e-4)")
     parser.add_argument(
-        "--mixed_precision", choices=("no", "bf16"), default="no", help="bf16 pays on CPUs with AMX (default no)"
+        "--mixed_precision",
+        choices=("no", "bf16"),
+        default="no",
+        help="bf16 pays on GPUs and on CPUs with AMX (default no)",
     )
     parser.add_argument(
         "--checkpointing_steps", type=int, default=250, help="steps between checkpoints and reports (default 250)"
@@ -668,7 +682,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--dataset_root {args.dataset_root}: no category has two {split} pairs")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    device = PartialState().device
+    device = fast_device()
     pictures, held_out = (
         {name: kind.to(device) for name, kind in load_pictures(read).items()} for read in (pairs, held_out_pairs)
     )

@@ -6,8 +6,8 @@
 #
 # WORK (default runs/demo-model) holds every stage's results; the same command goes on where a killed one stopped, and finished
 # stages are skipped: remove a stage's folder to run it again. At the end they are copied to MODEL (default demo/model) and
-# CLASSIFIER (default demo/classifier) and measured. The numbers below, of the committed model, are for a GPU, and can be set in the
-# environment: two CPU cores took hours for BATCH=8 UNET_STEPS=10000 of a base of half the width.
+# CLASSIFIER (default demo/classifier) and measured. The numbers below are for a GPU, and can be set in the
+# environment: on a CPU, where they would take days, begin with BATCH=8 ADAPTER_BATCH=8 UNET_STEPS=10000 UNET_RATE=8e-4 WORKERS=0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-runs/demo-model} model=${2:-demo/model} classifier=${3:-demo/classifier}
@@ -19,7 +19,8 @@ python=.venv/bin/python
 : "${ADAPTER_BATCH:=96}" "${ADAPTER_STEPS:=500}" "${ADAPTER_RATE:=1.2e-3}" "${WORKERS:=8}"
 : "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
 precision=$($python -c 'from demo.try_on import mixed_precision; print(mixed_precision())')
-launch=$($python -c "from benchmarks.launch import launch; print(*launch('train_vton.py', precision='$precision'))")
+words=$($python -c "from benchmarks.launch import launch; print(*launch('train_vton.py', precision='$precision'), sep='\n')")
+mapfile -t launch <<<"$words"
 
 stage() { # NAME PROOF COMMAND...: the command writes the proof when it has finished
   echo "== $1"
@@ -50,7 +51,7 @@ parser() { # seeds of its own; VITON-HD's labels tell the neck from the face, Dr
 }
 
 adapter() { # attention alone, of all categories: DREAM (arXiv:2312.00210), averaged weights, and masks that do not tell the cut
-  $launch --pretrained_model_name_or_path "$work/base" --dataset_root "$work/dataset" --output_dir "$work/adapter" \
+  "${launch[@]}" --pretrained_model_name_or_path "$work/base" --dataset_root "$work/dataset" --output_dir "$work/adapter" \
     --height "$HEIGHT" --width $((HEIGHT * 3 / 4)) --augment mask flip --dream_detail_preservation 10 \
     --train_batch_size "$ADAPTER_BATCH" --max_train_steps "$ADAPTER_STEPS" --learning_rate "$ADAPTER_RATE" \
     --lr_warmup_steps "$((ADAPTER_STEPS / 12))" --ema_decay 0.99 --guidance_scale 1.5 --dataloader_num_workers "$WORKERS" \

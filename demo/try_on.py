@@ -84,13 +84,14 @@ def fast_device() -> torch.device:
 
 
 def mixed_precision() -> str:
-    """What training is to multiply matrices in: `bf16` on a GPU and on CPUs with AMX; on others that is slower."""
-    return "bf16" if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() else "no"
+    """What training is to multiply matrices in: `bf16` on GPUs and CPUs with units for it; on others that is slower."""
+    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if gpu or torch.cpu._is_amx_tile_supported() else "no"
 
 
 def fast_dtype() -> torch.dtype:
     """bfloat16 on CPUs that are fast with it; elsewhere float32, which on a GPU the demo's small model can afford."""
-    return torch.bfloat16 if mixed_precision() == "bf16" and fast_device().type == "cpu" else torch.float32
+    return torch.bfloat16 if fast_device().type == "cpu" and mixed_precision() == "bf16" else torch.float32
 
 
 def load_pipeline(model: Path, adapter: Path | None = None, dtype: torch.dtype | None = None) -> DiffusionPipeline:

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from tiny import ROOT
 
 import train_vton
 from benchmarks import costs, many, methods, photograph
+from benchmarks.launch import launch
 from demo.make_dataset import make_dataset
 from demo.try_on import draw_lines
 
@@ -118,3 +120,14 @@ def test_pairs_a_minute_of_whole_runs(capsys):
     many.main(many.parse_args(["--pairs", "6", "--batches", "4", "--processes", "1", "--steps", "1"]))
     title, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2::2])
     assert title == ["processes", "4 a batch"] and row[0] == "1" and float(row[1]) > 0
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_launch_is_what_it_says_on_a_machine_with_a_configuration_of_its_own(tmp_path, monkeypatch, gpu):
+    own = tmp_path / "default_config.yaml"
+    own.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nmixed_precision: fp16\ngpu_ids: '3'\n")
+    monkeypatch.setattr("accelerate.commands.launch.default_config_file", str(own))
+    args = launch_command_parser().parse_args(launch("train_vton.py", precision="bf16", gpu=gpu)[3:])
+    args, *_ = _validate_launch_command(args)
+    assert not (args.use_fsdp or args.multi_gpu) and args.mixed_precision == "bf16" and args.num_processes == 1
+    assert args.cpu != gpu and args.gpu_ids != "3"

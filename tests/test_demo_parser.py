@@ -4,12 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from tiny import ROOT, tiny_pipe
 from transformers import SegformerForSemanticSegmentation
 
-from demo import train_parser
+from demo import train_base, train_parser
 from demo.make_dataset import make_dataset
 from demo.train_parser import (
     COMPONENTS,
@@ -115,6 +116,7 @@ class StoppedAtSix(SegformerForSemanticSegmentation):
 
 
 def test_a_stopped_training_goes_on_from_its_checkpoint_to_the_same_parser(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_base, "fast_device", lambda: torch.device("cpu"))  # where every step calls the parser
     root = draw_people(tmp_path / "data", "viton-hd")
     flags = ["--dataset_root", str(root), "--height", "32", "--width", "24", "--train_steps", "6", "--batch_size", "2"]
     flags += ["--checkpointing_steps", "2", "--output_dir"]

@@ -147,7 +147,11 @@ def test_the_lines_are_grouped_by_their_levels(lines):
             assert numbers == [i for i, line in enumerate(lines) if line.factors.get(factor) == level]
 
 
-def test_the_report_has_every_table_and_plot(tmp_path):
+def test_the_report_has_every_table_and_plot(tmp_path, monkeypatch):
+    tried_on = []
+    monkeypatch.setattr(
+        measure, "try_on", lambda *given, **more: tried_on.append(given) or try_on.try_on(*given, **more)
+    )
     arguments = [
         "--output_dir",
         str(tmp_path),
@@ -165,6 +169,9 @@ def test_the_report_has_every_table_and_plot(tmp_path):
         str(192 - HEIGHT),
     ]
     measure.main(measure.parse_args([*arguments, "--by", "category", "sleeve", "--steps", "1", "2"]))
+    assert (
+        len(tried_on) == 5
+    )  # two masks by two scales, of which the first are a point of the curve, and the other point
     assert f"at {192 - HEIGHT}x{144 - HEIGHT * 3 // 4}, 1 DDPM steps" in (tmp_path / "report.md").read_text()
     starts = [row.split("|")[1].strip() for row in (tmp_path / "report.md").read_text().splitlines() if row[:1] == "|"]
     assert {

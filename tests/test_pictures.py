@@ -435,6 +435,12 @@ def test_a_photograph_of_eight_bits_stays_so_and_the_result_is_the_same():
             exact = composite_result(shown, floats, mask, region)
             assert result.dtype == torch.uint8 and torch.equal(result, as_bytes(exact))
             assert torch.equal(result[:, mask[0] == 0], kept[:, mask[0] == 0]) and not torch.equal(result, kept)
+        fitting = torch.rand(
+            3, region[3] - region[1], region[2] - region[0]
+        )  # is rounded before it is mixed, not after
+        pair = composite_result(fitting, kept, mask, region), composite_result(fitting, floats, mask, region)
+        assert (pair[0].int() - as_bytes(pair[1]).int()).abs().max() <= 1
+        assert torch.equal(kept, as_pictures(photograph, "person")[0])
     result = run(tiny_pipe(9), photograph, mask=photograph.convert("L").point(lambda value: 255 * (value > 128)))
     assert result.dtype == np.float32 and len(np.unique(result)) > 256  # arrays and tensors have more than eight bits
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from demo import train_base
 from demo.train_base import Captured, Stage, parse_args, random_masks
 
 
@@ -16,6 +17,7 @@ STEPS, EVERY = 12, 4
 
 def run_stage(folder: Path, kill_at_step: int | None = None, kill_in_save: int | None = None) -> None:
     """Fit noise that the generators draw; SIGKILL at a step, or when the checkpoint of a step is about to get its name."""
+    train_base.fast_device = lambda: torch.device("cpu")  # in a process of its own
     args = parse_args(["--dataset_root", "unused", "--output_dir", str(folder), "--checkpointing_steps", str(EVERY)])
     torch.manual_seed(3)
     module = torch.nn.Linear(4, 4)
@@ -83,7 +85,7 @@ def test_a_captured_descent_leaves_what_the_descent_itself_leaves():
         value.backward()
         return value.detach()
 
-    captured = Captured(descend)
+    captured = Captured(descend, [])
     for rows in (8, 2, 8):  # of either shape, and after the weights have changed
         drawn = torch.randn(rows, 4, device="cuda")
         got = captured(drawn), module.weight.grad.clone()
