@@ -310,6 +310,6 @@ def test_the_base_trainer_writes_an_ordinary_diffusers_folder(drawn, tmp_path):
 def test_the_committed_model_is_safetensors_without_code():
     suffixes = {path.suffix for path in (ROOT / "demo" / "model").rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".safetensors", ".txt"}
-    assert sum(path.stat().st_size for path in (ROOT / "demo" / "model").rglob("*")) < 16e6
+    assert sum(path.stat().st_size for path in (ROOT / "demo" / "model").rglob("*")) < 26.5e6
     with safe_open(ROOT / "demo" / "model" / ADAPTER_NAME, "pt") as adapter:
         assert adapter.metadata()["base_model"] == "demo/model"  # not the folder in which it was trained
