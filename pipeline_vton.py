@@ -219,9 +219,9 @@ def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
         # the luma of one half is one half, rounding aside; bytes stay bytes: a photograph's mask has millions
         low, half, high = (25, 128, 230) if mask.dtype == torch.uint8 else (0.1, 0.5 - 1e-6, 0.9)
         between = ((mask > low) & (mask < high)).count_nonzero().item() / mask.numel()
-        mask = (mask >= half).float()
-        _check_mask(name, between, bool(mask.any()))
-        masks.append(mask)
+        white = mask >= half
+        _check_mask(name, between, bool(white.numpy().any()))
+        masks.append(white.float())
     return masks
 
 
@@ -3004,8 +3004,8 @@ class StableDiffusionVTONPipeline(
         if given or self.config.mask_free or self.human_parser is None:
             return inputs
         persons = {id(person): person for person in inputs.persons}  # one with many cloths is read once
-        masks = as_masks(self.predict_mask(list(persons.values()), cloth_type), "mask_image")
-        drawn = dict(zip(persons, masks))
+        masks = self.predict_mask(list(persons.values()), cloth_type)
+        drawn = {one: torch.from_numpy(np.asarray(mask)[None] > 0).float() for one, mask in zip(persons, masks)}
         return replace(inputs, masks=[drawn[id(person)] for person in inputs.persons])
 
     def encode_pictures(self, inputs: TryOnInputs) -> TryOnLatents:
