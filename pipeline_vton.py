@@ -513,9 +513,8 @@ def _seam(inside: torch.Tensor, radius: int) -> tuple[torch.Tensor, torch.Tensor
     core = 1 - F.max_pool2d(F.max_pool2d(cells, (15, 1), 1, (7, 0)), (1, 15), 1, (0, 7))
     thick = F.max_pool2d(F.max_pool2d(core, (19, 1), 1, (9, 0)), (1, 19), 1, (0, 9)) > 0
     thick = thick.repeat_interleave(radius, 1).repeat_interleave(radius, 2)[:, : inside.shape[1], : inside.shape[2]]
-    blurred = (
-        as_pil(inside).filter(ImageFilter.BoxBlur(radius)).point([max(0, 2 * value - 255) for value in range(256)])
-    )
+    inward = [max(0, 2 * value - 255) for value in range(256)]  # the blur's upper half: the outline is where it begins
+    blurred = as_pil(inside).filter(ImageFilter.BoxBlur(radius)).point(inward)
     return thick, torch.from_numpy(np.array(blurred))[None].bitwise_and_(inside)
 
 
@@ -543,10 +542,8 @@ def composite_result(
         laid, image = as_pil(person), image if isinstance(image, Image.Image) else as_pil(image)
         laid.paste(image, (window[1].start, window[0].start), as_pil(alpha))
         return _as_picture(laid, "image", "white")
-    result, image = (
-        person.clone(),
-        _as_tensor(image, "image", "white") if isinstance(image, Image.Image) else as_floats(image),
-    )
+    image = _as_tensor(image, "image", "white") if isinstance(image, Image.Image) else as_floats(image)
+    result = person.clone()
     result[(..., *window)] = torch.lerp(person[(..., *window)], image, alpha / 255)
     return result
 
