@@ -3,7 +3,8 @@
 Every row is one run of `accelerate launch train_vton.py`, and what `demo.measure` says of it: PSNR in the mask, and the share of
 results in which the cloth's attributes are recognised. The same command goes on where a killed one stopped: rows that
 `--output_dir` holds of the same arguments are kept, and a row's training goes on from its last checkpoint (of another base, take
-another folder). Second seeds tell what of a difference is luck.
+another folder). Measured otherwise (`--lines`, `--seed`, `--num_inference_steps`), a row is not trained again. Second seeds tell what of a
+difference is luck.
 """
 
 import argparse
@@ -206,17 +207,28 @@ def finished(row: Path) -> dict[str, Interval]:
     return {name: Interval(**values) for name, values in json.loads(row.read_text(encoding="utf-8")).items()}
 
 
-def train_and_measure(
-    method: Method, base: Path, lines: list[Line], budget: dict[str, str], args: argparse.Namespace
-) -> dict[str, Interval]:
-    """A row's figures, kept from an earlier run of the same budget if there was one."""
-    folder = args.output_dir / method.folder
+def budget(method: Method, args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """All that a row's training and its measuring depend on."""
+    training = ("base", "train", "max_train_steps", "train_batch_size", "learning_rate", "guidance_scale")
+    measuring = ("classifier", "lines", "seed", "num_inference_steps")
+    of_method = {name: str(getattr(method, name)) for name in ("flags", "channels", "drawn", "seed")}
+    return {
+        "training": {name: str(getattr(args, name)) for name in training} | of_method,
+        "measuring": {name: str(getattr(args, name)) for name in measuring},
+    }
+
+
+def train_and_measure(method: Method, base: Path, lines: list[Line], args: argparse.Namespace) -> dict[str, Interval]:
+    """A row's figures; what an earlier run trained, or measured, of the same budget is kept."""
+    folder, now = args.output_dir / method.folder, budget(method, args)
     row, spent = folder / "row.json", folder / "budget.json"
-    budget = budget | {name: str(getattr(method, name)) for name in ("flags", "channels", "drawn", "seed")}
-    if not spent.is_file() or json.loads(spent.read_text(encoding="utf-8")) != budget:
+    before = json.loads(spent.read_text(encoding="utf-8")) if spent.is_file() else {}
+    if before.get("training") != now["training"]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        spent.write_text(json.dumps(budget), encoding="utf-8")
+    elif before["measuring"] != now["measuring"]:
+        row.unlink(missing_ok=True)
+    spent.write_text(json.dumps(now), encoding="utf-8")
     if not row.is_file():
         train(method, base, folder, args)
         found = {name: vars(one) for name, one in measure(method, base, folder, lines, args).items()}
@@ -264,12 +276,10 @@ def main(args: argparse.Namespace) -> None:
     if any(method.flags == TRIED_ON for method in chosen):
         draw_tried_on(args)
     lines = {drawn: draw_lines(args.lines, args.seed, height, drawn) for drawn in worlds}
-    unspent = {"rows", "output_dir", "checkpointing_steps"}
-    budget = {name: str(value) for name, value in vars(args).items() if name not in unspent}
     rows = []
     for method in chosen:
         base = four_channels if method.channels == 4 else args.base
-        rows.append([method.name, *cells(train_and_measure(method, base, lines[method.drawn], budget, args))])
+        rows.append([method.name, *cells(train_and_measure(method, base, lines[method.drawn], args))])
     print(f"\n{args.max_train_steps} updates of {args.train_batch_size} pairs, {args.lines} held-out unpaired lines\n")
     print(table(["method", *TITLES.values()], rows))
 

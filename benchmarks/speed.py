@@ -4,6 +4,7 @@
     python -m benchmarks.speed flops      the same by counted floating-point operations, on the meta device: no machine's load shows
     python -m benchmarks.speed stages     where the time of a whole picture goes
     python -m benchmarks.speed memory     the peak of a picture by dtype, slicing, tiling, 8-bit weights and offloading
+    python -m benchmarks.speed adapter    the size of an adapter's file, and seconds to load it
     python -m benchmarks.speed compile    torch.compile: seconds of a step, graphs, and recompilations
 
 Reading the cloth is spread over the steps of a picture (`--num_inference_steps`). Times want a machine that does nothing else.
@@ -20,6 +21,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -212,23 +215,23 @@ def offloaded(pipe: StableDiffusionVTONPipeline) -> None:
     pipe.unet.enable_group_offload(device, torch.device("cpu"), offload_type="leaf_level")
 
 
-VARIANTS: dict[str, tuple[str, list[Callable]]] = {
-    "fp32": ("fp32", []),
-    "bf16": ("bf16", []),
-    "bf16, VAE slicing": ("bf16", [lambda pipe: pipe.vae.enable_slicing()]),
-    "bf16, VAE tiling": ("bf16", [lambda pipe: pipe.vae.enable_tiling()]),
-    "bf16, weights in fp8": ("bf16", [in_fp8]),
-    "bf16, weights in int8": ("bf16", [in_int8]),
-    "bf16, weights offloaded": ("bf16", [offloaded]),
+VARIANTS: dict[str, Callable | None] = {
+    "as it is": None,
+    "VAE slicing": lambda pipe: pipe.vae.enable_slicing(),
+    "VAE tiling": lambda pipe: pipe.vae.enable_tiling(),
+    "weights in fp8": in_fp8,
+    "weights in int8": in_int8,
+    "weights offloaded": offloaded,
 }
 
 
-def peak_of(variant: str, size: tuple[int, int], batch: int, device: str, tiny: bool) -> tuple[float, float]:
+def peak_of(
+    variant: str, dtype: str, size: tuple[int, int], batch: int, device: str, tiny: bool
+) -> tuple[float, float]:
     """GiB at the peak of a try-on of two steps, of the GPU or of this process; and MiB of the cloths' keys and values."""
-    dtype, changes = VARIANTS[variant]
     pipe, kept = random_pipe(device, DTYPES[dtype], tiny), []
-    for change in changes:
-        change(pipe)
+    if VARIANTS[variant] is not None:
+        VARIANTS[variant](pipe)
 
     def look(pipe, step, t, tensors):
         processors = [p for p in pipe.unet.attn_processors.values() if isinstance(p, ClothCacheAttnProcessor)]
@@ -243,6 +246,36 @@ def peak_of(variant: str, size: tuple[int, int], batch: int, device: str, tiny: 
         try_on(pipe, size, batch, 2, callback_on_step_end=look)
     gib = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else peak.gib
     return gib, kept[-1] / 2**20
+
+
+def memory_tables(args: argparse.Namespace) -> Iterator[tuple[str, list[list[str]]]]:
+    """A heading and the cells of every size; every figure comes from a process of its own."""
+    variants = [v for v in args.variants if VARIANTS[v] is not in_int8 or find_spec("torchao")]
+    for left_out in set(args.variants) - set(variants):
+        print(f"{left_out}: left out, pip install torchao")
+    for size in args.sizes:
+        for batch in args.batches:
+            cells = []
+            for dtype in args.dtypes:
+                for variant in variants:
+                    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+                        found = alone.submit(peak_of, variant, dtype, size, batch, args.device, args.tiny).result()
+                    cells.append([f"{dtype}, {variant}", f"{found[0]:.2f}", f"{found[1]:.0f}"])
+            yield f"{size[0]}x{size[1]}, batch {batch}, {machine(torch.device(args.device))}", cells
+
+
+# ------------------------------------------------------------------------------------------------------------ adapter
+
+
+def adapter_cost(pipe: StableDiffusionVTONPipeline, file_dtype: str, rounds: int) -> tuple[float, float]:
+    """MB of an adapter's file, and the median of the seconds that loading it takes."""
+    with TemporaryDirectory() as folder:
+        pipe.save_vton_adapter(folder, DTYPES[file_dtype])
+        seconds = []
+        for _ in range(rounds):
+            seconds.append(seconds_of(lambda: pipe.load_vton_adapter(folder), pipe.unet.device))
+            pipe.unload_vton_adapter()
+        return sum(file.stat().st_size for file in Path(folder).iterdir()) / 1e6, statistics.median(seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------ compile
@@ -299,7 +332,7 @@ def size_of(text: str) -> tuple[int, int]:
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("question", choices=("steps", "flops", "stages", "memory", "compile"))
+    add("question", choices=("steps", "flops", "stages", "memory", "adapter", "compile"))
     sizes = [(256, 192), (512, 384), (1024, 768)]
     add("--sizes", type=size_of, nargs="+", default=sizes, help="HEIGHTxWIDTH (default 256x192 512x384 1024x768)")
     add("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default fp32 bf16")
@@ -346,18 +379,15 @@ def answer(
 
 def main(args: argparse.Namespace) -> None:
     if args.question == "memory":
-        variants = [v for v in args.variants if in_int8 not in VARIANTS[v][1] or find_spec("torchao")]
-        for left_out in set(args.variants) - set(variants):
-            print(f"{left_out}: left out, pip install torchao")
-        for size in args.sizes:
-            cells = []
-            for variant in variants:
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-                    found = alone.submit(peak_of, variant, size, args.batches[0], args.device, args.tiny).result()
-                cells.append([variant, f"{found[0]:.2f}", f"{found[1]:.0f}"])
-            print(f"\n{size[0]}x{size[1]}, batch {args.batches[0]}, {machine(torch.device(args.device))}\n")
+        for heading, cells in memory_tables(args):
+            print(f"\n{heading}\n")
             print(table(["", "peak, GiB", "the cloths' keys and values, MiB"], cells), flush=True)
         return
+    if args.question == "adapter":
+        pipe = random_pipe(args.device, DTYPES[args.dtypes[0]], args.tiny)
+        costs = [adapter_cost(pipe, name, args.rounds) for name in ("fp32", "fp16")]
+        cells = [[name, f"{mb:.3g}", f"{s:.2f}"] for name, (mb, s) in zip(("fp32", "fp16"), costs)]
+        return print(table(["file", "MB", f"seconds to load into a UNet in {args.dtypes[0]}"], cells))
     device = "meta" if args.question == "flops" else args.device
     for dtype in args.dtypes[:1] if args.question == "flops" else args.dtypes:
         pipe = random_pipe(device, DTYPES[dtype], args.tiny)

@@ -48,8 +48,13 @@ def test_a_row_is_trained_and_measured_once_for_a_budget(tmp_path, monkeypatch, 
     monkeypatch.setattr(methods, "train", train)
     methods.main(methods.parse_args([*line, "1"]))
     assert capfd.readouterr().out.splitlines()[-2] == row
+    monkeypatch.setattr(methods, "train", lambda *args: None)  # as one that finds nothing left to do
+    methods.main(methods.parse_args([*line, "1", "--seed", "12"]))
+    assert capfd.readouterr().out.splitlines()[-2] != row and (tmp_path / "reference" / "checkpoint-1").is_dir()
+    monkeypatch.setattr(methods, "train", train)
     with pytest.raises(RuntimeError, match="trained again"):
         methods.main(methods.parse_args([*line, "2"]))
+    assert not (tmp_path / "reference" / "checkpoint-1").exists()
 
 
 @pytest.mark.parametrize("method", methods.METHODS, ids=lambda method: method.folder)

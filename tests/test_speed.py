@@ -50,9 +50,16 @@ def test_every_question_is_answered(question, capsys):
 
 
 def test_the_cloths_keys_are_weighed():
-    _, kept = speed.peak_of("bf16", (64, 48), 1, "cpu", tiny=True)
+    _, kept = speed.peak_of("as it is", "bf16", (64, 48), 1, "cpu", tiny=True)
     elements = 2 * (3 * 48 * 16 + 12 * 32)  # keys and values of 3 layers of 48 tokens and one of 12
     assert kept * 2**20 == 2 * elements
+
+
+def test_an_adapters_file_is_weighed_and_loaded(capsys):
+    speed.main(speed.parse_args(["adapter", "--tiny", "--rounds", "1"]))
+    cells = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines() if row.startswith("| fp")]
+    (_, single, _), (_, half, seconds) = cells
+    assert 1.5 < float(single) / float(half) <= 2 and float(seconds) >= 0
 
 
 @pytest.mark.parametrize("how", speed.COMPILED)
