@@ -109,7 +109,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=256, help="default 256")
     parser.add_argument("--width", type=int, default=192, help="default 192")
     parser.add_argument("--train_batch_size", type=int, default=1, help="default 1")
-    parser.add_argument("--updates", type=int, default=3, help="timed after one to warm up; the fastest counts (default 3; 0 times the first)")
+    parser.add_argument(
+        "--updates",
+        type=int,
+        default=3,
+        help="timed after one to warm up; the fastest counts (default 3; 0 times the first)",
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead, to try the script")
     parser.add_argument("--loader", action="store_true", help="CPU milliseconds that reading a pair costs, instead")

@@ -1,7 +1,7 @@
 """How few steps a try-on needs: schedulers, steps and guidance on the demo's held-out lines, against the work that they cost.
 
-First every scheduler at every number of steps, with the adapter's own guidance; then, for the three best, other guidance scales
-and guidance that begins late or ends early. Work is counted in rows that the UNet computes for a picture, which no other
+First every scheduler at every number of steps, with the adapter's own guidance, and what `pipe.fast()` gives; then, for the three
+best, other guidance scales and guidance that begins late or ends early. Work is counted in rows that the UNet computes for a picture, which no other
 program's load changes; seconds are printed too. A setting is good enough where it loses less than `--psnr` dB and
 `--recognition` of the attributes against the default, 50 DDPM steps. The same command goes on where a killed one stopped.
 """
@@ -22,6 +22,7 @@ from demo.measure import add_lines_arguments, figures, measure, recognition
 from demo.recognition import ClothClassifier, load_classifier
 from demo.try_on import Line, check_count, draw_lines, load_pipeline, picture_height, try_on
 from evaluate_vton import table
+from pipeline_vton import FAST_GUIDED, FAST_STEPS
 from train_vton import fingerprint
 
 
@@ -32,7 +33,6 @@ SCHEDULERS = {
     "DPM++ 2M": "DPMSolverMultistepScheduler",
 }
 INTERVALS = ((0.0, 1.0), (0.0, 0.75), (0.0, 0.5), (0.25, 1.0))
-DEFAULT = ("DDPM", 50)
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class Setting:
         """That the UNet computes for a picture, its cloth's included, at a guidance of `scale`."""
         inside = sum(self.interval[0] <= i / self.steps < self.interval[1] for i in range(self.steps))
         return 1 + self.steps + (inside if scale > 1 else 0)
+
+
+DEFAULT = Setting("DDPM", 50)
+FAST = Setting("UniPC", FAST_STEPS, interval=(0.0, FAST_GUIDED))  # what `pipe.fast()` gives
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def sample(
 
 def good_enough(results: Sequence[Result], args: argparse.Namespace) -> list[Result]:
     """The settings that lose no more than asked against the default, the cheapest first."""
-    default = next(r for r in results if r.setting == Setting(*DEFAULT))
+    default = next(r for r in results if r.setting == DEFAULT)
     kept = [
         r
         for r in results
@@ -121,7 +125,7 @@ def cells(result: Result, default: Result) -> list[str]:
 
 
 def report(results: Sequence[Result], args: argparse.Namespace) -> str:
-    default = next(r for r in results if r.setting == Setting(*DEFAULT))
+    default = next(r for r in results if r.setting == DEFAULT)
     head = ["scheduler", "steps", "guidance", "guided", "UNet rows", "times less", "s", "PSNR", "SSIM", "recognised"]
     recipe = good_enough(results, args)[0]
     return "\n".join(
@@ -130,6 +134,8 @@ def report(results: Sequence[Result], args: argparse.Namespace) -> str:
             table(head, [cells(r, default) for r in pareto(results)]),
             f"Cheapest within {args.psnr:g} dB and {args.recognition:.0%} of the default:\n",
             table(head, [cells(recipe, default)]),
+            "`pipe.fast()`\n",
+            table(head, [cells(r, default) for r in results if r.setting == FAST]),
             "All\n",
             table(head, [cells(r, default) for r in results]),
         ]
@@ -209,11 +215,11 @@ def main(args: argparse.Namespace) -> None:
                 notebook.add(sample(pipe, setting, lines, classifier, args.seed))
         return [notebook.results[setting] for setting in settings]
 
-    grid = dict.fromkeys([Setting(*DEFAULT), *(Setting(s, n) for s in args.schedulers for n in args.steps)])
+    grid = dict.fromkeys([DEFAULT, FAST, *(Setting(s, n) for s in args.schedulers for n in args.steps)])
     results = results_of(list(grid))
     refined = [
         replace(setting, guidance=scale, interval=interval)
-        for setting in best_three(results, args)
+        for setting in best_three([r for r in results if r.setting != FAST], args)
         for scale in (None, *args.guidance_scale)
         for interval in (INTERVALS if scale is None or scale > 1 else INTERVALS[:1])
     ]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -155,6 +156,13 @@ def test_a_settings_work_is_the_rows_that_the_unet_computes(guidance, interval):
     assert setting.rows(guidance) == rows_computed(tiny_pipe(), **options)
 
 
+def test_the_fast_recipe_is_the_one_that_is_measured():
+    pipe = tiny_pipe()
+    options = pipe.fast()
+    measured = Setting("UniPC", options["num_inference_steps"], interval=options["guidance_interval"])
+    assert measured == fewer_steps.FAST and type(pipe.scheduler).__name__ == fewer_steps.SCHEDULERS["UniPC"]
+
+
 def test_the_front_and_the_recipe():
     args = fewer_steps.parse_args([])
 
@@ -173,7 +181,8 @@ def test_the_front_and_the_recipe():
 
 
 def test_settings_are_swept_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(fewer_steps, "DEFAULT", ("DDPM", 2))
+    monkeypatch.setattr(fewer_steps, "DEFAULT", Setting("DDPM", 2))
+    monkeypatch.setattr(fewer_steps, "FAST", replace(fewer_steps.FAST, steps=2))
     monkeypatch.setattr(fewer_steps, "INTERVALS", ((0.0, 1.0),))
     line = [
         "--output_dir",
@@ -191,6 +200,7 @@ def test_settings_are_swept_once(tmp_path, capsys, monkeypatch):
     fewer_steps.main(fewer_steps.parse_args(line))
     printed = capsys.readouterr().out
     assert "| UniPC | 1 | " in printed and (tmp_path / "pareto.png").is_file()
+    assert "| UniPC | 2 | the adapter's | 0 to 0.75 | 5 | " in printed.split("`pipe.fast()`")[1].split("All")[0]
     monkeypatch.setattr(fewer_steps, "try_on", None)  # nothing is computed again
     fewer_steps.main(fewer_steps.parse_args(line))
     assert capsys.readouterr().out == printed
