@@ -53,6 +53,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline_vton import (
+    FAST_STEPS,
     LOOSENESS,
     as_masks,
     as_pil,
@@ -144,7 +145,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pred_composited", action="store_true", help="they are the photographs outside the masks, which is checked (default: pasted into them here)")  # fmt: skip
     add("--height", type=int, help="to work at (default: the adapter's, at the persons' aspect)")
     add("--width", type=int, help="to work at (default: the adapter's, at the persons' aspect)")
-    add("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
+    add("--num_inference_steps", type=int, help=f"denoising steps (default 50; with --fast {FAST_STEPS})")
+    add(
+        "--fast",
+        action="store_true",
+        help="few steps of UniPC, three quarters of them guided, as pipe.fast() has them",
+    )
     add("--guidance_scale", type=float, help="default: the adapter's own")
     add("--scheduler", help="a scheduler class of diffusers (default: the pipeline's own)")
     add("--eta", type=float, help="for DDIM (default: the pipeline's own)")
@@ -197,6 +203,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--drop_duplicates needs --train_root")
     if args.scheduler is not None and not is_scheduler(args.scheduler):
         parser.error(f"--scheduler must be the name of a scheduler class of diffusers, got {args.scheduler}")
+    if args.fast and (args.scheduler is not None or args.pred_dir is not None):
+        parser.error("--fast goes with --model, and samples with UniPC: leave out --scheduler")
     if args.pred_dir is not None and (args.seeds > 1 or args.push_to_hub or args.masks == "parser"):
         parser.error("--pred_dir has one seed, no adapter to push and no human parser")
     if args.push_to_hub and not args.adapter:
@@ -667,6 +675,8 @@ class Model:
                 "--masks none goes with mask-free adapters and --pred_dir: this model's adapter needs masks"
             )
         self.pipe.set_progress_bar_config(disable=True)
+        steps = {} if args.num_inference_steps is None else {"num_inference_steps": args.num_inference_steps}
+        self.sampling = self.pipe.fast(**steps) if args.fast else {"num_inference_steps": 50} | steps
         self.mask_free, self.posed = self.pipe.config.mask_free, self.pipe.config.pose == "painted"
 
     def working_size(self, person: Image.Image) -> tuple[int, int]:
@@ -685,7 +695,7 @@ class Model:
             **({} if args.adapter_subfolder is None else {"adapter_subfolder": args.adapter_subfolder}),
             "weights": fingerprint([*pipe.unet.state_dict().values(), *pipe.vae.state_dict().values()]),
             "scheduler": type(pipe.scheduler).__name__,
-            "num_inference_steps": args.num_inference_steps,
+            **self.sampling,
             "guidance_scale": pipe.config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
             "working_size": list(size),
             "dtype": str(pipe.unet.dtype).removeprefix("torch."),
@@ -710,11 +720,11 @@ class Model:
             pictures.get("pose"),
             height=size[0],
             width=size[1],
-            num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             generator=torch.Generator().manual_seed(seed_of(seed, line)),
             composite=False,
             output_type="pt",
+            **self.sampling,
             **options,
         ).images[0]
 

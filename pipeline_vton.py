@@ -11,6 +11,7 @@ file, and the pipeline. `train_vton.py` imports the same pieces.
 
 import copy
 import functools
+import hashlib
 import inspect
 import io
 import json
@@ -986,8 +987,8 @@ class ClothCacheAttnProcessor(ClothAttnProcessor):
         """Lay the cloths, once and for all steps, beside room for the `tokens` of as many persons as there are `rows`."""
         beside, repeats = [], rows // len(self.cloth[0])
         for cloth in self.cloth:
-            cloth = cloth.repeat_interleave(repeats, dim=0)
-            beside.append(torch.cat([cloth.new_zeros(rows, tokens, *cloth.shape[2:]), cloth], dim=1))
+            beside.append(cloth.new_empty(rows, tokens + cloth.shape[1], *cloth.shape[2:]))
+            beside[-1][:, tokens:].unflatten(0, (-1, repeats)).copy_(cloth[:, None])
         self.beside = tuple(beside)
         self.cloth = tuple(both[::repeats, tokens:] for both in beside)  # views: nothing is kept twice
 
@@ -1068,7 +1069,7 @@ class SkipAttnProcessor:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return torch.zeros_like(hidden_states)
+        return hidden_states.new_zeros(())  # to be added
 
 
 class IdentityAttnProcessor(SkipAttnProcessor):
@@ -2439,7 +2440,6 @@ class PreparedPerson:
 class PreparedCloth:
     """A cloth of `prepare_cloth`, for a call to take in the place of its picture."""
 
-    picture: torch.Tensor  # (3, H, W) in [0, 1]
     profile: bytes | None
     height: int
     width: int
@@ -2455,16 +2455,24 @@ def _joined(prepared: list[PreparedPerson] | list[PreparedCloth]) -> dict[str, t
     return {name: torch.cat([one.latents[name] for one in prepared]) for name in prepared[0].latents}
 
 
-def weights_sum(model: torch.nn.Module) -> tuple:
-    """What tells a model's weights, and the LoRAs on them, from others: a sum of every parameter, dtypes and scales."""
-    parameters = [parameter.detach() for parameter in model.parameters() if parameter.device.type != "meta"]
-    sums = torch.stack([parameter.sum(dtype=torch.float32).cpu() for parameter in parameters]).tolist()
+def weights_mark(model: torch.nn.Module) -> tuple:
+    """What tells a model's weights, and the LoRAs on them, from others: a hash of every parameter's first column, dtypes and scales.
+
+    The numbers themselves: a sum would depend on its order, and thereby on threads and device. Asks a GPU once for each dtype.
+    """
+    columns: dict[tuple, list[torch.Tensor]] = {}
+    for parameter in (one.detach() for one in model.parameters() if one.device.type != "meta"):
+        column = parameter[(..., *[0] * (parameter.dim() - 1))].reshape(-1)
+        columns.setdefault((column.dtype, column.device), []).append(column)
+    digest = hashlib.sha256()
+    for listed in columns.values():
+        digest.update(torch.cat(listed).float().cpu().numpy().tobytes())
     loras = [
         (layer.active_adapters, dict(layer.scaling), layer.disable_adapters, layer.merged_adapters)
         for layer in _lora_modules(model)
         if hasattr(layer, "scaling")
     ]
-    return model.dtype, sums, repr(loras)
+    return model.dtype, digest.hexdigest(), repr(loras)
 
 
 class VTONInputsMixin:
@@ -2609,10 +2617,10 @@ class VTONInputsMixin:
             persons, profiles = as_pictures(person_image, "person_image"), colour_profiles(person_image)
             masks = [None] if mask_image is None else as_masks(mask_image, "mask_image")
         if pieces:
-            cloths, cloth_profiles = [p.picture for p in pieces], [p.profile for p in pieces]
+            cloths, cloth_profiles = [None for _ in pieces], [p.profile for p in pieces]
         else:
-            cloths, cloth_profiles = as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image)
-        poses = [None] if pose_image is None else as_tensors(pose_image, "pose_image")
+            cloths, cloth_profiles = as_pictures(cloth_image, "cloth_image"), colour_profiles(cloth_image)
+        poses = [None] if pose_image is None else as_pictures(pose_image, "pose_image")
         outfits = cloths[::num_cloths]
         given = {"person_image": persons, "cloth_image": outfits, "mask_image": masks, "pose_image": poses}
         count = max(map(len, given.values()))
@@ -2727,9 +2735,9 @@ class VTONInputsMixin:
         """The weights and settings that a prepared person or cloth depends on."""
         settings = (self.config.mask_free, self.config.condition_latents, self.unet.dtype, self._execution_device)
         if kind is PreparedPerson:
-            return (weights_sum(self.vae), *settings, self.config.pose)
+            return (weights_mark(self.vae), *settings, self.config.pose)
         attention = (self.config.cloth_conditioning, self.config.cross_attention, self.unet.config.in_channels)
-        return (weights_sum(self.vae), weights_sum(self.unet), *settings, *attention)
+        return (weights_mark(self.vae), weights_mark(self.unet), *settings, *attention)
 
     @in_turn
     @torch.no_grad()
@@ -2793,7 +2801,7 @@ class VTONInputsMixin:
         height, width = self.resolve_size(height or 1, width or 1, height, width)
         cloths = [
             convert_profile(cloth, before, profile)
-            for cloth, before in zip(as_tensors(cloth_image, "cloth_image"), colour_profiles(cloth_image))
+            for cloth, before in zip(as_pictures(cloth_image, "cloth_image"), colour_profiles(cloth_image))
         ]
         latents, keys_values = self._encode_cloths(cloths, height, width), None
         if self.config.cloth_conditioning == "reference" and self.config.cross_attention != "prompt":
@@ -2806,7 +2814,6 @@ class VTONInputsMixin:
         made_with = self._made_with(PreparedCloth)
         prepared = [
             PreparedCloth(
-                cloth,
                 profile,
                 height,
                 width,
@@ -2814,7 +2821,7 @@ class VTONInputsMixin:
                 keys_values and [(key[i : i + 1], value[i : i + 1]) for key, value in keys_values],
                 made_with,
             )
-            for i, cloth in enumerate(cloths)
+            for i in range(len(cloths))
         ]
         self.maybe_free_model_hooks()
         return prepared if _is_many(cloth_image) else prepared[0]
@@ -3342,6 +3349,7 @@ class StableDiffusionVTONPipeline(
                     tensors |= call_back(callback_on_step_end, self, i, t, tensors, callback_on_step_end_tensor_inputs)
                     latents, prompt_embeds, negative_prompt_embeds = tensors.values()
                 progress_bar.update()
+        del processors  # the cloths' keys and values: the VAE may need the room
         latents = latents if reference else conditioning.person_part(latents)
         check_finite(latents, "the UNet", self.unet.dtype)
 

@@ -58,6 +58,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     gather_object,
+    send_to_device,
     set_seed,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -1913,7 +1914,7 @@ class Trainer:
     def agree(self, norm: Tensor) -> list[float]:
         """The losses of an update's batches, of all processes, and whether one of them is to stop: one exchange, one wait."""
         of_batches = torch.stack([loss for loss, _ in self.pending])
-        asked = of_batches.new_tensor([float(self.stop.made)])
+        asked = of_batches.new_full((1,), float(self.stop.made))
         means = self.accelerator.reduce(torch.cat([of_batches, asked]), reduction="mean")
         *losses, stopping, self.grad_norm = torch.cat([means, norm.reshape(1).to(means)]).tolist()
         self.stopping = stopping > 0
@@ -1964,7 +1965,7 @@ class Trainer:
         accumulated = self.args.gradient_accumulation_steps
         if self.args.streaming:
             self.dataset.start = self.place
-            yield from map(to_values, self.loader)
+            yield from map(self.on_device, self.loader)
         epoch, done = divmod(self.step, self.steps_per_epoch)
         skip = done * accumulated
         while True:
@@ -1972,6 +1973,10 @@ class Trainer:
             self.dataset.set_epoch(epoch)  # which the loader's does not reach with several processes
             yield from map(to_values, accelerate.skip_first_batches(self.loader, skip) if skip else self.loader)
             epoch, skip = epoch + 1, 0
+
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """For loaders that accelerate has not prepared: bytes go to the device, a quarter of what their values would be."""
+        return to_values(send_to_device(batch, self.accelerator.device, non_blocking=True))
 
     @property
     def self_attention(self) -> Callable[[], ClothBesideAttnProcessor] | None:

@@ -36,6 +36,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from pipeline_vton import (
+    FAST_STEPS,
     LOOSENESS,
     REPAINTED,
     PreparedCloth,
@@ -51,7 +52,7 @@ DEMO_MODEL = Path(__file__).resolve().parent / "demo" / "model"
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 WRITTEN = {".png": {}, ".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"quality": 95}, ".tif": {}, ".bmp": {}}
 WRITTEN |= {".jpeg": WRITTEN[".jpg"], ".tiff": WRITTEN[".tif"]}
-CLOTHS_KEPT = 32  # encoded, with keys and values: about 35 MB each for SD1.5 at 512x384 in float16
+CLOTHS_KEPT = 8  # encoded, with keys and values: in float16 35 MB each for SD1.5 at 512x384, 138 MB at 1024x768
 SHEET_PAIRS, SHEET_HEIGHT = 48, 256
 
 
@@ -197,6 +198,10 @@ class TryOn:
 
     def __init__(self, pipe: StableDiffusionVTONPipeline, args: argparse.Namespace) -> None:
         self.pipe, self.args = pipe, args
+        steps = {} if args.steps is None else {"num_inference_steps": args.steps}
+        self.sampling = pipe.fast(**steps) if args.fast else steps
+        if args.batch_size > 1:
+            pipe.vae.enable_slicing()  # a decoder's activations are larger than all that a batch else needs
         self.persons: OrderedDict[tuple, PreparedPerson] = OrderedDict()
         self.cloths: OrderedDict[tuple, PreparedCloth] = OrderedDict()
         self.failures: dict[str, None] = {}  # sentences, in order and once each
@@ -257,8 +262,8 @@ class TryOn:
             made = self.pipe(
                 persons,
                 cloths,
-                num_inference_steps=self.args.steps,
                 guidance_scale=self.args.guidance_scale,
+                **self.sampling,
                 generator=[torch.Generator().manual_seed(self.args.seed) for _ in batch],
             )
         except ValueError as error:
@@ -377,7 +382,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         default="loose",
         help="how little a drawn mask tells of the worn cut (default loose)",
     )
-    add("--steps", type=positive, default=50, metavar="N", help="denoising steps (default 50)")
+    add("--steps", type=positive, metavar="N", help=f"denoising steps (default 50; with --fast {FAST_STEPS})")
+    add(
+        "--fast",
+        action="store_true",
+        help="few steps of UniPC, three quarters of them guided, as pipe.fast() has them",
+    )
     add("--guidance_scale", type=float, metavar="X", help="default: the adapter's own")
     add("--seed", type=whole, default=0, metavar="N", help="of the noise, the same for every pair (default 0)")
     add(
@@ -391,6 +401,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(input_args)
     if args.scheduler is not None and not is_scheduler(args.scheduler):
         parser.error(f"--scheduler must be the name of a diffusers scheduler, got {args.scheduler}")
+    if args.fast and args.scheduler is not None:
+        parser.error(f"--fast samples with UniPC: leave out --scheduler, got {args.scheduler}")
     if args.contact_sheet is not None and args.contact_sheet.suffix.lower() not in WRITTEN:
         parser.error(f"--contact_sheet must end in {', '.join(WRITTEN)}, got {args.contact_sheet}")
     if args.mask is not None and not args.mask.exists():

@@ -308,6 +308,23 @@ def test_composited_pictures_are_the_pipelines(finished, tree, model):
     assert found.size == (WIDTH, HEIGHT) and np.array_equal(np.asarray(found), np.asarray(expected))
 
 
+def test_the_fast_recipe_is_evaluated_as_it_is(tree, model, tmp_path):
+    chosen = {"num_samples": 1, "metrics": ["psnr"], "fast": True, "num_inference_steps": 4}
+    report = evaluate(tmp_path / "out", tree, model, "unpaired", **chosen)
+    (found,) = (tmp_path / "out/seed-0/unpaired/composited").iterdir()
+    pipe = StableDiffusionVTONPipeline.from_pretrained(model)
+    pipe.load_vton_adapter(model)
+    pipe.set_progress_bar_config(disable=True)
+    names = [f"{name}.png" for name in found.stem.split("__")]
+    noise = torch.Generator().manual_seed(seed_of(0, Line("unpaired", *names)))
+    pictures = [Image.open(tree / f"test/{place}") for place in (f"image/{names[0]}", f"cloth/{names[1]}")]
+    mask = Image.open(tree / f"test/agnostic-mask/{Path(names[0]).stem}_mask.png")
+    expected = pipe(*pictures, mask, height=32, width=24, generator=noise, **pipe.fast(4)).images[0]
+    assert np.array_equal(Image.open(found), expected)
+    said = json.dumps(report)
+    assert '"UniPCMultistepScheduler"' in said and '"guidance_interval": [0.0, 0.75]' in said
+
+
 @pytest.mark.parametrize("named", ["folder", "file"])
 def test_a_lora_is_an_adapter(finished, tree, model, tmp_path, named):
     """What a call with the LoRA makes, and not what the model makes without it."""

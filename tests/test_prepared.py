@@ -1,10 +1,14 @@
 """Prepared persons and cloths: what a call makes of them is what it makes of their pictures, and nothing is encoded twice."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
 from test_pictures import LINEAR
 from tiny import box_mask, picture, run, seeded, tiny_parser, tiny_pipe
+
+from pipeline_vton import ClothCacheAttnProcessor, weights_mark
 
 
 STEP = 1.01 / 255  # results pass through bytes on their way to the photograph's size
@@ -125,6 +129,45 @@ def test_a_changed_adapter_makes_cloths_stale_and_persons_not(tmp_path):
         pipe.vae.encoder.conv_in.weight.mul_(2)
     with pytest.raises(ValueError, match="`person_image` was prepared with other weights.*call prepare_person again"):
         call(pipe, person, picture(2))
+
+
+def test_what_was_prepared_holds_whoever_computes_how():
+    """A sum of many weights would depend on the number of threads that add them up."""
+    pipe, threads = tiny_pipe(9), torch.get_num_threads()
+    for model in (pipe.unet, pipe.vae):
+        model.ballast = torch.nn.Parameter(torch.randn(1_000_000, generator=seeded()))
+    try:
+        torch.set_num_threads(1)
+        person, cloth = prepared(pipe)
+        torch.set_num_threads(2)
+        call(pipe, person, cloth, num_inference_steps=1)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["unet", "vae"])
+def test_a_change_of_any_weight_is_seen(name):
+    model = getattr(tiny_pipe(9), name)
+    before = weights_mark(model)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.mul_(2).add_(1)
+            assert weights_mark(model) != before
+            parameter.sub_(1).div_(2)
+    assert weights_mark(model.half()) != before
+
+
+def test_the_cloths_keys_are_gone_when_the_vae_decodes(monkeypatch):
+    pipe, left = tiny_pipe(9), []
+    decode = pipe.decode_latents
+
+    def look(latents):
+        left.append([one for one in gc.get_objects() if type(one) is ClothCacheAttnProcessor])
+        return decode(latents)
+
+    monkeypatch.setattr(pipe, "decode_latents", look)
+    run(pipe)
+    assert left == [[]]
 
 
 def test_other_settings_make_stale():

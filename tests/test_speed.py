@@ -42,7 +42,7 @@ def test_every_question_is_answered(question, capsys):
     speed.main(speed.parse_args(line))
     cells = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     values = {name: float(value) for name, value, *_ in cells[2:]}
-    assert list(values) == ([*speed.STAGES, "composite"] if question == "stages" else [row.name for row in speed.ROWS])
+    assert list(values) == ([*speed.STAGES, speed.REST] if question == "stages" else [row.name for row in speed.ROWS])
     if question == "flops":
         assert 1 < values["reference"] / values["bare UNet"] < values["joint canvas"] / values["bare UNet"]
         assert values["bare UNet"] == pytest.approx(2 * values["bare UNet, guidance 1"], rel=0.1)

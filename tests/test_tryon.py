@@ -247,6 +247,22 @@ def test_a_result_is_written_while_the_next_one_is_made(shop, model, monkeypatch
     assert overlapped == [True, True] and len(list((shop / "results").iterdir())) == 2
 
 
+@pytest.mark.parametrize(("flags", "rows"), [((), 4), (("--fast",), 14), (("--fast", "--steps", "4"), 7)])
+def test_fast_is_the_pipelines_own(shop, model, monkeypatch, flags, rows):
+    computed, predict = [], tryon.StableDiffusionVTONPipeline.predict_noise
+
+    def predicts(pipe, noisy, t, conditioning, prompt_embeds, negative_prompt_embeds, guided):
+        computed.append(1 + guided)
+        return predict(pipe, noisy, t, conditioning, prompt_embeds, negative_prompt_embeds, guided)
+
+    monkeypatch.setattr(tryon.StableDiffusionVTONPipeline, "predict_noise", predicts)
+    steps = [] if flags else ["--steps", "2"]
+    places = ["--person", "people/ann.png", "--cloth", "cloths/red.png", "--mask", "masks", "--output", "results"]
+    places = [str(shop / word) if i % 2 else word for i, word in enumerate(places)]
+    line = [*places, "--model", str(model), "--device", "cpu", *steps, *flags]
+    assert main(parse_args(line)) == 0 and sum(computed) == rows
+
+
 def test_a_result_that_cannot_be_written_ends_the_run(shop, model, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -443,6 +459,10 @@ def test_wrong_flags_are_one_sentence(shop, model, capsys):
         (["--scheduler", "Nothing"], "--scheduler must be the name of a diffusers scheduler, got Nothing"),
         (["--mask", str(shop / "nothing")], "--mask: there is no"),
         (["--contact_sheet", "sheet.gif"], "--contact_sheet must end in .png"),
+        (
+            ["--fast", "--scheduler", "DDIMScheduler"],
+            "--fast samples with UniPC: leave out --scheduler, got DDIMScheduler",
+        ),
         (["--seed", "-1"], "--seed: must be a whole number, 0 or more, got -1"),
     ):
         with pytest.raises(SystemExit):
