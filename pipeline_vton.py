@@ -259,6 +259,35 @@ def as_mask_image(picture: Image.Image, name: str) -> Image.Image:
     return mask
 
 
+def as_poses(pictures: PictureInput, name: str) -> list[torch.Tensor]:
+    """As `as_pictures`; ValueError where a picture's values are labels, which are next to black."""
+    poses = as_pictures(pictures, name)
+    for pose in poses:
+        _check_pose(name, float(as_bytes(pose).amax()))
+    return poses
+
+
+def as_pose_image(picture: Image.Image, name: str) -> Image.Image:
+    """A PIL image as `as_poses` reads it, in RGB."""
+    image = as_image(picture, name)
+    _check_pose(name, max(high for _, high in image.getextrema()))
+    return image
+
+
+def _check_pose(name: str, brightest: float) -> None:
+    """ValueError where the brightest value of 255 is neither black's, as of a person nobody found, nor a drawing's."""
+    if 0 < brightest < 32:
+        raise ValueError(
+            f"`{name}` must be a picture of a pose, got one that is nowhere brighter than {brightest:g} of 255: give a map of labels colours first"
+        )
+
+
+def same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes are those of one picture, perhaps at another scale, to a pixel of either."""
+    (a, b), (c, d) = size, other
+    return abs(a * d - b * c) <= max(size + other)
+
+
 def _is_many(pictures: PictureInput) -> bool:
     """Whether it is a list or a batch, for which a list comes back."""
     return isinstance(pictures, (list, tuple)) or getattr(pictures, "ndim", 3) == 4
@@ -2400,7 +2429,7 @@ class TryOnInputs:
     persons: list[torch.Tensor]  # N of (3, H, W), uint8 or in [0, 1]
     cloths: list[torch.Tensor]  # 1 or N times `num_cloths` of (3, H, W), a person's together
     masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none (yet)
-    poses: list[torch.Tensor] | None  # N of (3, H, W)
+    poses: list[torch.Tensor] | None  # N of (3, h, w), their persons' aspects
     profiles: list[bytes | None]  # N ICC profiles of the persons, which the results carry
     height: int
     width: int
@@ -2620,7 +2649,7 @@ class VTONInputsMixin:
             cloths, cloth_profiles = [None for _ in pieces], [p.profile for p in pieces]
         else:
             cloths, cloth_profiles = as_pictures(cloth_image, "cloth_image"), colour_profiles(cloth_image)
-        poses = [None] if pose_image is None else as_pictures(pose_image, "pose_image")
+        poses = [None] if pose_image is None else as_poses(pose_image, "pose_image")
         outfits = cloths[::num_cloths]
         given = {"person_image": persons, "cloth_image": outfits, "mask_image": masks, "pose_image": poses}
         count = max(map(len, given.values()))
@@ -2643,10 +2672,12 @@ class VTONInputsMixin:
         masks, poses = (pictures * count if len(pictures) == 1 else pictures for pictures in (masks, poses))
         for name, pictures in (("mask_image", masks), ("pose_image", poses)):
             for person, one in zip(persons, pictures):
-                if one is not None and person.shape[1:] != one.shape[1:]:
-                    raise ValueError(
-                        f"`{name}` must have the size of `person_image` {tuple(person.shape[1:])} (H, W), got {tuple(one.shape[1:])}"
-                    )
+                if one is None or person.shape[1:] == one.shape[1:]:
+                    continue
+                size, found = tuple(person.shape[1:]), tuple(one.shape[1:])
+                if name == "mask_image" or not same_aspect(size, found):
+                    what = "size" if name == "mask_image" else "aspect"
+                    raise ValueError(f"`{name}` must have the {what} of `person_image` {size} (H, W), got {found}")
         return persons, cloths, masks, None if pose_image is None else poses, profiles, people
 
     def _check_size(
@@ -3034,7 +3065,9 @@ class StableDiffusionVTONPipeline(
             mask = self.mask_processor.preprocess(masks, **size)
         pose = None
         if inputs.poses is not None:
-            poses = [as_pil(_cut(pose, region)) for pose, region in zip(inputs.poses, inputs.regions)]
+            scales = [pose.shape[1] / person.shape[1] for pose, person in zip(inputs.poses, inputs.persons)]
+            regions = [tuple(round(edge * scale) for edge in region) for region, scale in zip(inputs.regions, scales)]
+            poses = [as_pil(_cut(pose, region)) for pose, region in zip(inputs.poses, regions)]
             pose = self.image_processor.preprocess(poses, **size).to(device)
         with within_range(self.vae, self.unet):
             encoded = TryOnLatents.encode_person(
@@ -3231,7 +3264,7 @@ class StableDiffusionVTONPipeline(
                 cloths at once a list of lists, equally many for every person: `[[top, skirt]]`; reference mode only.
             mask_image: one mask or N, of their person's size: white (at least one half) where the picture may change. None
                 draws it with the human parser; a mask-free adapter needs none, and gets none drawn.
-            pose_image: one or N, each of its person's size and aligned with them: a skeleton, DensePose or a parse map, painted
+            pose_image: one or N, each of its person's aspect and aligned with them: a skeleton, DensePose or a parse map, painted
                 into the hole that the mask leaves. For adapters that were trained so (setting `pose`); None leaves it grey.
             cloth_type: `"upper"`, `"lower"`, `"dress"` or a list of them, for the human parser.
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as in `StableDiffusionPipeline`; used by adapters

@@ -96,6 +96,7 @@ from pipeline_vton import (
     as_image,
     as_mask_image,
     as_pil,
+    as_pose_image,
     as_tensors,
     check_unet,
     convert_profile,
@@ -109,6 +110,7 @@ from pipeline_vton import (
     read_adapter,
     read_safetensors,
     refuse_sdxl_text,
+    same_aspect,
     table_cell,
     vton_attention,
     widen_conv_in,
@@ -472,10 +474,10 @@ def loosen(mask: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> Image.Image:
-    """A whole picture, with its colour profile; ValueError where it cannot be read, or should be a mask and is none."""
+    """A whole picture, with its colour profile; ValueError where it cannot be read, or should be a mask or a pose and is none."""
     try:
         picture = open_file()
-        return as_mask_image(picture, name) if role == "mask" else as_image(picture, name)
+        return {"mask": as_mask_image, "pose": as_pose_image}.get(role, as_image)(picture, name)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: some broken PNGs
         raise ValueError(f"{name} cannot be read: {error}") from error
 
@@ -505,9 +507,10 @@ def picture_size(file: Path | BinaryIO, where: str) -> tuple[int, int]:
 
 
 def check_sizes(sizes: dict[str, tuple[int, int]], where: str) -> None:
-    """Mask, condition and pose have their person's size, or one sentence says which has not."""
+    """Mask and condition have their person's size and the pose its aspect, or one sentence says which has not."""
     for role in sizes:
-        if not is_cloth(role) and sizes[role] != sizes["person"]:
+        fits = same_aspect if role == "pose" else operator.eq
+        if not is_cloth(role) and not fits(sizes[role], sizes["person"]):
             raise ValueError(f"{where}: the {role} has size {sizes[role]}, its person {sizes['person']}")
 
 
@@ -707,8 +710,11 @@ class TreePairs:
         stat, known = file.stat(), self.learnt.get((role, str(file)), [])
         if known[:2] == [stat.st_size, stat.st_mtime_ns]:
             return known
-        mask = open_picture(partial(Image.open, file), f"{where}: {file}", role) if role == "mask" else None
-        return [stat.st_size, stat.st_mtime_ns, *(mask.size if mask else picture_size(file, where))]
+        if role in {"mask", "pose"}:
+            size = open_picture(partial(Image.open, file), f"{where}: {file}", role).size
+        else:
+            size = picture_size(file, where)
+        return [stat.st_size, stat.st_mtime_ns, *size]
 
     def read_index(self, index: Path) -> None:
         content = json.loads(index.read_text(encoding="utf-8"))
@@ -1549,10 +1555,10 @@ class Trainer:
         refuse_sdxl_text(self.unet, args.cross_attention)
         if self.in_channels == 4 and self.brought is None:
             widen_conv_in(self.unet)
-        self.taught_by = None  # a name for the weights that are distilled
-        if args.guidance_distillation:
-            taught = adapter_parameters(self.unet, args.trainable, self.in_channels == 4)
-            self.taught_by = fingerprint(taught.values())
+        self.begun_from = None  # a name for the adapter's weights
+        if self.brought is not None:
+            begun = adapter_parameters(self.unet, args.trainable, self.in_channels == 4)
+            self.begun_from = fingerprint(begun.values())
         self.tokenizer = self.text_encoder = self.prompt_embeds = self.empty_embeds = None  # the embeds (1, 77, 768)
         if args.cross_attention == "prompt":
             self.tokenizer = CLIPTokenizer.from_pretrained(**self.base, subfolder="tokenizer")
@@ -1563,6 +1569,9 @@ class Trainer:
     def load_init_adapter(self) -> AdapterSettings:
         """Put the weights to begin from into the UNet; their settings, which hold from now on."""
         args = self.args
+        place = Path(args.init_adapter, args.init_subfolder or "")
+        if place.name == LORA_NAME or (place / LORA_NAME).is_file():
+            raise ValueError(f"--init_adapter {args.init_adapter} is a LoRA: training begins from adapters alone")
         self.pipe.load_vton_adapter(args.init_adapter, subfolder=args.init_subfolder, mask_free=args.mask_free)
         config = self.pipe.config
         brought = AdapterSettings(**{setting.name: config[setting.name] for setting in fields(AdapterSettings)})
@@ -1617,7 +1626,14 @@ class Trainer:
                     f"--resolutions must have sides that are multiples of {multiple}, got {height}x{width}"
                 )
         width, height = middle_person(self.pairs.person_sizes())
-        return resolutions[nearest_aspect(height, width, resolutions)[0]]
+        own = resolutions[nearest_aspect(height, width, resolutions)[0]]
+        if stretches(*own, height / width):
+            fitting = "{}x{}".format(*fit_size(height, width, own[0], None, area=1, multiple=multiple))
+            raise ValueError(
+                f"--resolutions {own[0]}x{own[1]}, the nearest to the persons of {height}x{width}, would stretch them by more "
+                f"than a tenth: one such as {fitting} must be among them"
+            )
+        return own
 
     def load_data(self) -> None:
         args, captions = self.args, None
@@ -1709,6 +1725,11 @@ class Trainer:
         self.optimizer = adam(self.trained, args.learning_rate, (0.9, 0.999), weight_decay=args.adam_weight_decay)
         unused = args.cross_attention != "prompt" and args.trainable != "self_attention"  # attn2 may learn, left out
         self.accelerator.ddp_handler.find_unused_parameters = unused
+        if unused and args.trainable == "attention":
+            logger.warning(
+                "--cross_attention %s leaves out what --trainable attention has beside self-attention",
+                args.cross_attention,
+            )
         self.model, self.optimizer = self.accelerator.prepare(self.unet, self.optimizer)
         if args.streaming:
             self.steps_per_epoch = args.max_train_steps
@@ -1719,6 +1740,10 @@ class Trainer:
         warmup = min(WARMUP_EPOCHS * self.steps_per_epoch, self.total_steps // 10)
         if args.lr_warmup_steps is not None:
             warmup = args.lr_warmup_steps
+        if args.adversarial_weight and args.adversarial_start_step >= self.total_steps:
+            raise ValueError(
+                f"--adversarial_start_step {args.adversarial_start_step} is not reached in the {self.total_steps} updates of the run"
+            )
         if warmup > self.total_steps:
             raise ValueError(f"--lr_warmup_steps {warmup} is more than the {self.total_steps} updates of the run")
         # Stepped here, once an update: accelerate would step a prepared schedule once a process.
@@ -1872,6 +1897,7 @@ class Trainer:
             others = [int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]) for seed in seeds]
             drawn = draw(others, clean.shape[1:], clean.device)
             told = seen.repeat_interleave(len(conditioning.cloth) // len(seen))  # of a row that saw no cloth, none
+            told = told if conditioning.cloth_worn is None else told * conditioning.cloth_worn
             cloth = conditioning.cloth * told.view(-1, 1, 1, 1)
             part = self.adversary(found, clean, cloth, timesteps, drawn)
             total += self.args.adversarial_weight * part
@@ -2270,7 +2296,7 @@ class Checkpoints:
             "num_cloths": args.num_cloths if args.num_cloths > 1 else None,
             "vae_name_or_path": args.vae_name_or_path,
             "guidance_distillation": args.guidance_distillation,
-            "teacher": self.trainer.taught_by,
+            "init_adapter": self.trainer.begun_from,
         }
         kept_apart = {"adversarial_loss": args.adversarial_weight, "fp16_scaler": self.accelerator.scaler}
         return flags | {name: True if state else None for name, state in kept_apart.items()}

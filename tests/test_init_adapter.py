@@ -6,11 +6,12 @@ from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_settings import save_lora
 from test_train import equal, flags, trainer_of
 from test_weights import save_catvton
 from tiny import box_mask, picture, seeded, tiny_pipe
 
-from pipeline_vton import ADAPTER_NAME, adapter_parameters
+from pipeline_vton import ADAPTER_NAME, LORA_NAME, adapter_parameters
 from train_vton import main, parse_args
 
 
@@ -122,6 +123,10 @@ def test_what_does_not_load_or_fit_is_one_sentence(bases, data, tmp_path, capsys
     with pytest.raises(ValueError, match="--caption_column text needs --dataset_name and --cross_attention prompt"):
         rows = {"dataset_root": None, "dataset_name": "me/pairs", "caption_column": "text"}
         trainer_of(bases[9], None, tmp_path / "out", init_adapter=tmp_path / "adapter", **rows)
+    save_lora(tmp_path / "lora", guidance_scale=2.0)
+    for place in (tmp_path / "lora", tmp_path / "lora" / LORA_NAME):
+        with pytest.raises(ValueError, match="--init_adapter .* is a LoRA: training begins from adapters alone"):
+            trainer_of(bases[9], data, tmp_path / "out", init_adapter=place)
     with pytest.raises(OSError, match="nowhere"):
         trainer_of(bases[9], data, tmp_path / "out", init_adapter=tmp_path / "nowhere")
     for changed, message in (
@@ -159,3 +164,14 @@ def test_an_adapter_of_poses_trains_with_poses(bases, tested, tmp_path):
     assert next(trainer.batches())["pose"].shape[1] == 3
     with pytest.raises(ValueError, match="--pose True: --init_adapter .* was trained with False"):
         trainer_of(bases[9], tested, tmp_path / "out", init_adapter=tmp_path / "unposed", pose=True)
+
+
+def test_a_run_goes_on_from_the_adapter_that_it_began_from(bases, data, tmp_path):
+    """Without the flag, its sampler, its licence and its parent would be forgotten."""
+    save_own(tmp_path / "adapter", scheduler_class="DDIMScheduler", eta=1.0)
+    options = {"max_train_steps": 2, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+    whole = flags(bases[9], data, tmp_path / "out", init_adapter=tmp_path / "adapter", **options)
+    main(parse_args(whole))
+    with pytest.raises(ValueError, match="was trained with init_adapter .*, not with init_adapter None"):
+        trainer_of(bases[9], data, tmp_path / "out", **options)
+    trainer_of(bases[9], data, tmp_path / "out", init_adapter=tmp_path / "adapter", **options)

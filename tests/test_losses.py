@@ -12,6 +12,7 @@ from test_train import by_hand, curve, equal, finish, flags, launch, seen_by, st
 from tiny import seeded, tiny_pipe
 
 import train_vton
+from demo.make_dataset import make_dataset
 from pipeline_vton import ADAPTER_NAME, ClothBesideAttnProcessor, vton_attention
 from train_vton import OUTLIER, LatentDiscriminator, PerceptualLoss, main, parse_args, predicted_latents
 
@@ -159,6 +160,26 @@ def test_the_unet_is_told_by_how_much_it_is_found_out(bases, data, tmp_path):
     true = told[1][0]
     outside = (trainer.latents(batch)[0].mask == 0).expand_as(true)
     assert torch.allclose(noisy[outside], true[outside], atol=1e-5) and not torch.allclose(noisy, true, atol=1e-3)
+
+
+def test_a_start_that_is_never_reached_is_refused(bases, data, tmp_path):
+    with pytest.raises(ValueError, match="--adversarial_start_step 1000 is not reached in the 2 updates of the run"):
+        trainer_of(bases[9], data, tmp_path, adversarial_weight=0.1)
+
+
+@torch.no_grad()
+def test_the_discriminator_is_not_told_of_a_cloth_that_nobody_wears(bases, tmp_path):
+    make_dataset(tmp_path / "data", train=2, test=0, seed=0, height=64, category="outfit")
+    (tmp_path / "data/train/cloth_2/00001_00.png").unlink()
+    options = {"num_cloths": 2, "cloth_dropout": 0, **CONTESTED}
+    trainer = trainer_of(bases[9], tmp_path / "data", tmp_path / "out", **options)
+    told = []
+    trainer.adversary.model.register_forward_hook(lambda model, inputs, output: told.append(inputs[2]))
+    with vton_attention(trainer.unet, trainer.self_attention, "skip"):
+        batch = next(trainer.batches())
+        trainer.train_step(batch)
+    assert [bool(cloth.any()) for cloth in told[0]] == batch["worn"].flatten().bool().tolist()
+    assert batch["worn"].sum() == 3
 
 
 def test_the_discriminator_learns_by_softplus_and_r1(bases, data, tmp_path, monkeypatch):

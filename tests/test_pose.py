@@ -136,13 +136,40 @@ def test_poses_are_batched_broadcast_cropped_and_prepared():
     assert (prepared == pipe(big, picture(2), mask, pose, generator=seeded(), **options, **call).images).all()
 
 
+def test_a_pose_at_another_scale_is_the_same_pose():
+    """DressCode's are half as large as its photographs; the crop of a small person is the pose's as well."""
+    pipe, person, mask = tiny_pipe(9, pose="painted"), picture(1, 128, 96), box_mask(128, 96)
+    smooth = picture(7, 8, 6).resize((96, 128), Image.Resampling.BICUBIC)
+    for padding in (None, 6):
+        painted = [
+            pipe.encode_pictures(
+                pipe.check_inputs(person, picture(2), mask, "upper", 32, 24, padding, pose_image=pose)
+            ).person
+            for pose in (smooth, smooth.resize((48, 64), Image.Resampling.LANCZOS), None)
+        ]
+        torch.testing.assert_close(painted[0], painted[1], atol=0.05, rtol=0)
+        assert (painted[0] - painted[2]).abs().max() > 0.2
+
+
+def test_half_size_poses_are_trained_with(base, own, tmp_path):
+    for file in (own / "train/openpose_img").iterdir():
+        Image.open(file).resize((24, 32)).save(file)
+    pairs = TreePairs(own, "train", True, ("person", "cloth", "mask", "pose"))
+    item = Preparation(64, 48)(pairs.pictures(0), 0, 0)
+    assert item["pose"].shape == item["person"].shape and pairs.pictures(0)["pose"].size == (24, 32)
+    Image.new("L", (48, 64), 17).save(own / "train/openpose_img/00001_00_rendered.png")
+    with pytest.raises(ValueError, match="00001_00_rendered.png. must be a picture of a pose, .* brighter than 17"):
+        TreePairs(own, "train", True, ("person", "cloth", "mask", "pose"))
+
+
 def test_poses_that_do_not_fit_are_one_sentence():
     pipe, plain, pose = tiny_pipe(9, pose="painted"), tiny_pipe(9), picture(7)
     person = pipe.prepare_person(picture(1), box_mask(), pose_image=pose)
     for action, message in (
         (lambda: run(plain, pose_image=pose), "`pose_image` must be None with an adapter that has learnt without poses"),
         (lambda: plain.prepare_person(picture(1), box_mask(), pose_image=pose), "`pose_image` must be None with an adapter"),
-        (lambda: run(pipe, pose_image=picture(7, 24, 32)), r"`pose_image` must have the size of `person_image` \(32, 24\)"),
+        (lambda: run(pipe, pose_image=picture(7, 24, 32)), r"`pose_image` must have the aspect of `person_image` \(32, 24\)"),
+        (lambda: run(pipe, pose_image=Image.new("L", (24, 32), 17)), "nowhere brighter than 17 of 255: give a map of labels colours first"),
         (lambda: run(pipe, [picture(1)] * 3, pose_image=[pose] * 2), "`pose_image` must number 1 or 3"),
         (lambda: pipe(person, picture(2), pose_image=pose), "`pose_image` must be None with a prepared person"),
         (lambda: tiny_pipe(8, mask_free=True, pose="painted"), "`pose` must be none where `mask_free` is true"),

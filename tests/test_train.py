@@ -36,6 +36,7 @@ from tiny import ROOT, box_mask, picture, run, seeded, tiny_pipe
 from torch.utils.data import DataLoader
 
 import train_vton
+from demo.make_dataset import make_dataset
 from pipeline_vton import (
     ADAPTER_NAME,
     LORA_NAME,
@@ -1067,7 +1068,7 @@ def test_a_distillation_goes_on_with_the_teacher_that_it_had(bases, data, tmp_pa
         changed = options | {"guidance_distillation": 3}
         trainer_of(bases[9], data, tmp_path / "more", resume_from_checkpoint=begun, **changed)
     other = tmp_path / "whole" / ADAPTER_NAME
-    with pytest.raises(ValueError, match="was trained with teacher .*, not with teacher "):
+    with pytest.raises(ValueError, match="was trained with init_adapter .*, not with init_adapter "):
         changed = options | {"init_adapter": other}
         trainer_of(bases[9], data, tmp_path / "more", resume_from_checkpoint=begun, **changed)
 
@@ -1087,12 +1088,23 @@ def test_sharded_weights_are_refused():
     refuse_sharding(DistributedType.MULTI_GPU)
 
 
-@pytest.mark.parametrize("distilled", [False, True])
-def test_two_processes_equal_one_with_twice_the_batch(bases, data, tmp_path, distilled):
+def everything_drawn(folder: Path, category: str) -> Path:
+    make_dataset(folder, train=4, test=2, seed=0, height=64, category=category)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["plain", "distilled", "outfits and poses", "mask-free and cached"])
+def test_two_processes_equal_one_with_twice_the_batch(bases, data, tmp_path, kind):
     options = {"max_train_steps": 7, "report_to": "tensorboard", "learning_rate": 1e-3, "lr_warmup_steps": 3}
     options |= {"cloth_dropout": 0.4, "max_grad_norm": 0.05, "checkpointing_steps": 7}
-    if distilled:
+    if kind == "distilled":
         options |= {"init_adapter": save_teacher(tmp_path / "teacher"), "guidance_distillation": 2}
+    if kind == "outfits and poses":
+        data = everything_drawn(tmp_path / "drawn", "outfit")
+        options |= {"num_cloths": 2, "pose": True, "trainable": "attention_norms", "gradient_checkpointing": True}
+    if kind == "mask-free and cached":
+        data = everything_drawn(tmp_path / "drawn", "upper")
+        options |= {"mask_free": True, "cache_latents": tmp_path / "latents", "trainable": "all"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
