@@ -68,8 +68,10 @@ from train_vton import (
     RowPairs,
     TreePairs,
     check_sizes,
+    cloth_roles,
     fingerprint,
     in_persons_colours,
+    is_cloth,
     load_rows,
     open_picture,
 )
@@ -128,6 +130,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--looseness", choices=LOOSENESS, default="loose", help="of --masks parser, as in predict_mask (default loose)"
     )
+    add("--num_cloths", type=int, default=1, help="of an adapter that was trained on outfits: cloths in the folders or columns cloth_2, ... too (default 1)")  # fmt: skip
     add("--cloth_type", choices=tuple(CLOTH_TYPES.values()), default="upper", help="what --masks parser repaints where no category says (default upper)")  # fmt: skip
     add("--masks", choices=("files", "parser", "none"), help="read, drawn by the pipeline's human parser, or none (default files; mask-free: none)")  # fmt: skip
     add("--train_root", type=Path, help="the training set's tree: test persons that are in it fail the run")
@@ -180,7 +183,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         if len(args.compare) < 2:
             parser.error(f"--compare needs at least two reports, got {len(args.compare)}")
         return
-    for name in ("batch_size", "seeds", "num_inference_steps", "num_samples", "height", "width", "eval_height", "eval_width"):  # fmt: skip
+    for name in ("batch_size", "seeds", "num_cloths", "num_inference_steps", "num_samples", "height", "width", "eval_height", "eval_width"):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name} must be positive, got {value}")
@@ -453,6 +456,7 @@ class TreeSource:
         root, split: as in `TreePairs`.
         settings: of `paired` and `unpaired`.
         masked, conditioned, posed: whether masks are read, in paired lines the person in another cloth, and poses.
+        num_cloths: of a person: `cloth_2` and further folders hold what is worn with the cloth of a name.
         condition_folder, pose_folder: where these lie, as in `TreePairs`.
         frozen: a list that another run wrote, in place of the tree's own.
     """
@@ -466,6 +470,7 @@ class TreeSource:
     frozen: Path | None = None
     posed: bool = False
     pose_folder: str | None = None
+    num_cloths: int = 1
 
     def __post_init__(self) -> None:
         self.places: dict[Line, tuple[EvaluatedPairs, int]] = {}
@@ -479,9 +484,12 @@ class TreeSource:
         wheres = [pairs.pairs[index][1] for pairs, index in self.places.values()]
         self.lists = list(dict.fromkeys(where.rsplit(", line ", 1)[0] for where in wheres))
         self.known = self.read_factors()
+        further = cloth_roles(self.num_cloths + 1)[-1]
+        if (self.root / self.split / further).is_dir():
+            logger.warning("%s has %s, which --num_cloths %d would show", self.root, further, self.num_cloths + 1)
 
     def read(self, setting: str) -> EvaluatedPairs:
-        roles = ["person", "cloth"] + ["mask"] * self.masked + ["pose"] * self.posed
+        roles = ["person", *cloth_roles(self.num_cloths)] + ["mask"] * self.masked + ["pose"] * self.posed
         roles += ["condition"] * (self.conditioned and setting == "paired")
         folders = {"condition_folder": self.condition_folder, "pose_folder": self.pose_folder}
         return EvaluatedPairs(self.frozen, self.root, self.split, setting == "paired", roles, **folders)
@@ -533,12 +541,13 @@ class RowSource:
     masked: bool = True
     conditioned: bool = False
     posed: bool = False
+    num_cloths: int = 1
 
     def __post_init__(self) -> None:
         args = self.args
-        roles = ["person", "cloth"] + ["mask"] * self.masked + ["pose"] * self.posed
+        roles = ["person", *cloth_roles(self.num_cloths)] + ["mask"] * self.masked + ["pose"] * self.posed
         conditioned = ["condition"] * (self.conditioned and args.setting != "unpaired")
-        columns = {role: getattr(args, f"{role}_column") for role in roles + conditioned}
+        columns = {role: getattr(args, f"{role}_column", role) for role in roles + conditioned}
         rows = load_rows(args, args.split, columns)
         rows = StreamedRows(rows, args.num_samples, 2 * args.batch_size) if args.streaming else rows
         self.pairs = RowPairs(rows, columns, "row")
@@ -553,7 +562,9 @@ class RowSource:
         person, cloth = (int(name.removeprefix("row-")) for name in (line.person, line.cloth))
         if line.setting == "paired":
             return self.pairs.pictures(person)
-        return self.unpaired.pictures(person) | {"cloth": self.unpaired.pictures(cloth)["cloth"]}
+        kept, worn = self.unpaired.pictures(person), self.unpaired.pictures(cloth)
+        roles = {role for role in kept | worn if is_cloth(role)}
+        return {k: v for k, v in kept.items() if k not in roles} | {k: v for k, v in worn.items() if k in roles}
 
     def files(self, line: Line) -> dict[str, Path]:
         return {}
@@ -686,6 +697,7 @@ class Model:
         """All that the pictures depend on, beside the lines."""
         args, pipe = self.args, self.pipe
         said = {} if args.eta is None else {"eta": args.eta}
+        said |= {"num_cloths": args.num_cloths} if args.num_cloths > 1 else {}
         if self.posed:
             said["poses"] = args.pose_folder or ("the layout's own" if args.dataset_root else args.pose_column)
         return {
@@ -713,9 +725,10 @@ class Model:
         """The bare decode (3, H, W) in [0, 1] at the working size."""
         args = self.args
         options = {} if args.eta is None else {"eta": args.eta}
+        outfit = [pictures[role] for role in cloth_roles(args.num_cloths) if role in pictures]
         return self.pipe(
             pictures.get("condition", pictures["person"]),
-            pictures["cloth"],
+            [outfit],
             pictures.get("mask"),
             pictures.get("pose"),
             height=size[0],
@@ -1240,6 +1253,7 @@ class Evaluation:
         self.model = (Model if args.pred_dir is None else Predictions)(args, device)
         self.masks = args.masks or ("none" if self.model.mask_free else "files")
         shown = {"masked": self.masks == "files", "conditioned": self.model.mask_free, "posed": self.model.posed}
+        shown["num_cloths"] = args.num_cloths
         if args.dataset_root is not None:
             shown |= {"condition_folder": args.condition_column, "pose_folder": args.pose_folder, "frozen": args.list}
             self.source = TreeSource(args.dataset_root, args.split, settings_of(args), **shown)

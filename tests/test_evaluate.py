@@ -33,6 +33,7 @@ from evaluate_vton import (
     Features,
     Inception,
     Line,
+    RowSource,
     Scorer,
     StreamedRows,
     bootstrap,
@@ -827,6 +828,47 @@ def test_a_drawn_world_is_measured_as_the_demos_own_measures_do(tmp_path, capsys
             shown = (f"recognition of {metric}",) if metric in ATTRIBUTES else (metric, "mask")
             found = figure(report, "unpaired", "bare", *shown, group=name)
             assert found["value"] == pytest.approx(expected[metric].value, abs=1e-5)
+
+
+def test_outfits_are_tried_on_whole(model, tmp_path, caplog):
+    make_dataset(tmp_path / "drawn", train=0, test=4, seed=11, height=64, category="outfit")
+    test = tmp_path / "drawn/test"
+    (test / "cloth_2/00001_00.png").unlink()  # who wears no more than a top
+    report = evaluate(tmp_path / "out", tmp_path / "drawn", model, "unpaired", num_cloths=2, metrics=["psnr"])
+    assert '"num_cloths": 2' in json.dumps(report) and "--num_cloths" not in caplog.text
+    pipe = StableDiffusionVTONPipeline.from_pretrained(model)
+    pipe.load_vton_adapter(model)
+    pipe.set_progress_bar_config(disable=True)
+    found = sorted((tmp_path / "out/seed-0/unpaired/composited").iterdir())
+    assert len(found) == 4
+    for file in found:
+        person, cloth = (f"{name}.png" for name in file.stem.split("__"))
+        outfit = [test / folder / cloth for folder in ("cloth", "cloth_2")]
+        outfit = [Image.open(one) for one in outfit if one.is_file()]
+        noise = torch.Generator().manual_seed(seed_of(0, Line("unpaired", person, cloth)))
+        pictures = (
+            Image.open(test / "image" / person),
+            [outfit],
+            Image.open(test / "agnostic-mask" / f"{Path(person).stem}_mask.png"),
+        )
+        expected = pipe(*pictures, height=32, width=24, num_inference_steps=2, generator=noise).images[0]
+        assert np.array_equal(Image.open(file), expected)
+    evaluate(tmp_path / "tops", tmp_path / "drawn", model, "unpaired", metrics=["psnr"])
+    assert "has cloth_2, which --num_cloths 2 would show" in caplog.text
+
+
+def test_outfits_of_a_table_are_swapped_whole(tmp_path):
+    table = {"image": [picture(i) for i in range(3)], "mask": [box_mask()] * 3}
+    table |= {"cloth": [picture(i) for i in (3, 4, 5)], "cloth_2": [picture(6), None, picture(8)]}
+    datasets.Dataset.from_dict(table, datasets.Features(dict.fromkeys(table, datasets.Image()))).to_parquet(
+        tmp_path / "test.parquet"
+    )
+    args = parse_args(flags(tmp_path / "out", None, "m", dataset_name=str(tmp_path), num_cloths=2))
+    source = RowSource(args, num_cloths=2)
+    first = source.pictures(Line("unpaired", "row-0", "row-1"))
+    assert "cloth_2" not in first and np.array_equal(first["cloth"], picture(4))
+    second = source.pictures(Line("unpaired", "row-1", "row-2"))
+    assert np.array_equal(second["cloth_2"], picture(8)) and np.array_equal(second["person"], picture(1))
 
 
 def test_reports_side_by_side(tree, tmp_path, capsys):
