@@ -20,6 +20,7 @@ named at the end, the exit status is then 1, and all else is done. Without --mod
 import argparse
 import itertools
 import os
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -80,17 +81,18 @@ def pictures_in(place: Path, flag: str) -> list[Path]:
     return [place]
 
 
-def find_beside(place: Path | None, person: Path, end: str) -> Path | None:
-    """The mask or the pose of a person: the file given, or the one of that name in a folder, with `end` behind it or not."""
+def find_beside(place: Path | None, person: Path, *others: str) -> Path | None:
+    """The mask or the pose of a person: the file given, or the one in a folder of the person's name or of an other one."""
     if place is None or place.is_file():
         return place
-    names = [stem + suffix for stem in (person.stem, person.stem + end) for suffix in sorted(SUFFIXES)]
+    names = [stem + suffix for stem in (person.stem, *others) for suffix in sorted(SUFFIXES)]
     return next((place / name for name in names if (place / name).is_file()), place / f"{person.stem}.png")
 
 
 def pair_of(args: argparse.Namespace, person: Path, cloth: Path, output: Path) -> Pair:
-    beside = (find_beside(args.mask, person, "_mask"), output, find_beside(args.pose, person, "_rendered"))
-    return Pair(person, cloth, *beside)
+    mask = find_beside(args.mask, person, f"{person.stem}_mask")
+    pose = find_beside(args.pose, person, f"{person.stem}_rendered", re.sub("_0$", "_5", person.stem))
+    return Pair(person, cloth, mask, output, pose)
 
 
 def one_each(people: list[Path], cloths: list[Path], seed: int) -> list[tuple[Path, Path]]:

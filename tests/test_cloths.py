@@ -1,4 +1,4 @@
-"""Several cloths of a person, in calls and in training; and the cloth at its own resolution."""
+"""Several cloths of a person, in calls and in training."""
 
 import json
 import shutil

@@ -441,6 +441,17 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(shop, model, capsys):
         assert said in told and told.count("\n") == 1
 
 
+def test_what_lies_beside_a_person_is_found_by_the_names_that_datasets_have(shop, tmp_path):
+    """VITON-HD's NAME_mask and NAME_rendered, DressCode's ID_5."""
+    for name in ("p/00_0.png", "c/00_1.png", "masks/00_0_mask.png", "poses/00_0_rendered.jpg", "skeletons/00_5.jpg"):
+        save(picture(1), tmp_path / name)
+    places = {"person": "p", "cloth": "c", "output": "out", "mask": "masks"}
+    line = [word for flag, name in places.items() for word in (f"--{flag}", str(tmp_path / name))]
+    for folder, name in (("poses", "00_0_rendered.jpg"), ("skeletons", "00_5.jpg")):
+        (pair,) = find_pairs(parse_args([*line, "--pose", str(tmp_path / folder)]))
+        assert pair.mask == tmp_path / "masks/00_0_mask.png" and pair.pose == tmp_path / folder / name
+
+
 def test_wrong_flags_are_one_sentence(shop, model, capsys):
     save(picture(6), shop / "people/ann.jpg")
     places = ["--person", str(shop / "people"), "--cloth", str(shop / "cloths"), "--output", str(shop / "results")]
