@@ -2485,17 +2485,19 @@ def _joined(prepared: list[PreparedPerson] | list[PreparedCloth]) -> dict[str, t
 
 
 def weights_mark(model: torch.nn.Module) -> tuple:
-    """What tells a model's weights, and the LoRAs on them, from others: a hash of every parameter's first column, dtypes and scales.
+    """What tells a model's weights, and the LoRAs on them, from others: a hash of every parameter's first row, dtype and scales.
 
-    The numbers themselves: a sum would depend on its order, and thereby on threads and device. Asks a GPU once for each dtype.
+    The numbers themselves: a sum would depend on its order, and thereby on threads and device. Asks a GPU once.
     """
-    columns: dict[tuple, list[torch.Tensor]] = {}
+    rows: dict[torch.device, list[torch.Tensor]] = {}
     for parameter in (one.detach() for one in model.parameters() if one.device.type != "meta"):
-        column = parameter[(..., *[0] * (parameter.dim() - 1))].reshape(-1)
-        columns.setdefault((column.dtype, column.device), []).append(column)
+        row = parameter[0] if parameter.dim() > 1 else parameter
+        rows.setdefault(parameter.device, []).append(
+            row.dequantize().flatten()
+        )  # in float32, torchao's eight bits too
     digest = hashlib.sha256()
-    for listed in columns.values():
-        digest.update(torch.cat(listed).float().cpu().numpy().tobytes())
+    for listed in rows.values():
+        digest.update(torch.cat(listed).cpu().numpy().tobytes())
     loras = [
         (layer.active_adapters, dict(layer.scaling), layer.disable_adapters, layer.merged_adapters)
         for layer in _lora_modules(model)
