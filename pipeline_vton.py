@@ -2491,10 +2491,8 @@ def weights_mark(model: torch.nn.Module) -> tuple:
     """
     rows: dict[torch.device, list[torch.Tensor]] = {}
     for parameter in (one.detach() for one in model.parameters() if one.device.type != "meta"):
-        row = parameter[0] if parameter.dim() > 1 else parameter
-        rows.setdefault(parameter.device, []).append(
-            row.dequantize().flatten()
-        )  # in float32, torchao's eight bits too
+        row = (parameter[0] if parameter.dim() > 1 else parameter).dequantize()  # to float32, torchao's eight bits too
+        rows.setdefault(parameter.device, []).append(row.flatten())
     digest = hashlib.sha256()
     for listed in rows.values():
         digest.update(torch.cat(listed).cpu().numpy().tobytes())
