@@ -322,7 +322,7 @@ def compile_cost(
 
 def cpu_name() -> str:
     """As Linux tells it; elsewhere the architecture alone."""
-    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    about = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
     names = [line.partition(":")[2].strip() for line in about.splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 

@@ -304,7 +304,8 @@ def test_a_result_has_its_persons_values_and_colour_profile(options, tmp_path):
 
 def cloths_of(persons, cloths):
     pipe = tiny_pipe(9)
-    return pipe.check_inputs(persons, cloths, box_mask(), "upper", None, None, None).cloths
+    seen = pipe.check_inputs(persons, cloths, box_mask(), "upper", None, None, None).cloths
+    return [as_floats(cloth) for cloth in seen]
 
 
 def test_a_cloth_has_its_persons_colours():

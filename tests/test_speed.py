@@ -47,7 +47,7 @@ def test_every_question_is_answered(question, capsys):
         assert 1 < values["reference"] / values["bare UNet"] < values["joint canvas"] / values["bare UNet"]
         assert values["bare UNet"] == pytest.approx(2 * values["bare UNet, guidance 1"], rel=0.1)
     if question == "stages":
-        assert min(values.values()) > 0
+        assert values.pop("schedule") >= 0 and min(values.values()) > 0  # which takes less than is shown
 
 
 def test_the_cloths_keys_are_weighed():
