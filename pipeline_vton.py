@@ -1400,6 +1400,11 @@ def hub_repository(name: str | os.PathLike | None) -> str | None:
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists() else None
 
 
+def is_lora(place: Path) -> bool:
+    """Whether it is a LoRA's file, or a folder that holds one, as `train_vton.py --lora_rank` writes them."""
+    return place.name == LORA_NAME or (place / LORA_NAME).is_file()
+
+
 def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Weights and metadata of a file; ValueError where it is none, or not whole."""
     try:
@@ -3443,7 +3448,7 @@ def load_pipeline(
     pipe = StableDiffusionVTONPipeline.from_pretrained(model, dtype=dtype, **options).to(device)
     if adapter is not None:
         place = Path(adapter, adapter_subfolder or "")
-        lora = place.name == LORA_NAME or (place / LORA_NAME).is_file()
+        lora = is_lora(place)
         below = {} if adapter_subfolder is None else {"subfolder": adapter_subfolder}
         (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(adapter, **below)
     if human_parser is not None:

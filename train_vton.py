@@ -106,6 +106,7 @@ from pipeline_vton import (
     fit_size,
     grow,
     hub_repository,
+    is_lora,
     is_sdxl,
     read_adapter,
     read_safetensors,
@@ -1569,8 +1570,7 @@ class Trainer:
     def load_init_adapter(self) -> AdapterSettings:
         """Put the weights to begin from into the UNet; their settings, which hold from now on."""
         args = self.args
-        place = Path(args.init_adapter, args.init_subfolder or "")
-        if place.name == LORA_NAME or (place / LORA_NAME).is_file():
+        if is_lora(Path(args.init_adapter, args.init_subfolder or "")):
             raise ValueError(f"--init_adapter {args.init_adapter} is a LoRA: training begins from adapters alone")
         self.pipe.load_vton_adapter(args.init_adapter, subfolder=args.init_subfolder, mask_free=args.mask_free)
         config = self.pipe.config
@@ -1997,11 +1997,11 @@ class Trainer:
         while True:
             self.loader.set_epoch(epoch)
             self.dataset.set_epoch(epoch)  # which the loader's does not reach with several processes
-            yield from map(to_values, accelerate.skip_first_batches(self.loader, skip) if skip else self.loader)
+            yield from map(self.on_device, accelerate.skip_first_batches(self.loader, skip) if skip else self.loader)
             epoch, skip = epoch + 1, 0
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """For loaders that accelerate has not prepared: bytes go to the device, a quarter of what their values would be."""
+        """Also of a stream's loader, which accelerate does not prepare: bytes travel, a quarter of what their values would be."""
         return to_values(send_to_device(batch, self.accelerator.device, non_blocking=True))
 
     @property

@@ -25,7 +25,7 @@ from demo.measure import measure as measure_results
 from demo.recognition import CLASSIFIER, load_classifier
 from demo.try_on import Line, check_count, draw_lines, fast_device, fast_dtype, mixed_precision, try_on
 from evaluate_vton import Interval, table
-from pipeline_vton import LORA_NAME, StableDiffusionVTONPipeline
+from pipeline_vton import StableDiffusionVTONPipeline, is_lora
 from train_vton import read_list
 
 
@@ -81,6 +81,7 @@ METHODS = [
     Method(f"{NO_CLOTH.name}, on outfits", NO_CLOTH.flags, drawn="outfit", by_default=False),
     Method("reference, on outfits", "--num_cloths 2", drawn="outfit", by_default=False),
     Method("reference, with the prompt", "--cross_attention prompt", by_default=False),
+    Method("reference, LoRA rank 16, another seed", "--lora_rank 16", seed=1, by_default=False),
     Method("reference, LoRA rank 4", "--lora_rank 4", by_default=False),
     Method("reference, conv_in widened from 4 channels", channels=4, by_default=False),
     Method("reference, three resolutions", RESOLUTIONS, by_default=False),
@@ -196,7 +197,7 @@ def measure(
 ) -> dict[str, Interval]:
     """The row's figures, by the names of `TITLES`."""
     pipe = StableDiffusionVTONPipeline.from_pretrained(base, dtype=fast_dtype()).to(fast_device())
-    if (folder / LORA_NAME).is_file():
+    if is_lora(folder):
         pipe.load_lora_weights(folder)
     else:
         pipe.load_vton_adapter(folder)
