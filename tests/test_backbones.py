@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from test_attention import assert_same_latents, conditioning_of, latents_of, uncached
-from test_train import flags
+from test_train import LONG, equal, flags
 from tiny import picture, run, seeded, tiny_pipe, tiny_unet
 
 from benchmarks import backbones
@@ -139,6 +139,16 @@ def test_a_shape_trains_and_what_it_learnt_loads(shaped, data, tmp_path, shape, 
         assert ("conv_in.weight" in load_file(tmp_path / ADAPTER_NAME)) == (channels == 4)
     after = latents_of(pipe)
     assert torch.isfinite(after).all() and (before is None or not torch.equal(before, after))
+
+
+@pytest.mark.parametrize("shape, options", [("sd2", {}), ("sdxl", {"gradient_checkpointing": True, "lora_rank": 2})])
+def test_a_shapes_resumed_run_equals_an_uninterrupted_one(shaped, data, tmp_path, shape, options):
+    options = options | LONG
+    main(parse_args(flags(shaped[shape, 9], data, tmp_path / "whole", **options)))
+    begun = tmp_path / "whole" / "checkpoint-6"
+    main(parse_args(flags(shaped[shape, 9], data, tmp_path / "again", resume_from_checkpoint=begun, **options)))
+    for file in (LORA_NAME if "lora_rank" in options else ADAPTER_NAME, f"checkpoint-8/{ADAPTER_NAME}"):
+        assert equal(load_file(tmp_path / "whole" / file), load_file(tmp_path / "again" / file))
 
 
 def test_another_vae_takes_the_place_of_the_bases(shaped, data, tmp_path):

@@ -189,6 +189,21 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, bases, data, tmp_path
     assert same_end(finished, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"mask_free": True}, {"trainable": "attention_norms"}, {"trainable": "all"}, {"lora_rank": 2}],
+    ids=lambda options: "-".join(map(str, next(iter(options.items())))),
+)
+def test_a_resumed_run_of_another_kind_equals_an_uninterrupted_one(bases, worn_otherwise, data, tmp_path, options):
+    root = worn_otherwise if "mask_free" in options else data
+    main(parse_args(flags(bases[9], root, tmp_path / "whole", **LONG, **options)))
+    begun = tmp_path / "whole" / "checkpoint-6"
+    main(parse_args(flags(bases[9], root, tmp_path / "again", resume_from_checkpoint=begun, **LONG, **options)))
+    for file in (LORA_NAME if "lora_rank" in options else ADAPTER_NAME, f"checkpoint-8/{ADAPTER_NAME}"):
+        assert equal(load_file(tmp_path / "whole" / file), load_file(tmp_path / "again" / file))
+    assert not equal(*(load_file(folder / ADAPTER_NAME) for folder in (begun, tmp_path / "again" / "checkpoint-8")))
+
+
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(finished, bases, data, tmp_path):
     line = flags(bases[9], data, tmp_path, resume_from_checkpoint="latest", **LONG)
     process = launch(line, "--cpu", "--num_processes", "1")
