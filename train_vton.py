@@ -146,11 +146,12 @@ ADAPTER_FLAGS = {  # what an adapter says that training begins from, and what ho
     "cloth_conditioning": "reference", "cross_attention": "skip", "condition_latents": None, "mask_free": False,
     "pose": False, "trainable": "self_attention", "prompt": "",
 }  # fmt: skip
-NEEDS = {  # flags that say nothing without another
-    "init_subfolder": "init_adapter", "perceptual_weight": "perceptual_loss", "perceptual_max_timestep": "perceptual_loss",
-    "adversarial_start_step": "adversarial_weight", "hub_model_id": "push_to_hub", "hub_strategy": "push_to_hub",
-    "hub_private_repo": "push_to_hub", "pose_folder": "pose", "pose_column": "pose", "pose_dropout": "pose",
-    "condition_column": "mask_free",
+NEEDS = {  # flags that say nothing without others
+    "init_subfolder": ["init_adapter"], "perceptual_weight": ["perceptual_loss"], "perceptual_max_timestep": ["perceptual_loss"],
+    "adversarial_start_step": ["adversarial_weight"], "hub_model_id": ["push_to_hub"], "hub_strategy": ["push_to_hub"],
+    "hub_private_repo": ["push_to_hub"], "pose_folder": ["pose", "dataset_root"], "pose_column": ["pose", "dataset_name"],
+    "pose_dropout": ["pose"], "condition_column": ["mask_free"], "person_column": ["dataset_name"],
+    "cloth_column": ["dataset_name"], "mask_column": ["dataset_name"], "dataset_config_name": ["dataset_name"],
 }  # fmt: skip
 
 
@@ -329,8 +330,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         )
     if args.guidance_distillation and args.guidance_scale is None:
         args.guidance_scale = 1.0  # what is learnt needs no guidance
-    if args.pose_folder and args.dataset_root is None:
-        parser.error(f"--pose_folder {args.pose_folder} needs --dataset_root")
     if args.lora_rank and args.push_to_hub:
         parser.error("--push_to_hub uploads an adapter and its code: upload a LoRA's OUTPUT_DIR with hf upload")
     if args.lora_rank and args.init_adapter:
@@ -340,10 +339,11 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 def check_settings(args: argparse.Namespace, fail: Callable[[str], Any]) -> None:
     """The same of flags that depend on what an adapter says that training begins from."""
     parser = new_parser()
-    for name, other in NEEDS.items():
+    for name, others in NEEDS.items():
         value = getattr(args, name)
-        if value != parser.get_default(name) and not getattr(args, other):
-            fail(f"--{name} {value} needs --{other}")
+        for other in others:
+            if value != parser.get_default(name) and not getattr(args, other):
+                fail(f"--{name} {value} needs --{other}")
     if args.caption_column and (args.dataset_name is None or args.cross_attention != "prompt"):
         fail(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
     if args.mask_free and "mask" in args.augment:

@@ -151,7 +151,8 @@ def plot(results: Sequence[Result], file: Path) -> None:
             axes.plot(
                 [r.rows for r in shown], [getattr(r, name) for r in shown], "o", ms=4, alpha=0.6, label=scheduler
             )
-        axes.plot([r.rows for r in front], [getattr(r, name) for r in front], "k-", lw=1, label="Pareto front")
+        rings = {"ms": 9, "mfc": "none", "mec": "black", "label": "Pareto front"}
+        axes.plot([r.rows for r in front], [getattr(r, name) for r in front], "o", **rings)
         axes.set(xscale="log", xlabel="UNet rows a picture", ylabel=title)
     axes.legend(fontsize=8)
     sheet.savefig(file, dpi=110)
@@ -184,7 +185,8 @@ class Notebook:
         self.file, self.args = args.output_dir / "results.json", args
         modules = (pipe.unet, pipe.vae, classifier)
         weights = fingerprint(weight for module in modules for weight in module.state_dict().values())
-        settings = json.dumps([dict(pipe.config), dict(pipe.scheduler.config)], sort_keys=True, default=str)
+        said = [{k: v for k, v in c.items() if k != "_name_or_path"} for c in (pipe.config, pipe.scheduler.config)]
+        settings = json.dumps(said, sort_keys=True, default=str)
         self.of = [weights, settings, args.lines, args.seed]
         self.results: dict[Setting, Result] = {}
         if self.file.is_file():

@@ -282,8 +282,15 @@ def test_pose_dropout_takes_its_share_apart_from_the_cloths():
         ),
         ({"pose_folder": "dense"}, "--pose_folder dense needs --pose"),
         ({"pose_column": "dense"}, "--pose_column dense needs --pose"),
+        ({"pose": True, "pose_column": "dense"}, "--pose_column dense needs --dataset_name"),
         ({"pose_dropout": 0.5}, "--pose_dropout 0.5 needs --pose"),
+        ({"mask_column": "holes"}, "--mask_column holes needs --dataset_name"),
+        ({"dataset_config_name": "small"}, "--dataset_config_name small needs --dataset_name"),
         ({"condition_column": "other"}, "--condition_column other needs --mask_free"),
+        (
+            {"pose": True, "pose_folder": "dense", "dataset_root": None, "dataset_name": "me/pairs"},
+            "--pose_folder dense needs --dataset_root",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(capsys, changed, message):

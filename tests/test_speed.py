@@ -196,13 +196,13 @@ def test_settings_are_swept_once(tmp_path, capsys, monkeypatch):
         "--guidance_scale",
         "1",
     ]
-    line += ["--model", str(ROOT / "demo" / "model")]
-    fewer_steps.main(fewer_steps.parse_args(line))
+    fewer_steps.main(fewer_steps.parse_args([*line, "--model", str(ROOT / "demo" / "model")]))
     printed = capsys.readouterr().out
     assert "| UniPC | 1 | " in printed and (tmp_path / "pareto.png").is_file()
     assert "| UniPC | 2 | the adapter's | 0 to 0.75 | 5 | " in printed.split("`pipe.fast()`")[1].split("All")[0]
-    monkeypatch.setattr(fewer_steps, "try_on", None)  # nothing is computed again
-    fewer_steps.main(fewer_steps.parse_args(line))
+    monkeypatch.setattr(fewer_steps, "try_on", None)  # nothing is computed again, wherever the model lies
+    (tmp_path / "moved").symlink_to(ROOT / "demo" / "model")
+    fewer_steps.main(fewer_steps.parse_args([*line, "--model", str(tmp_path / "moved")]))
     assert capsys.readouterr().out == printed
 
 
