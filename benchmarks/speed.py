@@ -1,6 +1,7 @@
 """What a try-on costs, with random weights of SD1.5's size, on any device; one question a run, one question a table.
 
     python -m benchmarks.speed steps      seconds of a denoising step against the bare UNet's, rows interleaved in one process
+    python -m benchmarks.speed ways       the same step computed otherwise: seconds against it as it is, and how far the noise is off
     python -m benchmarks.speed flops      the same by counted floating-point operations, on the meta device: no machine's load shows
     python -m benchmarks.speed stages     where the time of a whole picture goes
     python -m benchmarks.speed memory     the peak of a picture by dtype, slicing, tiling, 8-bit weights and offloading
@@ -70,9 +71,23 @@ ROWS = (
 # ------------------------------------------------------------------------------------------------------------ one step
 
 
+class LaidAnewAttnProcessor(ClothCacheAttnProcessor):
+    """Cloth and person side by side in new memory in every call, as a concatenation has them."""
+
+    def __call__(self, *args, **kwargs) -> torch.Tensor:
+        if self.beside is not None:
+            self.beside = tuple(both.clone() for both in self.beside)
+        return super().__call__(*args, **kwargs)
+
+
 @contextmanager
 def step_of(
-    row: Row, pipe: StableDiffusionVTONPipeline, height: int, width: int, batch: int
+    row: Row,
+    pipe: StableDiffusionVTONPipeline,
+    height: int,
+    width: int,
+    batch: int,
+    caching: type[ClothCacheAttnProcessor] = ClothCacheAttnProcessor,
 ) -> Iterator[Callable[[], torch.Tensor]]:
     """What computes a row's noise for `batch` persons, each with a cloth, as often as it is called."""
     unet, joint = pipe.unet, row.cloth == "joint"
@@ -91,7 +106,7 @@ def step_of(
             rows, texts = torch.cat([rows, rows]), None if embeds is None else torch.cat([embeds, embeds])
         return unet(rows, t, texts, return_dict=False)[0]
 
-    processor = ClothCacheAttnProcessor if row.cloth in {"reference", "reading"} else None
+    processor = caching if row.cloth in {"reference", "reading"} else None
     with torch.no_grad(), vton_attention(unet, processor, "prompt" if row.text else "skip") as processors:
         if row.cloth == "reference":
             pipe.read_cloth(conditioning, embeds, processors)
@@ -122,6 +137,34 @@ def time_steps(
             if number:
                 taken.append(one)
     return seconds
+
+
+WAYS = {
+    "as it is": (ClothCacheAttnProcessor, torch.contiguous_format),
+    "the cloth's keys laid anew beside the person's in every step": (LaidAnewAttnProcessor, torch.contiguous_format),
+    "weights in channels_last": (ClothCacheAttnProcessor, torch.channels_last),
+}
+
+
+def time_ways(
+    pipe: StableDiffusionVTONPipeline, size: tuple[int, int], batch: int, rounds: int
+) -> dict[str, tuple[list[float], float]]:
+    """Of every one of `WAYS` the seconds of a reference step, one of each a round, and how far its noise is off, relatively."""
+    found, noise = {way: ([], 0.0) for way in WAYS}, {}
+    for number in range(1 + rounds):
+        for way, (caching, memory) in WAYS.items():
+            pipe.unet.to(memory_format=memory)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                with step_of(REFERENCE, pipe, *size, batch, caching) as step:
+                    if number:
+                        found[way][0].append(seconds_of(step, pipe.unet.device))
+                        continue
+                    noise[way] = torch.as_tensor(step()).float()
+            off = (noise[way] - noise["as it is"]).norm() / noise["as it is"].norm()
+            found[way] = [], off.item()
+    pipe.unet.to(memory_format=torch.contiguous_format)
+    return found
 
 
 def count_flops(pipe: StableDiffusionVTONPipeline, row: Row, size: tuple[int, int], batch: int = 1) -> int:
@@ -345,7 +388,7 @@ def size_of(text: str) -> tuple[int, int]:
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("question", choices=("steps", "flops", "stages", "memory", "adapter", "compile"))
+    add("question", choices=("steps", "ways", "flops", "stages", "memory", "adapter", "compile"))
     sizes = [(256, 192), (512, 384), (1024, 768)]
     add("--sizes", type=size_of, nargs="+", default=sizes, help="HEIGHTxWIDTH (default 256x192 512x384 1024x768)")
     add("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default fp32 bf16")
@@ -369,6 +412,11 @@ def answer(
         times = ratios({row: statistics.median(taken) for row, taken in seconds.items()}, steps)
         cells = [[row.name, f"{statistics.median(s):.3f}", f"{min(s):.3f}", f"{max(s):.3f}", f"{times[row]:.3f}"] for row, s in seconds.items()]  # fmt: skip
         return ["", "median, s", "fastest", "slowest", f"of the bare UNet, {steps} steps"], cells
+    if question == "ways":
+        found = time_ways(pipe, size, batch, args.rounds)
+        usual = statistics.median(found["as it is"][0])
+        cells = [[way, f"{(s := statistics.median(taken)):.3f}", f"{s / usual:.3f}", f"{off:.1e}"] for way, (taken, off) in found.items()]  # fmt: skip
+        return ["", "median, s", "of it as it is", "noise is off by"], cells
     if question == "flops":
         counted = {row: count_flops(pipe, row, size, batch) for row in ROWS}
         times = ratios(counted, steps)

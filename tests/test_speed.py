@@ -36,13 +36,16 @@ def test_a_step_at_sd15s_size_does_little_more_than_the_bare_unets(size, least):
     assert times[speed.REFERENCE] == pytest.approx(least, abs=0.003)
 
 
-@pytest.mark.parametrize("question", ["steps", "flops", "stages"])
+@pytest.mark.parametrize("question", ["steps", "ways", "flops", "stages"])
 def test_every_question_is_answered(question, capsys):
     line = [question, "--tiny", "--sizes", "64x48", "--dtypes", "fp32", "--rounds", "1", "--num_inference_steps", "2"]
     speed.main(speed.parse_args(line))
     cells = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     values = {name: float(value) for name, value, *_ in cells[2:]}
-    assert list(values) == ([*speed.STAGES, speed.REST] if question == "stages" else [row.name for row in speed.ROWS])
+    named = {"stages": [*speed.STAGES, speed.REST], "ways": list(speed.WAYS)}
+    assert list(values) == named.get(question, [row.name for row in speed.ROWS])
+    if question == "ways":
+        assert [float(row[2]) for row in cells[2:3]] == [1] and all(float(row[3]) < 1e-5 for row in cells[2:])
     if question == "flops":
         assert 1 < values["reference"] / values["bare UNet"] < values["joint canvas"] / values["bare UNet"]
         assert values["bare UNet"] == pytest.approx(2 * values["bare UNet, guidance 1"], rel=0.1)
