@@ -2454,11 +2454,17 @@ def training_card(
 
 
 def parent_licence(adapter: str) -> str | None:
-    """What the card of an adapter that training begins from says of its licence: None of a folder without a card."""
+    """What the card of an adapter that training begins from says of its licence; a run's folder without a card has its own
+    parent's, and None without one.
+    """
     repository, place = hub_repository(adapter), Path(adapter)
     if repository is None:
-        card = (place if place.is_dir() else place.parent) / "README.md"
-        return ModelCard.load(card).data.license if card.is_file() else None
+        folder = place if place.is_dir() else place.parent
+        card, run = folder / "README.md", folder / "training_args.json"
+        if card.is_file():
+            return ModelCard.load(card).data.license
+        parent = json.loads(run.read_text(encoding="utf-8")).get("init_adapter") if run.is_file() else None
+        return None if parent is None else parent_licence(parent)
     try:
         return ModelCard.load(repository).data.license or "unknown"
     except EntryNotFoundError:
