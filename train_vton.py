@@ -121,7 +121,7 @@ from pipeline_vton import (
 
 logger = get_logger("train_vton")
 OUTLIER = 5.0  # standard deviations: what a decoder's feature does beyond them is no measure of likeness
-DISCRIMINATOR_RATE, R1_WEIGHT = 1e-4, 0.1
+R1_WEIGHT = 0.1
 COLLAPSED, COLLAPSE_AFTER = 0.05, 200  # a discriminator's loss that is as good as 0, and for how many updates
 SEED_GUIDANCE = 7.5  # where nothing better is known
 ASPECT_TOLERANCE = 1.1
@@ -1293,34 +1293,32 @@ class LatentDiscriminator(torch.nn.Module):
 class AdversarialLoss:
     """What a `LatentDiscriminator` holds against predicted latents, and how it learns: softplus losses, R1 on true latents.
 
-    It has an optimiser of its own, which makes an update where the UNet's does. Every process has the same discriminator:
-    their gradients are averaged.
+    It has an optimiser of its own, at a constant `learning_rate`, which makes an update where the UNet's does. Every process has
+    the same discriminator: their gradients are averaged.
     """
 
-    def __init__(self, accelerator: accelerate.Accelerator, scheduler: DDPMScheduler, seed: int) -> None:
-        self.accelerator, self.scheduler = accelerator, scheduler
+    def __init__(
+        self, accelerator: accelerate.Accelerator, scheduler: DDPMScheduler, seed: int, learning_rate: float
+    ) -> None:
+        self.accelerator, self.scheduler, self.learning_rate = accelerator, scheduler, learning_rate
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = LatentDiscriminator().to(accelerator.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), DISCRIMINATOR_RATE, betas=(0.0, 0.99))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), learning_rate, betas=(0.0, 0.99))
         self.loss, self.quiet = torch.zeros(()), 0  # of the last batch; updates in a row in which it was as good as 0
 
-    def noised(self, latents: Tensor, timesteps: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Latents, and the timesteps, at least as noisy as those that were predicted from: what noise hid is no fault."""
-        steps = self.scheduler.config.num_train_timesteps
-        later = timesteps + (drawn["time"] * (steps - timesteps)).long()
-        later = later.clamp(max=steps - 1)  # the product may be rounded up
-        return self.scheduler.add_noise(latents, drawn["noise"], later), later
+    def __call__(self, found: Tensor, clean: Tensor, cloth: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+        """The UNet's loss for `found` instead of `clean` (B, 4, h, w); the discriminator's gradients are added up on the way.
 
-    def __call__(
-        self, found: Tensor, clean: Tensor, cloth: Tensor, timesteps: Tensor, drawn: dict[str, Tensor]
-    ) -> Tensor:
-        """The UNet's loss for `found` instead of `clean` (B, 4, h, w); the discriminator's gradients are added up on the way."""
-        (found, later), (true, _) = (self.noised(latents, timesteps, drawn) for latents in (found, clean))
+        Both are noised alike and anew, at timesteps of the discriminator's own, as LADD's are: noise as strong as what was
+        predicted from would hide what the prediction lacks.
+        """
+        timesteps = (drawn["time"] * self.scheduler.config.num_train_timesteps).long()
+        found, true = (self.scheduler.add_noise(latents, drawn["noise"], timesteps) for latents in (found, clean))
         self.model.requires_grad_(False)
-        loss = F.softplus(-self.model(found, later, cloth)).mean()
+        loss = F.softplus(-self.model(found, timesteps, cloth)).mean()
         self.model.requires_grad_(True)
-        self.learn(found.detach(), true, cloth, later)
+        self.learn(found.detach(), true, cloth, timesteps)
         return loss
 
     @torch.enable_grad()
@@ -1351,6 +1349,8 @@ class AdversarialLoss:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate  # of this run, not of the one that is resumed
         self.quiet = state["quiet"]
 
 
@@ -1695,7 +1695,7 @@ class Trainer:
             self.perceptual = PerceptualLoss(args.perceptual_loss, self.vae, *options)
         self.adversary = None
         if args.adversarial_weight is not None:
-            self.adversary = AdversarialLoss(self.accelerator, self.noise_scheduler, args.seed)
+            self.adversary = AdversarialLoss(self.accelerator, self.noise_scheduler, args.seed, args.learning_rate)
 
     def prepare_parameters(self) -> None:
         """What learns, in float32: the adapter's weights, or a LoRA of the same modules."""
@@ -1899,7 +1899,7 @@ class Trainer:
             told = seen.repeat_interleave(len(conditioning.cloth) // len(seen))  # of a row that saw no cloth, none
             told = told if conditioning.cloth_worn is None else told * conditioning.cloth_worn
             cloth = conditioning.cloth * told.view(-1, 1, 1, 1)
-            part = self.adversary(found, clean, cloth, timesteps, drawn)
+            part = self.adversary(found, clean, cloth, drawn)
             total += self.args.adversarial_weight * part
             self.parts |= {"adversarial": part.detach(), "discriminator": self.adversary.loss}
         return total
