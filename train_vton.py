@@ -461,10 +461,13 @@ def to_values(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def loosen(mask: Tensor, rng: np.random.Generator) -> Tensor:
-    """A mask (1, H, W) that tells less of the cloth that is worn: itself, its hull or its box, grown by up to H/16 pixels."""
+    """A mask (1, H, W) that tells less of the cloth that is worn: itself, its hull or its box, grown by up to H/16 pixels.
+
+    Every other one stays as it is, since such masks are what a model will meet too.
+    """
     reach, shape = round(rng.uniform(0, mask.shape[1] / 16)), rng.choice(["own", "hull", "box"])
     region = mask[0] >= 0.5
-    if not region.any():
+    if rng.random() < 0.5 or not region.any():
         return mask
     if shape == "hull":
         region = torch.from_numpy(np.array(convex_hull(region))) > 0
