@@ -202,7 +202,8 @@ class Acceptance:
 
         def compiled() -> float:
             found.update(speed.compile_cost(pipe, self.size, 1, self.args.rounds))
-            return off(self.latents(pipe), expected)
+            with torch._dynamo.config.patch(recompile_limit=speed.GRAPHS):
+                return off(self.latents(pipe), expected)
 
         self.report.check("compiled: relative difference", compiled, at_most=0.05)
         self.report.check("compiled: graph breaks", lambda: found["graph breaks"], at_most=0)

@@ -39,7 +39,7 @@ class Call:
         return self.height * self.width
 
 
-SIZES = ((256, 192), (384, 288), (512, 384), (640, 480))
+SIZES = ((256, 192), (384, 256), (512, 384), (640, 512))  # multiples of 64, as SD1.5 takes
 TINY_SIZES = ((64, 48), (128, 96))
 COUNTS = {"steps": (2, 4, 8, 16), "persons": (1, 2, 4, 8), "cloths": (1, 2, 3, 4)}
 

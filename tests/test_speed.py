@@ -68,7 +68,8 @@ def test_an_adapters_file_is_weighed_and_loaded(capsys):
 
 @pytest.mark.parametrize("how", speed.COMPILED)
 def test_what_is_compiled_are_whole_graphs_that_later_calls_find_again(how):
-    found = speed.compile_cost(random_pipe(tiny=True), (64, 48), 1, rounds=2, backend="eager", how=how)
+    with torch._dynamo.config.patch(recompile_limit=2):  # SD1.5's repeated blocks need more than torch's 8
+        found = speed.compile_cost(random_pipe(tiny=True), (64, 48), 1, rounds=2, backend="eager", how=how)
     assert found["graphs"] > 0 and found["graphs of later calls"] == 0 and found["graph breaks"] == 0
 
 
@@ -218,13 +219,16 @@ def test_growth_is_fitted_and_drawn(tmp_path, monkeypatch, capsys):
     def cost(call, *where):
         return call.pixels * call.steps / 1e6, call.persons**2 * call.cloths**0.5
 
+    assert all(
+        height % 64 == 0 == width % 64 for height, width in growth.SIZES
+    )  # or a call of SD1.5's size refuses them
     monkeypatch.setattr(growth, "cost", cost)
     monkeypatch.setattr(growth, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
     growth.main(growth.parse_args(["--output_dir", str(tmp_path)]))
     rows = [row.split(" | ") for row in (tmp_path / "report.md").read_text().splitlines() if row[:1] == "|"][2:]
     exponents = {row[0].strip("| "): [float(row[3]), float(row[5].strip("| "))] for row in rows}
     assert exponents == {"pixels": [1, 0], "steps": [1, 0], "persons": [0, 2], "cloths": [0, 0.5]}
-    assert rows[0][1] == "4.92e+04 / 1.11e+05 / 1.97e+05 / 3.07e+05"
+    assert rows[0][1] == "4.92e+04 / 9.83e+04 / 1.97e+05 / 3.28e+05"
     assert Image.open(tmp_path / "growth.png").width > 800
 
 
