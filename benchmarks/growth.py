@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
 from benchmarks.costs import PeakMemory
@@ -82,6 +83,10 @@ def plot(found: dict[str, list[tuple[float, float, float]]], file: Path) -> None
             amounts, costs = [point[0] for point in points], [point[number] for point in points]
             axes.plot(amounts, costs, "o-", label=f"exponent {exponent(amounts, costs):.2f}")
             axes.set(xscale="log", yscale="log", xlabel=name, ylabel=title)
+            axes.set_xticks(amounts, [f"{amount:,}" for amount in amounts], fontsize=8)
+            axes.xaxis.set_minor_locator(NullLocator())
+            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                set_formatter("{x:g}")
             axes.legend(fontsize=8)
     sheet.savefig(file, dpi=110)
 
