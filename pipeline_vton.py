@@ -2432,9 +2432,8 @@ class TryOnInputs:
     """What `check_inputs` learnt of a call: the pictures, where in them to work, at which size, and with which text."""
 
     persons: list[torch.Tensor]  # N of (3, H, W), uint8 or in [0, 1]
-    cloths: list[
-        torch.Tensor | None
-    ]  # 1 or N times `num_cloths` of (3, H, W), a person's together; None of prepared ones
+    # 1 or N times `num_cloths` of (3, H, W), a person's together; None of prepared ones
+    cloths: list[torch.Tensor | None]
     masks: list[torch.Tensor | None]  # N of (1, H, W), 0 or 1; None where there is none (yet)
     poses: list[torch.Tensor] | None  # N of (3, h, w), their persons' aspects
     profiles: list[bytes | None]  # N ICC profiles of the persons, which the results carry

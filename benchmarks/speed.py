@@ -150,7 +150,7 @@ def time_ways(
     pipe: StableDiffusionVTONPipeline, size: tuple[int, int], batch: int, rounds: int
 ) -> dict[str, tuple[list[float], float]]:
     """Of every one of `WAYS` the seconds of a reference step, one of each a round, and how far its noise is off, relatively."""
-    found, noise = {way: ([], 0.0) for way in WAYS}, {}
+    seconds, noise = {way: [] for way in WAYS}, {}
     for number in range(1 + rounds):
         for way, (caching, memory) in WAYS.items():
             pipe.unet.to(memory_format=memory)
@@ -158,13 +158,12 @@ def time_ways(
                 torch.manual_seed(0)
                 with step_of(REFERENCE, pipe, *size, batch, caching) as step:
                     if number:
-                        found[way][0].append(seconds_of(step, pipe.unet.device))
-                        continue
-                    noise[way] = torch.as_tensor(step()).float()
-            off = (noise[way] - noise["as it is"]).norm() / noise["as it is"].norm()
-            found[way] = [], off.item()
+                        seconds[way].append(seconds_of(step, pipe.unet.device))
+                    else:
+                        noise[way] = step().float()
     pipe.unet.to(memory_format=torch.contiguous_format)
-    return found
+    usual = noise["as it is"]
+    return {way: (seconds[way], ((noise[way] - usual).norm() / usual.norm()).item()) for way in WAYS}
 
 
 def count_flops(pipe: StableDiffusionVTONPipeline, row: Row, size: tuple[int, int], batch: int = 1) -> int:

@@ -154,9 +154,8 @@ def test_parent_and_licence_are_on_the_card(bases, data, tmp_path, hub, monkeypa
     card = ModelCard.load(tmp_path / "card.md")
     assert card.data.license == (licence or "unknown") and card.data.base_model == parent
     assert f"| init_adapter | {parent} |" in card.text and f"(here: `{licence or 'unknown'}`)" in card.text
-    assert parent_licence(str(tmp_path / "out")) == (
-        licence or "unknown"
-    )  # of a run that begins from this one's folder
+    # what a run that begins from this one's folder is told
+    assert parent_licence(str(tmp_path / "out")) == (licence or "unknown")
 
 
 def test_an_adapter_of_poses_trains_with_poses(bases, tested, tmp_path):

@@ -219,9 +219,8 @@ def test_growth_is_fitted_and_drawn(tmp_path, monkeypatch, capsys):
     def cost(call, *where):
         return call.pixels * call.steps / 1e6, call.persons**2 * call.cloths**0.5
 
-    assert all(
-        height % 64 == 0 == width % 64 for height, width in growth.SIZES
-    )  # or a call of SD1.5's size refuses them
+    # or a call of SD1.5's size refuses them
+    assert all(height % 64 == 0 == width % 64 for height, width in growth.SIZES)
     monkeypatch.setattr(growth, "cost", cost)
     monkeypatch.setattr(growth, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
     growth.main(growth.parse_args(["--output_dir", str(tmp_path)]))
