@@ -17,7 +17,7 @@ $(READY): requirements.txt requirements-dev.txt constraints.txt
 demo: $(READY)  ## try drawn cloths on drawn people, and show the picture
 	$(BIN)/python -m demo.try_on --output_dir runs/demo
 
-measure: $(READY)  ## the README's figures of the demo model, on 64 held-out lines
+measure: $(READY)  ## the figures of the demo model in docs/measured.md, on 64 held-out lines
 	$(BIN)/python -m demo.measure
 
 HELD_OUT := $(foreach category,upper lower dress,runs/parser-held-out/$(category))
@@ -60,5 +60,5 @@ style: $(READY)  ## check format and lint
 demo-model: $(READY)  ## train demo/model again, from nothing (many hours on two cores; goes on where it stopped)
 	bash demo/train_model.sh
 
-clean:  ## remove the environment and everything under runs/
-	rm -rf .venv .venv-eval runs
+clean:  ## remove the environments; what was trained and made, under runs/, stays
+	rm -rf .venv .venv-eval

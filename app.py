@@ -40,13 +40,17 @@ try:
 except ImportError:
     spaces = None
 
-import gradio as gr
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError("the page needs gradio: pip install -r requirements-app.txt") from error
 import numpy as np
 import torch
 from gradio.components import Component
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from pipeline_vton import (
+    UNREADABLE,
     StableDiffusionVTONPipeline,
     as_mask_image,
     as_pictures,
@@ -54,6 +58,7 @@ from pipeline_vton import (
     colour_profiles,
     encode_latents,
     load_pipeline,
+    upright,
     within_range,
 )
 
@@ -62,6 +67,8 @@ ROOT = Path(__file__).resolve().parent
 DEMO_MODEL = ROOT / "demo" / "model"
 DEMO_EXAMPLES = ROOT / "demo" / "examples"
 
+Image.init()  # all that PIL reads; a visitor's EPS it would hand to Ghostscript
+FORMATS = [name for name in ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP") if name in Image.OPEN]
 MAX_PIXELS = 50_000_000  # of a photograph
 MAX_FILE_SIZE = "100mb"  # an editor sends a photograph as PNG
 STEPS, MAX_STEPS = 50, 100
@@ -114,14 +121,14 @@ def open_picture(file: str | None, what: str) -> Image.Image:
     if file is None:
         raise in_words(f"There is no picture of the {what} yet.")
     try:
-        with Image.open(file) as picture:
+        with Image.open(file, formats=FORMATS) as picture:
             check_pixels(picture, what)
-            return ImageOps.exif_transpose(picture)
+            return upright(picture)
     except gr.Error:  # a ValueError too
         raise
     except Image.DecompressionBombError:
         raise in_words(f"The picture of the {what} is too large: the limit is {MAX_PIXELS:,} pixels.") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, AssertionError):
+    except (*UNREADABLE, ValueError, AssertionError):
         raise in_words(f"The file for the {what} ({Path(file).name}) is no picture that can be read.") from None
 
 

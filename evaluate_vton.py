@@ -89,6 +89,7 @@ SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 INSTALL = "pip install -r requirements-eval.txt"
 RESAMPLES = 2000  # of the bootstrap
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+FEWEST_PERSONS = 4  # of FID and KID, whose subsets are halves
 # Of the duplicates' thumbnails: width and height, and the mean difference in levels. Copies of drawn people, half as large and
 # lossy, differ by up to 2.4 (once 3.6), the same person in another cloth by 5 and more.
 HASH_SIZE, HASH_DISTANCE = (12, 16), 3.0
@@ -142,7 +143,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("who tries on").add_argument
     add("--model", help="the base, or a whole pipeline: a Hub repository or a folder")
     add("--revision", help="its revision on the Hub (default main)")
-    add("--adapter", help="the adapter, a Hub repository, a folder or a file; or a LoRA's folder or file (default: none, the model is whole)")  # fmt: skip
+    add("--adapter", help="the adapter, a Hub repository, a folder or a file; or a LoRA's folder or file (default: none, for a model that is whole; a base alone has learnt no try-on)")  # fmt: skip
     add("--adapter_subfolder", help="where in there, such as CatVTON's mix-48k-1024/attention")
     add("--pred_dir", type=Path, help="or pictures that another model made: [SETTING/][CATEGORY/]PERSON__CLOTH.png or PERSON.png")  # fmt: skip
     add("--pred_composited", action="store_true", help="they are the photographs outside the masks, which is checked (default: pasted into them here)")  # fmt: skip
@@ -167,7 +168,7 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how it is measured").add_argument
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default all; lpips, fid and kid need torchvision and weights")  # fmt: skip
     add("--eval_height", type=int, help="size at which truth and result are compared (default: the working height)")
-    add("--eval_width", type=int, help="of the persons' aspect (default)")
+    add("--eval_width", type=int, help="default: from --eval_height, at the persons' aspect")
     add("--lpips_net", choices=("squeeze", "alex", "vgg"), default="squeeze", help="LPIPS' backbone (default squeeze, as CatVTON and Leffa have it)")  # fmt: skip
     add("--lpips_weights", type=Path, help="the backbone's weights, torchvision's file (default: downloaded)")
     add("--fid_mode", choices=("clean", "legacy"), default="clean", help="clean-fid's resize (default), or TensorFlow's of 2015")  # fmt: skip
@@ -481,12 +482,27 @@ class TreeSource:
                     raise ValueError(f"{pairs.pairs[index][1]}: {pairs.name(index)} stands in the list twice")
                 self.places[line] = pairs, index
         self.lines = list(self.places)
+        self.check_lines()
         wheres = [pairs.pairs[index][1] for pairs, index in self.places.values()]
         self.lists = list(dict.fromkeys(where.rsplit(", line ", 1)[0] for where in wheres))
         self.known = self.read_factors()
         further = cloth_roles(self.num_cloths + 1)[-1]
         if (self.root / self.split / further).is_dir():
             logger.warning("%s has %s, which --num_cloths %d would show", self.root, further, self.num_cloths + 1)
+
+    def check_lines(self) -> None:
+        """All of a frozen list's are there, and no two would have one file for their results."""
+        if self.frozen is not None:
+            texts, taken = self.frozen.read_text(encoding="utf-8").splitlines(), set(map(str, self.lines))
+            for number, text in enumerate(texts, start=1):
+                if text.split("\t")[0] in self.settings and text not in taken:
+                    raise ValueError(f"{self.frozen}, line {number}: {self.root} has no folder for {text!r}")
+        named: dict[tuple[str, str], Line] = {}
+        for line in self.lines:
+            other = named.setdefault((line.setting, line.name), line)
+            if other is not line:
+                both = " and ".join(f"{each.person} in {each.cloth}" for each in (other, line))
+                raise ValueError(f"{both} would both have the result {line.name}.png: rename one")
 
     def read(self, setting: str) -> EvaluatedPairs:
         roles = ["person", *cloth_roles(self.num_cloths)] + ["mask"] * self.masked + ["pose"] * self.posed
@@ -627,9 +643,14 @@ def choose_lines(args: argparse.Namespace, lines: list[Line]) -> list[Line]:
     return chosen
 
 
-def write_list(file: Path, lines: list[Line]) -> str:
-    """The frozen list, for --list; returns its hash."""
+def write_list(file: Path, lines: list[Line], taken: Path | None = None) -> str:
+    """The frozen list, for --list; returns its hash. ValueError where it would be the list that was `taken`, cut short."""
     text = "".join(f"{line}\n" for line in lines)
+    same = taken is not None and file.is_file() and file.samefile(taken)
+    if same and set(taken.read_text(encoding="utf-8").splitlines()) != set(text.splitlines()):
+        raise ValueError(
+            f"--list {taken} would be overwritten with {len(lines)} of its lines: take another --output_dir"
+        )
     write_whole(file, text.encode())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -864,6 +885,11 @@ class Scorer:
     inception: torch.nn.Module | None = None
     recognizer: Recognizer | None = None
 
+    @property
+    def exact(self) -> torch.device:
+        """Where float64 is: Apple's GPUs have none."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
     def values(
         self,
         result: Image.Image,
@@ -875,18 +901,18 @@ class Scorer:
 
         `attributes` are what the recognizer should see; where there are none, what it sees in the truth.
         """
-        pair = [self.to_size(each, what).to(self.device) for each, what in ((result, "result"), (truth, "truth"))]
+        pair = [self.to_size(each, what).to(self.exact) for each, what in ((result, "result"), (truth, "truth"))]
         regions, values = {"picture": None}, {}
         if mask is not None:
             resized = mask.resize(self.size[::-1], Image.Resampling.NEAREST)
-            regions["mask"] = as_masks(resized, "mask")[0].to(self.device)
+            regions["mask"] = as_masks(resized, "mask")[0].to(self.exact)
         if "ssim" in self.metrics:
             similarity = ssim_map(*pair)
             values |= {(region, "ssim"): (masked_mean(similarity, inside), 1.0) for region, inside in regions.items()}
         if "psnr" in self.metrics:
             values |= {(region, "psnr"): squared_error(*pair, inside) for region, inside in regions.items()}
         if self.lpips is not None:
-            values["picture", "lpips"] = self.lpips(pair[0][None], pair[1][None]).item(), 1.0
+            values["picture", "lpips"] = self.lpips(*(each[None].to(self.device) for each in pair)).item(), 1.0
             self.lpips.reset()
         if self.recognizer is not None:
             everywhere = Image.new("L", truth.size, 255)
@@ -1002,9 +1028,9 @@ def mean_figure(setting: str, group: str, key: tuple[str, str, str], rows: list[
 
 
 def set_figures(setting: str, group: str, rows: list[Row], lines: list[Line], seed: int) -> list[Figure]:
-    """FID and KID (times 1,000) of the results against the persons of the lines, each person once; none of fewer than four."""
+    """FID and KID (times 1,000) of the results against the persons of the lines, each person once; none of too few."""
     real = {lines[row.index].person: row.features["real"] for row in rows if "real" in row.features}
-    if len(real) < 4:  # KID's subsets are halves
+    if len(real) < FEWEST_PERSONS:
         return []
     real, made = torch.from_numpy(np.stack(list(real.values()))), []
     for compositing in [name for name in rows[0].features if name != "real"]:
@@ -1285,15 +1311,20 @@ class Evaluation:
         self.check_measurable()
 
     def check_measurable(self) -> None:
-        """There is something to measure: the truth of a line, or features of all."""
-        paired = any(line.setting == "paired" for line in self.lines)
-        if (
-            self.scorer.inception is None
-            and not paired
-            and not any("truth" in self.source.files(x) for x in self.lines)
-        ):
-            metrics = " ".join(self.args.metrics)
+        """There is something to measure: the truth of a line, or features of enough of them."""
+        metrics, scorer = " ".join(self.args.metrics), self.scorer
+        if {"fid", "kid"}.issuperset(self.args.metrics) and scorer.recognizer is None:
+            truths = False
+        else:
+            truths = any(line.setting == "paired" or "truth" in self.source.files(line) for line in self.lines)
+        if scorer.inception is None and not truths:
             raise ValueError(f"--metrics {metrics} need truths, which unpaired lines have none of: add fid or kid")
+        persons = max(Counter(setting for setting, _ in {(line.setting, line.person) for line in self.lines}).values())
+        if scorer.inception is not None and persons < FEWEST_PERSONS:
+            need = f"FID and KID need {FEWEST_PERSONS} persons, got {persons}"
+            if not truths:
+                raise ValueError(f"--metrics {metrics}: {need}")
+            logger.warning("%s: they are left out", need)
 
     def drop_duplicates(self) -> dict[str, str]:
         """Find test persons in the training tree; they fail the run, or leave the list if asked."""
@@ -1420,20 +1451,22 @@ class Evaluation:
     # ---- the run
 
     def run(self) -> bool:
-        """Make, score, report; returns whether there are figures."""
+        """Make, score, report; returns whether no line failed."""
         args, main = self.args, self.accelerator.is_main_process
         described = self.model.describe(self.working_size) | {
             "dataset": str(args.dataset_root or args.dataset_name),
             "split": args.split,
             "masks": self.model.describe_masks() if self.masks == "parser" else self.masks,
         }
+        if self.model.mask_free and "paired" in settings_of(args):  # of whom the photographs are tried on
+            described["condition_column"] = args.condition_column
         if args.dataset_name is not None:
             columns = {f"{role}_column" for role in ("person", "cloth", "mask", "condition")}
             described |= {name: getattr(args, name) for name in sorted(columns | {"dataset_config_name"})}
         if main:
             args.output_dir.mkdir(parents=True, exist_ok=True)
             self.refuse_other_pictures(described)
-            self.list_hash = write_list(args.output_dir / "list.txt", self.lines)
+            self.list_hash = write_list(args.output_dir / "list.txt", self.lines, args.list)
         self.accelerator.wait_for_everyone()
         self.make()
         self.accelerator.wait_for_everyone()

@@ -26,7 +26,7 @@ import threading
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -60,9 +60,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.hub_utils import _get_model_file, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, is_offline_mode
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, is_offline_mode, upload_folder
 from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
-from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFilter, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -124,6 +124,16 @@ REPAINTED = {
 REPAINTED["dress"] = REPAINTED["upper"] | REPAINTED["lower"]
 KEPT = {"head", "hands", "feet", "bag"}
 LOOSENESS = ("tight", "loose", "box")
+UNREADABLE = (OSError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # what PIL raises of a file, by format
+EXIF_TURNS = {  # what brings a picture of this EXIF orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 FAST_STEPS, FAST_GUIDED = 8, 0.75  # of `fast`: how many steps, and the share of them that is guided
 
 
@@ -365,11 +375,22 @@ def _as_array(picture: Image.Image, name: str, background: str) -> np.ndarray:
     return np.asarray(_opened(picture, name, background))
 
 
+def upright(picture: Image.Image) -> Image.Image:
+    """A copy, turned as the EXIF orientation says, without EXIF, which PIL's own `exif_transpose` would have to write anew: not all
+    that cameras wrote can be.
+    """
+    turn = EXIF_TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+    picture = picture.copy() if turn is None else picture.transpose(turn)
+    for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):  # wherever PIL would read it again
+        picture.info.pop(name, None)
+    return picture
+
+
 def _opened(picture: Image.Image, name: str, background: str) -> Image.Image | np.ndarray:
     """A PIL image in RGB or L, or floats (H, W) in [0, 1] of one with more than eight bits; transparency shows the background."""
     try:
-        picture = ImageOps.exif_transpose(picture)
-    except (OSError, ValueError, SyntaxError, AssertionError) as error:  # opened, but not read until now
+        picture = upright(picture)
+    except (*UNREADABLE, ValueError, AssertionError) as error:  # opened, but not read until now
         reason = error if str(error) else "its file is closed"
         raise ValueError(f"`{name}` must be a whole picture, got one that cannot be read: {reason}") from error
     if picture.mode == "F" or picture.mode.startswith("I"):  # PIL would cut off at 255
@@ -389,9 +410,7 @@ def _opened(picture: Image.Image, name: str, background: str) -> Image.Image | n
     if space in PROFILE_SPACES:  # the result, an RGB picture, could not carry it
         picture = picture.convert("L" if space == "GRAY" else space)
         return _change_profile(picture, profile, ImageCms.createProfile("sRGB"), name, outputMode="RGB")
-    return (
-        picture if picture.mode in {"L", "RGB"} else picture.convert("RGB")
-    )  # a copy already, as exif_transpose makes
+    return picture if picture.mode in {"L", "RGB"} else picture.convert("RGB")  # a copy already, as `upright` makes
 
 
 def _read_profile(picture: Image.Image) -> tuple[ImageCms.ImageCmsProfile | None, str | None]:
@@ -1190,7 +1209,7 @@ def in_turn(call: Callable) -> Callable:
 
 
 def between_calls(change: Callable) -> Callable:
-    """Let what changes a UNet's weights wait for the calls of other threads on it."""
+    """Let what changes a UNet's weights, or the scheduler, wait for the calls of other threads on it."""
 
     @functools.wraps(change)
     def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
@@ -1225,6 +1244,15 @@ def _text(value: Any) -> str:
 def is_scheduler(name: str) -> bool:
     scheduler = getattr(diffusers, name, None)
     return isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)
+
+
+def scheduler_like(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
+    """A scheduler of diffusers' class `name` with another's betas and prediction type."""
+    cls, config, options = getattr(diffusers, name), scheduler.config, {}
+    silent = "clip_sample" not in config or "clip_sample" in config.get("_use_default_values", [])
+    if silent and "clip_sample" in inspect.signature(cls).parameters:
+        options["clip_sample"] = False  # latents are not pictures in [-1, 1]
+    return cls.from_config(config, **options)
 
 
 @dataclass(frozen=True)
@@ -1593,11 +1621,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         while getattr(scheduler, "vton_layer", "base") not in {"base", *layers}:
             scheduler = scheduler.vton_replaced
         for identity in new:
-            cls, config, options = getattr(diffusers, layers[identity]), scheduler.config, {}
-            silent = "clip_sample" not in config or "clip_sample" in config.get("_use_default_values", [])
-            if silent and "clip_sample" in inspect.signature(cls).parameters:
-                options["clip_sample"] = False  # latents are not pictures in [-1, 1]
-            replaced, scheduler = scheduler, cls.from_config(config, **options)
+            replaced, scheduler = scheduler, scheduler_like(scheduler, layers[identity])
             scheduler.vton_layer, scheduler.vton_replaced = identity, replaced
         if scheduler is not self.scheduler:
             self.scheduler = scheduler
@@ -1748,6 +1772,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         self._stack["loras"].clear()
         self._follow_scheduler()
 
+    @between_calls
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """As diffusers deletes LoRAs, and their settings; one that is fused stays in the weights, and its settings stay."""
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
@@ -1757,16 +1782,19 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self._stack["loras"].pop(name, None)
         self._follow_scheduler()
 
+    @between_calls
     def set_adapters(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers sets the active LoRAs; their settings and scheduler follow."""
         super().set_adapters(*args, **kwargs)
         self._follow_scheduler()
 
+    @between_calls
     def enable_lora(self) -> None:
         """As diffusers enables LoRAs; their settings and scheduler follow."""
         super().enable_lora()
         self._follow_scheduler()
 
+    @between_calls
     def disable_lora(self) -> None:
         """As diffusers disables LoRAs; the settings and the scheduler below them follow."""
         super().disable_lora()
@@ -1937,23 +1965,40 @@ def table_cell(value: Any) -> str:
 
 @contextmanager
 def written_whole(directory: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder whose files end in `directory` when all of them are written, and nowhere where an error ends it."""
+    """A temporary folder that becomes `directory`, or whose files go into it, when all of them are written; an error while they
+    are leaves everything as it was.
+    """
     directory = Path(directory)
-    new = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".unfinished-") as unfinished:
-            yield Path(unfinished)
-            for file in sorted(Path(unfinished).rglob("*")):
-                place = directory / file.relative_to(unfinished)
-                if file.is_dir():
-                    place.mkdir(exist_ok=True)
-                else:
-                    os.replace(file, place)
-    except BaseException:
-        if new:
-            directory.rmdir()
-        raise
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    beside = directory if directory.exists() else directory.parent
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".unfinished-") as unfinished:
+        whole = Path(unfinished, "whole")
+        whole.mkdir()
+        yield whole
+        if not directory.exists():
+            whole.rename(directory)
+            return
+        stale = [file for pattern in replaced_weights(whole) for file in directory.glob(pattern)]
+        for file in sorted(whole.rglob("*")):
+            place = directory / file.relative_to(whole)
+            if file.is_dir():
+                place.mkdir(exist_ok=True)
+            else:
+                stale = [other for other in stale if other != place]
+                os.replace(file, place)
+        for file in stale:
+            file.unlink()
+
+
+def replaced_weights(folder: Path) -> list[str]:
+    """What the weights of a folder take the place of elsewhere, in one file or in shards, as patterns: a loader would prefer old shards."""
+    patterns = [] if (folder / ADAPTER_NAME).is_file() else [ADAPTER_NAME]
+    for file in folder.rglob("*.safetensors"):
+        stem, variant = re.fullmatch(r"(\w+)(\.\w+)?(?:-\d+-of-\d+)?", file.stem).groups(default="")
+        place = (file.relative_to(folder).parent / stem).as_posix()
+        patterns += [f"{place}{variant}.safetensors", f"{place}{variant}-*-of-*.safetensors"]
+        patterns.append(f"{place}.safetensors.index{variant}.json")
+    return list(dict.fromkeys(patterns))
 
 
 class VTONHubMixin:
@@ -1962,7 +2007,9 @@ class VTONHubMixin:
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
-        *args: Any,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
         license: str | None = None,
         human_parser_license: str | None = None,
@@ -1973,14 +2020,17 @@ class VTONHubMixin:
 
         Args:
             save_directory: the folder; a README.md of your own in it is kept.
+            variant, max_shard_size, kwargs: as in diffusers.
+            safe_serialization, push_to_hub: True and False: there is no other way.
             license: of the weights, for the card; None takes what is known of the base.
             human_parser_license: of the human parser, which is saved too where it is given; its weights have a licence of
                 their own, so None leaves it out.
             eval_results: what was measured, for the card.
-            args, kwargs: as in diffusers.
         """
-        if kwargs.get("safe_serialization") is False:
-            raise ValueError("`safe_serialization` must be True: this pipeline writes safetensors only")
+        if not safe_serialization:
+            raise ValueError(
+                f"`safe_serialization` must be True: this pipeline writes safetensors only, got {shown(safe_serialization)}"
+            )
         if push_to_hub:
             raise ValueError(
                 "`push_to_hub=True` would upload before the code is written: call pipe.push_to_hub(repo_id) instead"
@@ -1988,23 +2038,10 @@ class VTONHubMixin:
         self._refuse_lora_layers()
         if self.unet.config.in_channels != 4:
             self._refuse_changed_unet()
-        parser = {name: getattr(self, name) for name in ("human_parser", "human_parser_processor")}
         with written_whole(save_directory) as folder:
-            if human_parser_license is None:
-                self.register_modules(**dict.fromkeys(parser))
-            try:
-                super().save_pretrained(folder, *args, **kwargs)
-            finally:
-                self.register_modules(**parser)
-            index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
-            index["_class_name"] = ["pipeline_vton", StableDiffusionVTONPipeline.__name__]
-            for component in index.values():
-                # transformers' name where torchvision is missing; the plain one loads anywhere
-                if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
-                    component[-1] = component[-1].removesuffix("Pil")
-            index["base_model"] = self._published_settings().base_model
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (folder / self.config_name).write_text(text, encoding="utf-8")
+            super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size, **kwargs)
+            left_out = () if human_parser_license is not None else ("human_parser", "human_parser_processor")
+            self._mend_configs(folder, left_out)
             self._write_code(folder)
             if self.unet.config.in_channels != 4:
                 self._write_adapter(folder, self._lossless_dtype(), self._published_settings())
@@ -2013,6 +2050,26 @@ class VTONHubMixin:
             self._write_card(
                 folder, Path(save_directory).resolve().name, False, license, human_parser_license, eval_results
             )
+
+    def _mend_configs(self, folder: Path, left_out: Sequence[str]) -> None:
+        """Of what diffusers wrote: our class, no component that is `left_out`, and no name of a folder, which is nobody else's business."""
+        for name in left_out:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for file in folder.rglob("*.json"):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if file == folder / self.config_name:
+                content["_class_name"] = ["pipeline_vton", StableDiffusionVTONPipeline.__name__]
+                content["base_model"] = self._published_settings().base_model
+                content |= dict.fromkeys(left_out, [None, None])
+                for component in content.values():
+                    # transformers' name where torchvision is missing; the plain one loads anywhere
+                    if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
+                        component[-1] = component[-1].removesuffix("Pil")
+            elif "_name_or_path" not in content:
+                continue
+            if (repository := hub_repository(content.pop("_name_or_path", None))) is not None:
+                content["_name_or_path"] = repository
+            file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def push_to_hub(
         self,
@@ -2051,8 +2108,13 @@ class VTONHubMixin:
             else:
                 self.save_pretrained(folder, variant=variant, human_parser_license=human_parser_license)
             self._write_card(folder, repo_id, adapter_only, license, human_parser_license, eval_results)
-            return self._upload_folder(
-                folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
+            return upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                token=token,
+                commit_message=commit_message or f"Upload {StableDiffusionVTONPipeline.__name__}",
+                create_pr=create_pr,
+                delete_patterns=replaced_weights(folder),
             )
 
     def _refuse_lora_layers(self) -> None:
@@ -2396,8 +2458,9 @@ def check_scheduler(scheduler: KarrasDiffusionSchedulers) -> None:
         raise ValueError(
             f"the `scheduler` {name} is set up for flow matching, which Stable Diffusion's UNets do not predict"
         )
-    lacking = [part for part in ("init_noise_sigma", "scale_model_input", "timesteps") if not hasattr(scheduler, part)]
-    parameters = list(inspect.signature(scheduler.step).parameters.values())
+    needed = ("init_noise_sigma", "scale_model_input", "timesteps", "step")
+    lacking = [part for part in needed if not hasattr(scheduler, part)]
+    parameters = [] if lacking else list(inspect.signature(scheduler.step).parameters.values())
     asked = [p.name for p in parameters[3:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if lacking or asked:
         trouble = f"it has no {lacking[0]}" if lacking else f"its steps ask for {asked[0]}"
@@ -3009,6 +3072,7 @@ class StableDiffusionVTONPipeline(
 
     # ---- what a call is asked for
 
+    @between_calls
     def fast(self, num_inference_steps: int = FAST_STEPS) -> dict[str, Any]:
         """Sample in few steps: put UniPC (arXiv:2302.04867) in as the scheduler, and return what calls are then to be given.
 
@@ -3445,13 +3509,16 @@ def load_pipeline(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     pipe = StableDiffusionVTONPipeline.from_pretrained(model, dtype=dtype, **options).to(device)
+    hub = {k: v for k, v in options.items() if k in {"revision", "token", "cache_dir", "local_files_only"}}
     if adapter is not None:
         place = Path(adapter, adapter_subfolder or "")
         lora = is_lora(place)
         below = {} if adapter_subfolder is None else {"subfolder": adapter_subfolder}
         (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(adapter, **below)
+    elif pipe.load_config(model, **hub).get("_class_name") != StableDiffusionVTONPipeline.__name__:
+        warnings.warn(f"{model} is a base that has learnt no try-on, and no adapter was given", stacklevel=2)
     if human_parser is not None:
         pipe.load_human_parser(human_parser, dtype=dtype)
     if scheduler is not None:
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+        pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
     return pipe

@@ -68,7 +68,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr, find_nearest_bucket
 from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
 from huggingface_hub import ModelCard, create_repo, upload_folder
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import ExifTags, Image, ImageOps
@@ -86,6 +86,7 @@ from pipeline_vton import (
     LORA_NAME,
     LORA_SETTINGS,
     TRAINABLE_PARTS,
+    UNREADABLE,
     AdapterSettings,
     ClothBesideAttnProcessor,
     PictureInput,
@@ -226,11 +227,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--condition_column", default="condition", help="--mask_free: column, or folder beside the persons', of the person in another cloth (default condition)")  # fmt: skip
     add("--pose_column", default="pose", help="--pose: the column of poses (default pose)")
     add("--pose_folder", help="--pose: the folder beside the persons', such as image-densepose (default: openpose_img, DressCode's skeletons)")  # fmt: skip
-    add("--height", type=POSITIVE_COUNT, help="training height in pixels (default: the base's native area at the data's aspect)")  # fmt: skip
+    add("--height", type=POSITIVE_COUNT, help="training height in pixels, with --width (default: the base's native area at the data's aspect)")  # fmt: skip
     add("--width", type=POSITIVE_COUNT, help="training width in pixels, at the data's aspect")
     add("--resolutions", nargs="+", type=resolution, metavar="HEIGHTxWIDTH", help="train at all of these, a batch at one that is nearest to its persons' aspect; the first that suits most persons is the adapter's own (default: one size)")  # fmt: skip
     add("--augment", nargs="*", default=[], choices=("flip", "crop", "color", "mask"), help="mirror, zoom in, recolour, loosen masks (default none)")  # fmt: skip
-    add("--cache_latents", nargs="?", type=Path, const=True, help="encode once into this folder (default OUTPUT_DIR/latents)")  # fmt: skip
+    add("--cache_latents", nargs="?", type=Path, const=True, help="encode once, and keep it in this folder, or without a name in OUTPUT_DIR/latents (default off)")  # fmt: skip
     add("--dataloader_num_workers", type=COUNT, default=2, help="reading processes (default 2)")
 
 
@@ -253,12 +254,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trainable", choices=AdapterSettings.choices("trainable"), help="which UNet weights learn (default self_attention)")  # fmt: skip
     add("--lora_rank", type=POSITIVE_COUNT, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip
     add("--cloth_dropout", type=SHARE, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
-    add("--guidance_scale", type=NOT_NEGATIVE, help="recommended in the adapter (default: the best of seven on the test persons, else 7.5)")  # fmt: skip
+    add("--guidance_scale", type=NOT_NEGATIVE, help="recommended in the adapter (default: the best of seven, tried at the end on 16 test persons, else 7.5)")  # fmt: skip
     add("--guidance_distillation", type=POSITIVE, metavar="W", help="learn what the weights that the run begins from see with guidance W, arXiv:2210.03142: half the work of a call (default off)")  # fmt: skip
     add("--perceptual_loss", choices=("latent", "lpips"), help="add what the VAE's decoder (LPL, arXiv:2411.04873) or LPIPS (needs torchvision, and downloads VGG) sees of the error in the mask (default off)")  # fmt: skip
     add("--perceptual_weight", type=POSITIVE, default=1.0, help="its weight (default 1)")
     add("--perceptual_max_timestep", type=COUNT, default=500, help="the noisiest timestep that it looks at (default 500)")  # fmt: skip
-    add("--adversarial_weight", type=POSITIVE, help="add what a discriminator of noised latents holds against the predicted ones, as LADD, arXiv:2403.12015; 0.001 to 0.03 is usual (default off)")  # fmt: skip
+    add("--adversarial_weight", type=POSITIVE, help="add what a discriminator of noised latents holds against the predicted ones, as LADD, arXiv:2403.12015; on the demo 0.01 changes nothing, 1 was tried (default off)")  # fmt: skip
     add("--adversarial_start_step", type=COUNT, default=1000, help="updates before it begins (default 1000)")
     add("--snr_gamma", type=POSITIVE, help="Min-SNR weighting of the loss, arXiv:2303.09556; 5 is usual (default off)")
     add("--dream_detail_preservation", type=POSITIVE, help="DREAM's p, arXiv:2312.00210; CatVTON trained with 10 (default off)")  # fmt: skip
@@ -277,7 +278,7 @@ def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW: a quarter of the optimiser's memory")
     add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradient clipping (default 1.0)")
     add("--ema_decay", type=DECAY, default=0.9999, help="averages the published weights (default 0.9999, 0 is off)")
-    add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
+    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
     add("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later GPUs")
     add("--torch_compile", action="store_true", help="compile the UNet with inductor")
@@ -346,6 +347,8 @@ def check_settings(args: argparse.Namespace, fail: Callable[[str], Any]) -> None
                 fail(f"--{name} {value} needs --{other}")
     if args.caption_column and (args.dataset_name is None or args.cross_attention != "prompt"):
         fail(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
+    if args.prompt and args.cross_attention != "prompt":
+        fail(f"--prompt {args.prompt} needs --cross_attention prompt")
     if args.mask_free and "mask" in args.augment:
         fail("--augment mask loosens masks, and --mask_free has none")
     if args.num_cloths > 1 and args.cloth_conditioning == "joint":
@@ -482,7 +485,7 @@ def open_picture(open_file: Callable[[], Image.Image], name: str, role: str) -> 
     try:
         picture = open_file()
         return {"mask": as_mask_image, "pose": as_pose_image}.get(role, as_image)(picture, name)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: some broken PNGs
+    except UNREADABLE as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
@@ -504,9 +507,9 @@ def picture_size(file: Path | BinaryIO, where: str) -> tuple[int, int]:
     """Width and height as shown, from the file's head alone."""
     try:
         with Image.open(file) as picture:
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            turned = picture.getexif().get(ExifTags.Base.Orientation) in {5, 6, 7, 8}
             return picture.size[::-1] if turned else picture.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{where}: {file} cannot be read: {error}") from error
 
 
@@ -826,10 +829,10 @@ class OutfitPairs(TreePairs):
 
 
 def inside(root: Path, *parts: str) -> Path:
-    """A path below `root`; ValueError where a list's line leads out of it."""
-    path = Path(os.path.abspath(root.joinpath(*parts)))
-    if not path.is_relative_to(os.path.abspath(root)):
-        raise ValueError(f"--dataset_root: {'/'.join(parts)} leads out of {root}")
+    """A path below `root`, whose last part is a list's and leads down alone; ValueError where it does not."""
+    path, last = Path(os.path.abspath(root.joinpath(*parts))), Path(parts[-1])
+    if last.is_absolute() or ".." in last.parts or not path.is_relative_to(os.path.abspath(root)):
+        raise ValueError(f"--dataset_root: {parts[-1]} leads out of {root.joinpath(*parts[:-1])}")
     return root.joinpath(*parts)
 
 
@@ -1514,6 +1517,7 @@ class Trainer:
         self.prepare_parameters()
         self.prepare_training()
         self.checkpoints.register()
+        self.checkpoints.discard_earlier()  # now that nothing can refuse the run any more
 
     @property
     def dtype(self) -> torch.dtype:
@@ -2273,6 +2277,9 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             for part in itertools.chain(*map(self.folder.glob, ("unfinished-checkpoint-*", "leaving-checkpoint-*"))):
                 shutil.rmtree(part)  # of a run that was killed
+
+    def discard_earlier(self) -> None:
+        """What --overwrite_output_dir takes away."""
         if self.args.overwrite_output_dir and self.accelerator.is_main_process:
             for path in left_behind(self.args):
                 logger.info("--overwrite_output_dir: discarded %s", path)
@@ -2470,7 +2477,7 @@ def parent_licence(adapter: str) -> str | None:
         return None if parent is None else parent_licence(parent)
     try:
         return ModelCard.load(repository).data.license or "unknown"
-    except EntryNotFoundError:
+    except (EntryNotFoundError, RepositoryNotFoundError):  # no card; a folder of before, gone since
         return "unknown"
 
 
@@ -2502,6 +2509,11 @@ def check_output_dir(args: argparse.Namespace) -> None:
         names = ", ".join(path.name for path in left)
         instead = "--resume_from_checkpoint latest goes on with the newest, --overwrite_output_dir discards them"
         raise ValueError(f"--output_dir {args.output_dir} holds {names} of an earlier run: {instead}")
+    if left and args.init_adapter is not None:
+        begun = Path(args.init_adapter).resolve()
+        if any(path.resolve() in {begun, *begun.parents} or path.resolve().parent == begun for path in left):
+            lost = f"--overwrite_output_dir would discard --init_adapter {args.init_adapter}"
+            raise ValueError(f"{lost}: take another --output_dir, got {args.output_dir}")
 
 
 @torch.no_grad()
@@ -2523,6 +2535,8 @@ def discard(path: Path) -> None:
 def main(args: argparse.Namespace) -> None:
     shape = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(format=shape, datefmt="%H:%M:%S", level=logging.INFO)
+    if args.init_adapter is not None and Path(args.init_adapter).exists():  # told wherever it is read from
+        args.init_adapter = str(Path(args.init_adapter).resolve())
     trainer = Trainer(args)
     if trainer.accelerator.is_main_process:
         config = {name: str(v) if isinstance(v, (Path, list)) else v for name, v in vars(args).items()}

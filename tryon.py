@@ -40,11 +40,13 @@ from pipeline_vton import (
     FAST_STEPS,
     LOOSENESS,
     REPAINTED,
+    UNREADABLE,
     PreparedCloth,
     PreparedPerson,
     StableDiffusionVTONPipeline,
     is_scheduler,
     load_pipeline,
+    upright,
 )
 from train_vton import read_list
 
@@ -139,6 +141,15 @@ def find_pairs(args: argparse.Namespace) -> list[Pair]:
     return sorted(found.values(), key=lambda pair: (cloths[pair.cloth], people[pair.person]))
 
 
+def check_outputs(pairs: list[Pair], args: argparse.Namespace) -> None:
+    """ValueError where a result, or the sheet, would take the place of a picture that it is made of."""
+    used = {file.resolve(): file for pair in pairs for file in (pair.person, pair.cloth, pair.mask, pair.pose) if file}
+    written = [("--output", pair.output) for pair in pairs] + [("--contact_sheet", args.contact_sheet)]
+    for flag, file in written:
+        if file is not None and (same := used.get(file.resolve())) is not None:
+            raise ValueError(f"{flag} {file} is a picture that is tried on itself, {same}: write elsewhere")
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
@@ -147,13 +158,13 @@ def open_picture(file: Path) -> Image.Image:
         with Image.open(file) as picture:
             picture.load()
             return picture
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def is_drawn(person: Image.Image) -> bool:
     """Whether neighbouring pixels are often the same, white ones aside, as in the demo's world and not in photographs."""
-    small = np.asarray(ImageOps.exif_transpose(person).convert("RGB").resize((96, 128), Image.Resampling.LANCZOS))
+    small = np.asarray(upright(person).convert("RGB").resize((96, 128), Image.Resampling.LANCZOS))
     coloured = (small[:, 1:] < 250).any(axis=-1)
     same = (small[:, 1:] == small[:, :-1]).all(axis=-1)
     return (same & coloured).sum() > 0.25 * max(1, coloured.sum())
@@ -177,7 +188,7 @@ def contact_sheet(pairs: list[Pair]) -> Image.Image:
     """Person, cloth and result of the first pairs, two to a line."""
     rows = []
     for pair in pairs[:SHEET_PAIRS]:
-        shown = [ImageOps.exif_transpose(open_picture(file)) for file in (pair.person, pair.cloth, pair.output)]
+        shown = [upright(open_picture(file)) for file in (pair.person, pair.cloth, pair.output)]
         shown = [picture.convert("RGB") for picture in shown]
         rows.append([ImageOps.scale(p, SHEET_HEIGHT / p.height, Image.Resampling.LANCZOS) for p in shown])
     column = max(sum(picture.width for picture in row) for row in rows) + 40
@@ -340,7 +351,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("pictures").add_argument
     add("--person", type=Path, required=True, metavar="PATH", help="a photograph, or a folder of them")
     add("--cloth", type=Path, required=True, metavar="PATH", help="a picture of a cloth, or a folder of them")
-    add("--pairs", type=Path, metavar="FILE", help="lines of a person's and a cloth's name in those folders")
+    add(
+        "--pairs",
+        type=Path,
+        metavar="FILE",
+        help="lines of a person's and a cloth's file name in those folders, with their endings",
+    )
     add(
         "--output",
         type=Path,
@@ -440,6 +456,7 @@ def main(args: argparse.Namespace) -> int:
     state = PartialState(cpu=args.device == "cpu", timeout=timedelta(hours=12))  # for whoever has the longer share
     try:
         pairs = find_pairs(args)
+        check_outputs(pairs, args)
     except (OSError, ValueError) as error:
         print(f"tryon.py: {error}", file=sys.stderr)
         return 2

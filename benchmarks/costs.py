@@ -115,7 +115,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         default=3,
         help="timed after one to warm up; the fastest counts (default 3; 0 times the first)",
     )
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        default=list(ROWS),
+        metavar="ROW",
+        help=f"default: all; {'; '.join(map(repr, ROWS))}",
+    )
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead, to try the script")
     parser.add_argument("--loader", action="store_true", help="CPU milliseconds that reading a pair costs, instead")
     return parser.parse_args(input_args)

@@ -19,8 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from gradio_client import Client, handle_file
 from PIL import Image, ImageEnhance
+
+
+try:
+    from gradio_client import Client, handle_file
+except ImportError as error:
+    raise ImportError("visitors need gradio: pip install -r requirements-app.txt") from error
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""Train the demo's stand-in for Stable Diffusion 1.5 inpainting: the same classes, eleven million weights, a drawn world.
+"""Train the demo's stand-in for Stable Diffusion 1.5 inpainting: the same classes, 11.6 million weights, a drawn world.
 
 Like SD1.5, it sees people and flat cloths, in whole and through masks, and as on a catalogue's page two people in the same
 cloth side by side, but never a person beside their flat cloth: what it learns is how the drawn world looks, and to copy from one

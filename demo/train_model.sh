@@ -16,7 +16,7 @@ python=.venv/bin/python
 : "${PARSER_TRAIN:=1500}" "${PARSER_TEST:=64}" "${PARSER_STEPS:=2500}"
 : "${BATCH:=128}" "${VAE_STEPS:=1000}" "${UNET_STEPS:=3500}" "${UNET_RATE:=1e-3}" "${DECODER_STEPS:=2000}"
 : "${CLASSIFIER:=--train 48000 --epochs 16 --batch_size 128}"
-: "${ADAPTER_BATCH:=96}" "${ADAPTER_STEPS:=500}" "${ADAPTER_RATE:=1.2e-3}" "${WORKERS:=8}"
+: "${ADAPTER_BATCH:=96}" "${ADAPTER_STEPS:=500}" "${ADAPTER_RATE:=1.2e-3}" "${FINISH_STEPS:=1500}" "${WORKERS:=8}"
 : "${CHECKPOINT_EVERY:=250}" "${LINES:=64}" "${STEPS:=50}"
 precision=$($python -c 'from demo.try_on import mixed_precision; print(mixed_precision())')
 words=$($python -c "from benchmarks.launch import launch; print(*launch('train_vton.py', precision='$precision'), sep='\n')")
@@ -50,13 +50,21 @@ parser() { # seeds of its own; VITON-HD's labels tell the neck from the face, Dr
     --checkpointing_steps "$CHECKPOINT_EVERY" --seed 0
 }
 
-adapter() { # attention alone, of all categories: DREAM (arXiv:2312.00210), averaged weights, and masks that do not tell the cut
-  "${launch[@]}" --pretrained_model_name_or_path "$work/base" --dataset_root "$work/dataset" --output_dir "$work/adapter" \
-    --height "$HEIGHT" --width $((HEIGHT * 3 / 4)) --augment mask flip --dream_detail_preservation 10 \
-    --train_batch_size "$ADAPTER_BATCH" --max_train_steps "$ADAPTER_STEPS" --learning_rate "$ADAPTER_RATE" \
-    --lr_warmup_steps "$((ADAPTER_STEPS / 12))" --ema_decay 0.99 --guidance_scale 1.5 --dataloader_num_workers "$WORKERS" \
+attention() { # FOLDER FLAGS...: self-attention alone, of all categories, averaged weights, masks that do not tell the cut
+  "${launch[@]}" --pretrained_model_name_or_path "$work/base" --dataset_root "$work/dataset" --output_dir "$1" \
+    --height "$HEIGHT" --width $((HEIGHT * 3 / 4)) --augment mask flip --guidance_scale 1.5 --dataloader_num_workers "$WORKERS" \
     --validation_steps "$CHECKPOINT_EVERY" --checkpointing_steps "$CHECKPOINT_EVERY" --checkpoints_total_limit 2 \
-    --resume_from_checkpoint latest --seed 0
+    --resume_from_checkpoint latest --seed 0 "${@:2}"
+}
+
+adapter() { # with DREAM (arXiv:2312.00210)
+  attention "$work/adapter" --dream_detail_preservation 10 --train_batch_size "$ADAPTER_BATCH" --max_train_steps "$ADAPTER_STEPS" \
+    --learning_rate "$ADAPTER_RATE" --lr_warmup_steps "$((ADAPTER_STEPS / 12))" --ema_decay 0.99
+}
+
+finish() { # small batches, a small rate
+  attention "$work/finish" --init_adapter "$work/adapter" --train_batch_size 8 --max_train_steps "$FINISH_STEPS" \
+    --learning_rate 3e-4 --lr_warmup_steps 20 --ema_decay 0.995
 }
 
 stage dataset "$work/dataset" drawn "$work/dataset" --category all --train "$TRAIN" --test "$TEST" --seed 0
@@ -68,6 +76,7 @@ for category in upper lower dress; do
 done
 stage parser "$work/parser/model.safetensors" parser
 stage adapter "$work/adapter/vton_adapter.safetensors" adapter
+stage finish "$work/finish/vton_adapter.safetensors" finish
 
 mkdir -p "$model" "$classifier"
 for part in model_index.json scheduler text_encoder tokenizer unet vae; do
@@ -75,7 +84,7 @@ for part in model_index.json scheduler text_encoder tokenizer unet vae; do
   cp -r "$work/base/$part" "$model/"
 done
 # With the base's name in its metadata that it has from here on.
-$python - "$work/adapter/vton_adapter.safetensors" "$model" <<'PYTHON'
+$python - "$work/finish/vton_adapter.safetensors" "$model" <<'PYTHON'
 import sys
 from pathlib import Path
 

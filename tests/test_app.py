@@ -20,7 +20,7 @@ from nbclient import NotebookClient
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from test_pipeline import add_safety_checker
-from tiny import ROOT, box_mask, picture, seeded, tiny_parser, tiny_pipe
+from tiny import ROOT, box_mask, picture, seeded, tiny_parser, tiny_pipe, with_odd_exif
 
 import app
 from benchmarks.load import serve
@@ -318,6 +318,19 @@ def test_the_environment_names_the_weights(tmp_path, monkeypatch):
     assert pipe.human_parser.config.id2label == {0: "top"} and not app.serves_demo()
 
 
+def test_what_ghostscript_would_run_is_no_picture(tmp_path, monkeypatch):
+    """PIL hands EPS to it, whatever a file is called."""
+    picture(1).save(tmp_path / "photo.png", "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("the visitor's program runs"))
+    with pytest.raises(app.gr.Error, match="is no picture that can be read"):
+        app.open_picture(str(tmp_path / "photo.png"), "person")
+
+
+def test_a_photograph_with_odd_exif_is_opened_upright(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(with_odd_exif(picture(1)))
+    assert app.open_picture(str(tmp_path / "photo.jpg"), "person").size == (32, 24)
+
+
 def test_the_spaces_card_is_what_the_hub_reads(tmp_path):
     app.write_space(tmp_path / "space")
     card = RepoCard.load(tmp_path / "space/README.md").data
@@ -332,7 +345,8 @@ def test_a_used_folder_is_no_space(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_the_notebook_runs_on_the_demo_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("opened_in", [".", "notebooks"])
+def test_the_notebook_runs_on_the_demo_model(tmp_path, monkeypatch, opened_in):
     for name in ("pipeline_vton.py", "demo"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name, value in {
@@ -345,7 +359,8 @@ def test_the_notebook_runs_on_the_demo_model(tmp_path, monkeypatch):
         monkeypatch.setenv(f"VTON_{name}", value)
     notebook = nbformat.read(ROOT / "notebooks" / "try_on.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    (tmp_path / opened_in).mkdir(exist_ok=True)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path / opened_in)}}).execute()
     assert Image.open(tmp_path / "tryon.png").size == Image.open(EXAMPLE / "person.png").size
     assert "image/png" in notebook.cells[-2].outputs[-1].data
 

@@ -1,4 +1,4 @@
-"""The scripts behind the README's tables, in the small."""
+"""The scripts behind the tables of docs/measured.md, in the small."""
 
 import time
 from pathlib import Path

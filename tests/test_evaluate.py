@@ -20,7 +20,7 @@ from accelerate.utils import patch_environment
 from huggingface_hub import ModelCard
 from PIL import Image, ImageFilter
 from test_settings import save_lora
-from tiny import ROOT, box_mask, picture, tiny_parser, tiny_pipe
+from tiny import ROOT, box_mask, picture, tiny_parser, tiny_pipe, with_odd_exif
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -36,6 +36,7 @@ from evaluate_vton import (
     RowSource,
     Scorer,
     StreamedRows,
+    TreeSource,
     bootstrap,
     clean_resize,
     compare,
@@ -598,6 +599,66 @@ def test_a_frozen_list_needs_no_other(finished, own_tree, tmp_path):
         evaluate(tmp_path / "four", own_tree, pred_dir=pictures, list=shuffled, **PREDICTED)
 
 
+def test_a_frozen_list_is_not_cut_short(tree, model, tmp_path):
+    evaluate(tmp_path / "out", tree, model, "unpaired", metrics=["psnr"])
+    lines, again = (tmp_path / "out/list.txt").read_text(), {"list": tmp_path / "out/list.txt", "metrics": ["psnr"]}
+    with pytest.raises(ValueError, match="--list .*out/list.txt would be overwritten with 2 of its lines"):
+        evaluate(tmp_path / "out", tree, model, "unpaired", num_samples=2, **again)
+    assert (tmp_path / "out/list.txt").read_text() == lines
+    evaluate(tmp_path / "out", tree, model, "unpaired", **again)
+
+
+def test_a_frozen_list_is_measured_whole(tree, tmp_path):
+    """Lines of a folder that a tree has not are missing, and not a smaller denominator."""
+    for folder in ("upper_body", "dresses"):
+        for i in range(COUNT):
+            save(picture(i, HEIGHT, WIDTH), tmp_path / f"dc/{folder}/images/{i:02d}_0.png")
+            save(picture(100 + i, HEIGHT, WIDTH), tmp_path / f"dc/{folder}/images/{i:02d}_1.png")
+            save(box_mask(HEIGHT, WIDTH), tmp_path / f"dc/{folder}/agnostic_masks/{i:02d}_0.png")
+        names = "".join(f"{i:02d}_0.png\t{(i + 2) % COUNT:02d}_1.png\n" for i in range(COUNT))
+        (tmp_path / f"dc/{folder}/test_pairs_unpaired.txt").write_text(names)
+    whole = TreeSource(tmp_path / "dc", settings=["unpaired"])
+    assert len(whole.lines) == 2 * COUNT
+    (tmp_path / "list.txt").write_text("".join(f"{line}\n" for line in whole.lines))
+    shutil.rmtree(tmp_path / "dc/dresses")
+    with pytest.raises(ValueError, match="list.txt, line .*dc has no folder for 'unpaired.tdresses/00_0.png"):
+        TreeSource(tmp_path / "dc", settings=["unpaired"], frozen=tmp_path / "list.txt")
+
+
+def test_two_lines_with_one_result_are_refused(own_tree, model, tmp_path):
+    for colour in ("red", "blue"):
+        save(picture(len(colour), HEIGHT, WIDTH), own_tree / f"test/cloth/{colour}/1.png")
+    (own_tree / "test_pairs.txt").write_text("00.png red/1.png\n00.png blue/1.png\n")
+    with pytest.raises(
+        ValueError, match="00.png in red/1.png and 00.png in blue/1.png would both have the result 00__1.png"
+    ):
+        evaluate(tmp_path / "out", own_tree, model, "unpaired", metrics=["psnr"])
+
+
+@pytest.mark.parametrize("name", ["../../00.png", "{root}/test/image/00.png"])
+def test_results_stay_in_the_output_folder(own_tree, model, tmp_path, name):
+    (own_tree / "test_pairs.txt").write_text(f"{name.format(root=own_tree)} 01.png\n")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="--dataset_root: .*00.png leads out of"):
+        evaluate(tmp_path / "out", own_tree, model, "unpaired", metrics=["psnr"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_too_few_persons_for_distances_are_told_before_anything_is_made(own_tree, model, tmp_path, caplog):
+    with pytest.raises(ValueError, match="--metrics fid: FID and KID need 4 persons, got 3"):
+        evaluate(tmp_path / "out", own_tree, model, "paired", metrics=["fid"], num_samples=3)
+    assert not (tmp_path / "out").exists()
+    report = evaluate(tmp_path / "out", own_tree, model, "paired", metrics=["fid", "psnr"], num_samples=3)
+    assert {row["metric"] for row in report["figures"]} == {"psnr"}
+    assert "FID and KID need 4 persons, got 3: they are left out" in caplog.text
+
+
+def test_a_photograph_with_odd_exif_is_a_line_as_others_are(own_tree, model, tmp_path):
+    (own_tree / "test/cloth/03.png").write_bytes(with_odd_exif(picture(9, WIDTH, HEIGHT)))
+    report = evaluate(tmp_path / "out", own_tree, model, "paired", metrics=["psnr"])
+    assert figure(report, "paired", "bare", "psnr", "mask")["count"] == COUNT
+
+
 def test_unpaired_lines_without_truths_need_distances(own_tree, tmp_path):
     pictures = predict(own_tree, tmp_path / "pictures")
     shutil.rmtree(own_tree / "test/tryon")
@@ -675,6 +736,9 @@ def test_mask_free(own_tree, tmp_path):
     assert {(row["setting"], row["compositing"], row["region"]) for row in report["figures"]} == {
         ("paired", "bare", "picture"), ("unpaired", "bare", "picture"),
     }  # fmt: skip
+    shutil.copytree(own_tree / "test/condition", own_tree / "test/other")
+    with pytest.raises(ValueError, match="holds pictures of another run: condition_column was condition and is other"):
+        evaluate(tmp_path / "out", own_tree, folder, metrics=["psnr"], condition_column="other")
     shutil.copy(own_tree / "test/image/02.png", own_tree / "test/condition/02.png")  # not another cloth
     (failure,) = fails(tmp_path / "again", own_tree, folder, "paired", metrics=["psnr"])
     assert failure["error"] == "the truth and the condition are the same picture"

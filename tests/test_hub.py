@@ -319,6 +319,16 @@ def test_an_upload_that_fails_leaves_the_repository_as_it_was_and_can_be_repeate
 RESULTS = [EvalResult("image-to-image", "viton-hd", "VITON-HD, paired", "ssim", 0.8713, metric_name="SSIM")]
 
 
+def test_an_upload_replaces_weights_that_were_in_shards_and_nothing_else(hub, tmp_path):
+    tiny_pipe(9).save_pretrained(tmp_path, max_shard_size="200KB")
+    (tmp_path / "unet/notes.txt").write_text("mine", encoding="utf-8")
+    hub.put("me/sharded", tmp_path)
+    assert "unet/diffusion_pytorch_model.safetensors.index.json" in hub.files("me/sharded")
+    tiny_pipe(9, seed=5).push_to_hub("me/sharded", token=ME)
+    files = [file for file in hub.files("me/sharded") if file.startswith("unet/")]
+    assert sorted(files) == ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "unet/notes.txt"]
+
+
 def test_a_card_is_valid_and_says_what_the_weights_are(hub, published):
     card = ModelCard.load("me/vton")
     card.validate()

@@ -158,6 +158,18 @@ def test_parent_and_licence_are_on_the_card(bases, data, tmp_path, hub, monkeypa
     assert parent_licence(str(tmp_path / "out")) == (licence or "unknown")
 
 
+def test_a_licence_is_found_from_wherever_it_is_asked_for(bases, data, tmp_path, hub, monkeypatch):
+    """A run tells where it began, wherever its next is started; of a folder that is gone nothing is known."""
+    save_own(tmp_path / "runs/first")
+    (tmp_path / "runs/first/README.md").write_text("---\nlicense: mit\n---\n# A parent\n")
+    monkeypatch.chdir(tmp_path)
+    main(parse_args(flags(bases[9], data, tmp_path / "out", init_adapter="runs/first", max_train_steps=1)))
+    monkeypatch.chdir(tmp_path / "out")
+    assert parent_licence(str(tmp_path / "out")) == "mit"
+    (tmp_path / "out/training_args.json").write_text('{"init_adapter": "runs/gone"}')  # might be a repository's name
+    assert parent_licence(str(tmp_path / "out")) == "unknown"
+
+
 def test_an_adapter_of_poses_trains_with_poses(bases, tested, tmp_path):
     save_own(tmp_path / "posed", pose="painted")
     save_own(tmp_path / "unposed")

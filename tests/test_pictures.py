@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFilter
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFilter, ImageOps
 from tiny import box_mask, picture, run, tiny_pipe
 
 from pipeline_vton import (
@@ -20,8 +20,9 @@ from pipeline_vton import (
     enlarged_part,
     feather,
     resize,
+    upright,
 )
-from train_vton import open_picture
+from train_vton import open_picture, picture_size
 
 
 # ---- masks
@@ -513,3 +514,18 @@ def test_a_large_photograph_is_read_as_bytes_and_only_its_masked_part_is_repaint
     assert max(sizes) < 900 * 1200 / 4  # never a whole decode at the photograph's size
     changed = (np.asarray(result) != np.asarray(person)).any(axis=-1)
     assert changed[300:480, 300:420].mean() > 0.9 and not changed[:300].any() and not changed[480:].any()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["EXIF", "XMP"])
+def test_a_photograph_is_upright_once_and_for_all(tmp_path, orientation, kind):
+    """As PIL's own `exif_transpose` has it."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    xmp = f'<x:xmpmeta xmlns:tiff="T"><tiff:Orientation>{orientation}</tiff:Orientation></x:xmpmeta>'
+    picture(1).save(tmp_path / "photo.webp", **{"exif": exif} if kind == "EXIF" else {"xmp": xmp.encode()})
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "photo.webp"))
+    assert expected.size == ((24, 32) if orientation < 5 else (32, 24))
+    seen = upright(Image.open(tmp_path / "photo.webp"))
+    assert np.array_equal(seen, expected) and np.array_equal(upright(seen), expected)
+    assert picture_size(tmp_path / "photo.webp", "here") == expected.size

@@ -6,11 +6,12 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from tiny import ROOT, run, tiny_pipe
 
-from pipeline_vton import StableDiffusionVTONPipeline
+from pipeline_vton import ADAPTER_NAME, StableDiffusionVTONPipeline
 
 
 class Shop(StableDiffusionVTONPipeline):
@@ -87,6 +88,53 @@ def test_saving_again_replaces_the_files_and_keeps_others(tmp_path):
     np.testing.assert_allclose(run(loaded), run(other), atol=1.01 / 255)
     assert loaded.config.guidance_scale == 2.0
     assert f"# {tmp_path.name}" in ModelCard.load(tmp_path / "README.md").text
+
+
+@pytest.mark.parametrize("shards", ["before", "after"])
+def test_old_weights_in_another_number_of_files_are_not_what_loads(tmp_path, shards):
+    """Loaders prefer an index of shards to one file; other variants and files stay."""
+    tiny_pipe(9).save_pretrained(tmp_path, variant="fp16")
+    kept = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*fp16*")}
+    (tmp_path / "unet" / "notes.safetensors.txt").touch()
+    sizes = {"max_shard_size": "200KB"}
+    tiny_pipe(9).save_pretrained(tmp_path, **sizes if shards == "before" else {})
+    assert bool(list(tmp_path.glob("unet/*.index.json"))) == (shards == "before")
+    other = tiny_pipe(9, seed=5)
+    other.save_pretrained(tmp_path, **sizes if shards == "after" else {})
+    loaded = StableDiffusionVTONPipeline.from_pretrained(tmp_path)
+    assert all(torch.equal(one, two) for one, two in zip(loaded.unet.parameters(), other.unet.parameters()))
+    assert bool(list(tmp_path.glob("unet/*.index.json"))) == (shards == "after")
+    assert kept and kept == {file: (tmp_path / file).read_bytes() for file in kept}
+    assert (tmp_path / "unet" / "notes.safetensors.txt").is_file()
+
+
+def test_a_base_that_needs_no_adapter_leaves_none_of_before(tmp_path):
+    tiny_pipe(9).save_pretrained(tmp_path)
+    assert (tmp_path / ADAPTER_NAME).is_file()
+    tiny_pipe(4).save_pretrained(tmp_path)
+    assert not (tmp_path / ADAPTER_NAME).exists()
+
+
+def test_pickled_weights_are_refused_by_whatever_way_they_are_asked_for(tmp_path):
+    for asked in ({"safe_serialization": False}, {"push_to_hub": True}):
+        with pytest.raises(ValueError, match=f"`{next(iter(asked))}"):
+            tiny_pipe(9).save_pretrained(tmp_path / "out", **asked)
+    with pytest.raises(ValueError, match="`safe_serialization` must be True: .*, got False"):
+        tiny_pipe(9).save_pretrained(tmp_path / "out", False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_loaded_from_a_folder_does_not_tell_which(tmp_path):
+    tiny_pipe(9, text=True).save_pretrained(tmp_path / "anns-folder")
+    loaded = StableDiffusionVTONPipeline.from_pretrained(tmp_path / "anns-folder")
+    loaded.save_pretrained(tmp_path / "saved")
+    published = [file.read_bytes() for file in (tmp_path / "saved").rglob("*") if file.is_file()]
+    assert len(published) > 5 and not any(b"anns-folder" in each for each in published)
+    loaded.unet.config._name_or_path = loaded.unet._internal_dict["_name_or_path"] = (
+        "me/base"  # a repository's is no secret
+    )
+    loaded.save_pretrained(tmp_path / "saved")
+    assert "me/base" in (tmp_path / "saved/unet/config.json").read_text(encoding="utf-8")
 
 
 def test_a_card_shows_no_folder_and_its_table_holds_what_a_prompt_may_say(tmp_path):

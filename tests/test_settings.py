@@ -16,7 +16,14 @@ from safetensors.torch import load_file, save_file
 from test_adapter import LORA, assert_same_adapter, assert_same_state, saved_adapter, settings_of, state_of
 from tiny import run, tiny_pipe, tiny_unet
 
-from pipeline_vton import LORA_NAME, LORA_SETTINGS, AdapterSettings, StableDiffusionVTONPipeline, read_adapter
+from pipeline_vton import (
+    LORA_NAME,
+    LORA_SETTINGS,
+    AdapterSettings,
+    StableDiffusionVTONPipeline,
+    load_pipeline,
+    read_adapter,
+)
 
 
 BASE, ADAPTER, FIRST, SECOND = 7.5, 2.0, 3.0, 4.0  # guidance scales, that tell whose settings are on top
@@ -448,6 +455,9 @@ def test_an_adapter_is_sampled_by_its_scheduler_with_the_bases_betas(tmp_path, c
     assert (betas | {"clip_sample": clip_sample}).items() <= pipe.scheduler.config.items()
     pipe.unload_vton_adapter()
     assert pipe.scheduler is old
+    pipe.save_pretrained(tmp_path / "whole")
+    asked = load_pipeline(tmp_path / "whole", scheduler="DDPMScheduler", device="cpu")
+    assert (betas | {"clip_sample": clip_sample}).items() <= asked.scheduler.config.items()
     assert pipe.config.scheduler == ("diffusers", type(old).__name__)
 
 

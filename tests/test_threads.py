@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
-from tiny import picture, run, seeded, tiny_pipe
+from tiny import picture, run, seeded, tiny_parser, tiny_pipe
 
 from pipeline_vton import TURNS, StableDiffusionVTONPipeline
 
@@ -158,21 +158,37 @@ def test_a_unet_that_is_let_go_takes_its_turns_with_it():
     assert len(TURNS) == count - 2
 
 
-@pytest.mark.parametrize("change", ["load_vton_adapter", "unload_vton_adapter", "load_lora_weights"])
+CHANGES = {
+    "load_vton_adapter": lambda pipe, folder: pipe.load_vton_adapter(folder),
+    "unload_vton_adapter": lambda pipe, folder: pipe.unload_vton_adapter(),
+    "load_lora_weights": lambda pipe, folder: pipe.load_lora_weights(folder),
+    "delete_adapters": lambda pipe, folder: pipe.delete_adapters("worn"),
+    "set_adapters": lambda pipe, folder: pipe.set_adapters("worn", 0.1),
+    "disable_lora": lambda pipe, folder: pipe.disable_lora(),
+    "enable_lora": lambda pipe, folder: pipe.enable_lora(),
+    "fast": lambda pipe, folder: pipe.fast(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_adapter_is_loaded_and_unloaded_between_the_calls_of_other_threads(change, tmp_path):
     pipe, other = tiny_pipe(9), tiny_pipe(9, seed=5)
-    if change == "load_lora_weights":
+    if "vton" not in change:
         other.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["attn1.to_q", "attn1.to_v"]))
         other.save_lora_weights(tmp_path, convert_state_dict_to_diffusers(get_peft_model_state_dict(other.unet)))
     else:
         other.save_vton_adapter(tmp_path)
     if change == "unload_vton_adapter":
         pipe.load_vton_adapter(tmp_path)
+    if change in {"delete_adapters", "set_adapters", "disable_lora", "enable_lora"}:
+        pipe.load_lora_weights(tmp_path, adapter_name="worn")
+    if change == "enable_lora":
+        pipe.disable_lora()
     expected, changes = run(pipe), []
 
     def switch(pipe, step, t, tensors):
         if step == 0:
-            changes.append(threads.submit(getattr(pipe, change), *[tmp_path][: not change.startswith("un")]))
+            changes.append(threads.submit(CHANGES[change], pipe, tmp_path))
             with pytest.raises(TimeoutError):
                 changes[0].result(timeout=0.5)
 
@@ -180,3 +196,14 @@ def test_an_adapter_is_loaded_and_unloaded_between_the_calls_of_other_threads(ch
         assert (run(pipe, callback_on_step_end=switch) == expected).all()
         changes[0].result(timeout=60)
     assert abs(run(pipe) - expected).max() > 0.01
+
+
+def test_a_pipeline_that_is_being_saved_keeps_its_parser_for_other_threads(tmp_path):
+    pipe = tiny_pipe(9)
+    parser, processor = tiny_parser(["background", "top"])
+    pipe.register_modules(human_parser=parser, human_parser_processor=processor)
+    seen, write = [], pipe.vae.save_pretrained
+    pipe.vae.save_pretrained = lambda *args, **options: seen.append(pipe.human_parser) or write(*args, **options)
+    pipe.save_pretrained(tmp_path)
+    assert seen == [parser] and not (tmp_path / "human_parser").exists()
+    assert StableDiffusionVTONPipeline.from_pretrained(tmp_path).human_parser is None

@@ -399,6 +399,26 @@ def test_a_used_folder_is_used_again_if_asked(finished, bases, data, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"lr_warmup_steps": 9}, "--lr_warmup_steps 9 is more than"),
+        ({"height": 33}, "`height` must be a positive multiple"),
+        ({"init_adapter": "."}, "--overwrite_output_dir would discard --init_adapter"),
+        ({"init_adapter": "checkpoint-4"}, "--overwrite_output_dir would discard --init_adapter"),
+        ({"init_adapter": f"checkpoint-4/{ADAPTER_NAME}"}, "--overwrite_output_dir would discard --init_adapter"),
+    ],
+)
+def test_a_run_that_is_refused_discards_nothing(finished, bases, data, tmp_path, changed, message):
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.suffix != ".json"}
+    if "init_adapter" in changed:
+        changed = {"init_adapter": out / changed["init_adapter"]}
+    with pytest.raises(ValueError, match=message):
+        trainer_of(bases[9], data, out, overwrite_output_dir=True, **changed)
+    assert before.items() <= {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}.items()
+
+
 def test_a_cache_alone_is_no_run(bases, data, tmp_path):
     (tmp_path / "latents").mkdir()
     trainer_of(bases[9], data, tmp_path)
@@ -1534,6 +1554,10 @@ def spoil(root: Path, what: str) -> None:
             (root / "train/cloth/00002_00.png").unlink()
         case "outside":
             (root / "train_pairs.txt").write_text("../../../secret.png x.png\n")
+        case "beside":  # of the condition, it would be the person as they are
+            (root / "train_pairs.txt").write_text("../image/00000_00.png 00001_00.png\n")
+        case "absolute":
+            (root / "train_pairs.txt").write_text(f"{root}/train/image/00000_00.png 00001_00.png\n")
         case "corrupt":
             (root / "train/image/00000_00.png").write_bytes(b"no picture")
         case "other size":
@@ -1548,6 +1572,8 @@ def spoil(root: Path, what: str) -> None:
         ("one name", "train_pairs.txt, line 2: must name a person and a cloth, .* got '00001_00.png'"),
         ("no picture", "train_pairs.txt, line 3: there is no train/cloth/00002_00.png"),
         ("outside", "leads out of"),
+        ("beside", "../image/00000_00.png leads out of .*train/image"),
+        ("absolute", "train/image/00000_00.png leads out of .*train/image"),
         ("corrupt", "00000_00.png cannot be read"),
         ("other size", "the mask has size"),
     ],
@@ -1584,6 +1610,7 @@ def test_arguments_that_do_not_fit(bases, data, tmp_path, changed, message):
             "--streaming needs",
         ),
         ({"caption_column": "text"}, "--caption_column text needs --dataset_name"),
+        ({"prompt": "a red shirt"}, "--prompt a red shirt needs --cross_attention prompt"),
         ({"cache_latents": True, "augment": "flip"}, "--cache_latents would freeze --augment"),
         ({"mask_free": True, "augment": "mask"}, "--augment mask loosens masks"),
         ({"lora_rank": 4, "trainable": "all"}, "--lora_rank needs --trainable self_attention or attention, got all"),

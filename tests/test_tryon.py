@@ -1,6 +1,7 @@
 """The command line: files in, files out, whatever the pictures are; nothing twice, and nothing lost by one bad file."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from PIL import Image
 from test_pictures import LINEAR
 from test_pipeline import add_safety_checker
 from test_train import trainer_of
-from tiny import ROOT, box_mask, picture, tiny_parser, tiny_pipe
+from tiny import ROOT, box_mask, picture, tiny_parser, tiny_pipe, with_odd_exif
 
 import tryon
+from pipeline_vton import load_pipeline
 from train_vton import to_pixels
 from tryon import find_pairs, is_drawn, main, parse_args
 
@@ -215,6 +217,14 @@ def test_a_sheet_that_cannot_be_drawn_costs_no_failure_its_sentence(shop, model,
     assert "broken.png cannot be read" in told and "--contact_sheet" in told and "ann__red.png cannot be read" in told
 
 
+def test_a_base_without_an_adapter_is_told_of(model, recwarn):
+    load_pipeline(ROOT / "demo/model", ROOT / "demo/model", device="cpu")
+    load_pipeline(model, device="cpu")
+    assert not any("no adapter was given" in str(told.message) for told in recwarn)
+    with pytest.warns(UserWarning, match="demo/model is a base that has learnt no try-on, and no adapter was given"):
+        load_pipeline(ROOT / "demo/model", device="cpu")
+
+
 def test_the_demos_model_is_the_default(shop):
     """Two drawn pictures and nothing more."""
     example = ROOT / "demo/examples/upper-0"
@@ -276,6 +286,11 @@ def test_bad_files_are_named_at_the_end_and_all_else_is_done(shop, model, capsys
     (shop / "people/broken.png").write_bytes((shop / "people/ann.png").read_bytes()[:200])
     (shop / "cloths/text.jpg").write_text("no picture")
     save(picture(5), shop / "people/zoe.png")  # nobody drew her mask
+    save(picture(6), shop / "people/yan.avif")
+    whole = (shop / "people/yan.avif").read_bytes()
+    (shop / "people/yan.avif").write_bytes(whole[:-200] + bytes(200))  # PIL's reader of AVIF raises RuntimeError
+    with pytest.raises(RuntimeError):
+        Image.open(shop / "people/yan.avif").load()
     assert run(shop, model) == 1
     assert sorted(file.stem for file in (shop / "results").iterdir()) == [
         "ann__red",
@@ -285,7 +300,8 @@ def test_bad_files_are_named_at_the_end_and_all_else_is_done(shop, model, capsys
     ]
     told = capsys.readouterr()
     lines = [line for line in told.err.splitlines() if str(shop) in line]
-    assert len(lines) == 3 and "4 of 12 try-ons" in told.out
+    assert len(lines) == 4 and "4 of 15 try-ons" in told.out
+    assert any("yan.avif cannot be read" in line for line in lines)
     assert any("broken.png cannot be read" in line for line in lines)
     assert any("text.jpg cannot be read" in line for line in lines)
     assert any("masks/zoe.png cannot be read" in line for line in lines)
@@ -296,6 +312,34 @@ def test_a_mask_of_another_size_names_its_person(shop, model, capsys):
     assert run(shop, model) == 1
     assert f"{shop}/people/ann.png: `mask_image` must have the size" in capsys.readouterr().err
     assert (shop / "results/bob__red.png").is_file()
+
+
+def test_a_photograph_with_odd_exif_is_tried_on_upright(shop, model):
+    (shop / "people/eve.jpg").write_bytes(with_odd_exif(picture(1)))
+    save(box_mask(24, 32), shop / "masks/eve.png")
+    assert run(shop, model, "--contact_sheet", str(shop / "sheet.png"), person="people/eve.jpg") == 0
+    assert Image.open(shop / "results/eve__red.jpg").size == (32, 24) and (shop / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "flags, places, named",
+    [
+        (["--one_each"], {"output": "people", "cloth": "cloths/red.png"}, "--output .*people/ann.png"),
+        (
+            [],
+            {"person": "people/ann.png", "cloth": "cloths/red.png", "output": "cloths/../cloths/red.png"},
+            "--output .*/red.png",
+        ),
+        (["--one_each"], {"output": "masks"}, "--output .*masks/ann.png"),
+        (["--contact_sheet", "people/bob.png"], {}, "--contact_sheet .*people/bob.png"),
+    ],
+)
+def test_what_is_tried_on_is_never_overwritten(shop, model, capsys, monkeypatch, flags, places, named):
+    monkeypatch.chdir(shop)
+    before = {file: file.read_bytes() for file in shop.rglob("*.png")}
+    assert run(shop, model, "--overwrite", *flags, **places) == 2
+    assert re.search(f"{named} is a picture that is tried on itself", capsys.readouterr().err)
+    assert {file: file.read_bytes() for file in shop.rglob("*.png")} == before
 
 
 @pytest.mark.parametrize("suffix, kind", [("jpg", "JPEG"), ("webp", "WEBP"), ("png", "PNG"), ("gif", "PNG")])

@@ -1,11 +1,14 @@
 """Tiny real modules: the classes of Stable Diffusion 1.5 with a few thousand random weights."""
 
+import io
+import struct
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -102,6 +105,21 @@ def picture(seed: int, height: int = 32, width: int = 24) -> Image.Image:
     """A smooth random photograph."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def with_odd_exif(picture: Image.Image) -> bytes:
+    """A JPEG that is to be turned by a quarter, as some cameras write them: its EXIF can be read, but PIL cannot write it again."""
+    exif, content = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = 6, "me"
+    written = exif.tobytes()
+    odd = written.replace(b"\x01\x0f", b"\x01\x00").replace(
+        b"\x0f\x01", b"\x00\x01"
+    )  # the maker's name is now the width
+    assert odd != written
+    picture.save(content, "JPEG", exif=odd, quality=95)
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(content))
+    return content.getvalue()
 
 
 def box_mask(height: int = 32, width: int = 24) -> Image.Image:
