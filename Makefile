@@ -57,7 +57,7 @@ style: $(READY)  ## check format and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-demo-model: $(READY)  ## train demo/model again, from nothing (many hours on two cores; goes on where it stopped)
+demo-model: $(READY)  ## train demo/model again, from nothing, on a GPU (for a CPU see the head of demo/train_model.sh); goes on where it stopped
 	bash demo/train_model.sh
 
 clean:  ## remove the environments; what was trained and made, under runs/, stays

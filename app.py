@@ -67,8 +67,7 @@ ROOT = Path(__file__).resolve().parent
 DEMO_MODEL = ROOT / "demo" / "model"
 DEMO_EXAMPLES = ROOT / "demo" / "examples"
 
-Image.init()  # all that PIL reads; a visitor's EPS it would hand to Ghostscript
-FORMATS = [name for name in ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP") if name in Image.OPEN]
+FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP"}  # of a visitor's files
 MAX_PIXELS = 50_000_000  # of a photograph
 MAX_FILE_SIZE = "100mb"  # an editor sends a photograph as PNG
 STEPS, MAX_STEPS = 50, 100
@@ -82,6 +81,11 @@ LOOSENESS = [("As worn", "tight"), ("Room for another cut", "loose"), ("A box", 
 EMPTY_CANVAS = (16, 16)  # pixels
 MASK_COLOR, MASK_ALPHA = "#e0218a", 0.6  # of the painted layer
 ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model"}
+
+Image.init()
+Image.ID[:] = [
+    name for name in Image.ID if name in FORMATS
+]  # gradio opens files too, and PIL would hand an EPS to Ghostscript
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -121,7 +125,7 @@ def open_picture(file: str | None, what: str) -> Image.Image:
     if file is None:
         raise in_words(f"There is no picture of the {what} yet.")
     try:
-        with Image.open(file, formats=FORMATS) as picture:
+        with Image.open(file) as picture:
             check_pixels(picture, what)
             return upright(picture)
     except gr.Error:  # a ValueError too

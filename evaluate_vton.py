@@ -482,27 +482,12 @@ class TreeSource:
                     raise ValueError(f"{pairs.pairs[index][1]}: {pairs.name(index)} stands in the list twice")
                 self.places[line] = pairs, index
         self.lines = list(self.places)
-        self.check_lines()
         wheres = [pairs.pairs[index][1] for pairs, index in self.places.values()]
         self.lists = list(dict.fromkeys(where.rsplit(", line ", 1)[0] for where in wheres))
         self.known = self.read_factors()
         further = cloth_roles(self.num_cloths + 1)[-1]
         if (self.root / self.split / further).is_dir():
             logger.warning("%s has %s, which --num_cloths %d would show", self.root, further, self.num_cloths + 1)
-
-    def check_lines(self) -> None:
-        """All of a frozen list's are there, and no two would have one file for their results."""
-        if self.frozen is not None:
-            texts, taken = self.frozen.read_text(encoding="utf-8").splitlines(), set(map(str, self.lines))
-            for number, text in enumerate(texts, start=1):
-                if text.split("\t")[0] in self.settings and text not in taken:
-                    raise ValueError(f"{self.frozen}, line {number}: {self.root} has no folder for {text!r}")
-        named: dict[tuple[str, str], Line] = {}
-        for line in self.lines:
-            other = named.setdefault((line.setting, line.name), line)
-            if other is not line:
-                both = " and ".join(f"{each.person} in {each.cloth}" for each in (other, line))
-                raise ValueError(f"{both} would both have the result {line.name}.png: rename one")
 
     def read(self, setting: str) -> EvaluatedPairs:
         roles = ["person", *cloth_roles(self.num_cloths)] + ["mask"] * self.masked + ["pose"] * self.posed
@@ -627,8 +612,19 @@ def settings_of(args: argparse.Namespace) -> Sequence[str]:
     return SETTINGS if args.setting == "both" else (args.setting,)
 
 
+def check_list(args: argparse.Namespace, lines: list[Line]) -> None:
+    """ValueError where the tree has not all lines of --list that are asked for."""
+    if args.list is not None:
+        there = set(lines)
+        for number, text in enumerate(args.list.read_text(encoding="utf-8").splitlines(), start=1):
+            line = Line(*text.split("\t"))
+            asked = line.setting in settings_of(args) and args.category in {"all", line.category}
+            if asked and line not in there:
+                raise ValueError(f"{args.list}, line {number}: {args.dataset_root} has no folder for {text!r}")
+
+
 def choose_lines(args: argparse.Namespace, lines: list[Line]) -> list[Line]:
-    """The lines of --category, and of every setting and category the first --num_samples."""
+    """The lines of --category, and of every setting and category the first --num_samples; ValueError where two would have one result."""
     if args.category != "all":
         lines = [line for line in lines if line.category == args.category]
     seen, chosen = Counter(), []
@@ -640,6 +636,12 @@ def choose_lines(args: argparse.Namespace, lines: list[Line]) -> list[Line]:
         raise ValueError(
             f"there is nothing to evaluate: no line of --setting {args.setting} --category {args.category}"
         )
+    named: dict[tuple[str, str], Line] = {}
+    for line in chosen:
+        other = named.setdefault((line.setting, line.name), line)
+        if other is not line:
+            both = " and ".join(f"{each.person} in {each.cloth}" for each in (other, line))
+            raise ValueError(f"{both} would both have the result {line.name}.png: rename one")
     return chosen
 
 
@@ -1285,6 +1287,7 @@ class Evaluation:
             self.source = TreeSource(args.dataset_root, args.split, settings_of(args), **shown)
         else:
             self.source = RowSource(args, **shown)
+        check_list(args, self.source.lines)
         self.lines = choose_lines(args, self.source.lines)
         self.duplicates = self.drop_duplicates() if args.train_root is not None else {}
         first = next(filter(None, (self.attempt(self.source.pictures, line) for line in self.lines)), None)
@@ -1485,7 +1488,10 @@ class Evaluation:
     def refuse_other_pictures(self, described: dict[str, Any]) -> None:
         """Pictures that are there go on only if this run would make the same."""
         file = self.args.output_dir / "pictures.json"
-        if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8"))) != described:
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else described
+        if "condition_column" in described:  # of which older files are silent
+            before.setdefault("condition_column", "condition")
+        if before != described:
             differing = [name for name in described | before if described.get(name) != before.get(name)]
             shown = ", ".join(f"{name} was {before.get(name)} and is {described.get(name)}" for name in differing)
             raise ValueError(f"--output_dir {self.args.output_dir} holds pictures of another run: {shown}")

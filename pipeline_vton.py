@@ -20,6 +20,7 @@ import numbers
 import os
 import re
 import shutil
+import struct
 import sys
 import tempfile
 import threading
@@ -27,7 +28,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -375,11 +376,20 @@ def _as_array(picture: Image.Image, name: str, background: str) -> np.ndarray:
     return np.asarray(_opened(picture, name, background))
 
 
+def exif_turn(picture: Image.Image) -> Image.Transpose | None:
+    """What brings a picture upright, as its EXIF says; None where that says nothing, or cannot be read."""
+    try:
+        return EXIF_TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except (struct.error, SyntaxError, ValueError, TypeError, KeyError, OSError, EOFError):
+        return None
+
+
 def upright(picture: Image.Image) -> Image.Image:
-    """A copy, turned as the EXIF orientation says, without EXIF, which PIL's own `exif_transpose` would have to write anew: not all
-    that cameras wrote can be.
+    """A copy, turned as its EXIF says, without EXIF, which PIL's own `exif_transpose` would have to write anew: not all that
+    cameras wrote can be.
     """
-    turn = EXIF_TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+    picture.load()  # PIL turns a TIFF itself, and forgets its orientation
+    turn = exif_turn(picture)
     picture = picture.copy() if turn is None else picture.transpose(turn)
     for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):  # wherever PIL would read it again
         picture.info.pop(name, None)
@@ -1213,7 +1223,7 @@ def between_calls(change: Callable) -> Callable:
 
     @functools.wraps(change)
     def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
-        with TURNS.setdefault(unwrap_module(self.unet), Turn()).lock:
+        with nullcontext() if self.unet is None else TURNS.setdefault(unwrap_module(self.unet), Turn()).lock:
             return change(self, *args, **kwargs)
 
     return waiting
@@ -1992,11 +2002,11 @@ def written_whole(directory: str | os.PathLike) -> Iterator[Path]:
 
 def replaced_weights(folder: Path) -> list[str]:
     """What the weights of a folder take the place of elsewhere, in one file or in shards, as patterns: a loader would prefer old shards."""
-    patterns = [] if (folder / ADAPTER_NAME).is_file() else [ADAPTER_NAME]
+    patterns = []
     for file in folder.rglob("*.safetensors"):
-        stem, variant = re.fullmatch(r"(\w+)(\.\w+)?(?:-\d+-of-\d+)?", file.stem).groups(default="")
+        stem, variant = re.fullmatch(r"([^.]+?)(\..+?)?(?:-\d{5}-of-\d{5})?", file.stem).groups(default="")
         place = (file.relative_to(folder).parent / stem).as_posix()
-        patterns += [f"{place}{variant}.safetensors", f"{place}{variant}-*-of-*.safetensors"]
+        patterns += [f"{place}{variant}.safetensors", f"{place}{variant}-?????-of-?????.safetensors"]
         patterns.append(f"{place}.safetensors.index{variant}.json")
     return list(dict.fromkeys(patterns))
 
@@ -2050,6 +2060,8 @@ class VTONHubMixin:
             self._write_card(
                 folder, Path(save_directory).resolve().name, False, license, human_parser_license, eval_results
             )
+        if self.unet.config.in_channels == 4:  # which has no adapter
+            Path(save_directory, ADAPTER_NAME).unlink(missing_ok=True)
 
     def _mend_configs(self, folder: Path, left_out: Sequence[str]) -> None:
         """Of what diffusers wrote: our class, no component that is `left_out`, and no name of a folder, which is nobody else's business."""
@@ -2114,7 +2126,7 @@ class VTONHubMixin:
                 token=token,
                 commit_message=commit_message or f"Upload {StableDiffusionVTONPipeline.__name__}",
                 create_pr=create_pr,
-                delete_patterns=replaced_weights(folder),
+                delete_patterns=[*replaced_weights(folder), ADAPTER_NAME],  # but for what is uploaded
             )
 
     def _refuse_lora_layers(self) -> None:

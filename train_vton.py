@@ -71,7 +71,7 @@ from huggingface_hub import ModelCard, create_repo, upload_folder
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -102,6 +102,7 @@ from pipeline_vton import (
     check_unet,
     convert_profile,
     convex_hull,
+    exif_turn,
     extent,
     fit_cloth,
     fit_size,
@@ -128,6 +129,12 @@ SEED_GUIDANCE = 7.5  # where nothing better is known
 ASPECT_TOLERANCE = 1.1
 PROBED_TIMESTEPS = (250, 500, 750)  # where the masked error without, with and with a wrong cloth is logged
 PROBED_PAIRS = 16
+QUARTER_TURNS = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+}
 UNLIT = {"mask", "pose", "worn"}  # whose values are no colours of things: neither a profile nor the light changes them
 READING = 2  # counts the changes of how pictures are read: latents cached before one are of other pictures
 SIZED_ROWS = 16  # of a table, whose persons' sizes are looked at
@@ -507,8 +514,8 @@ def picture_size(file: Path | BinaryIO, where: str) -> tuple[int, int]:
     """Width and height as shown, from the file's head alone."""
     try:
         with Image.open(file) as picture:
-            turned = picture.getexif().get(ExifTags.Base.Orientation) in {5, 6, 7, 8}
-            return picture.size[::-1] if turned else picture.size
+            turn = None if picture.format == "TIFF" else exif_turn(picture)  # PIL has turned a TIFF's size already
+            return picture.size[::-1] if turn in QUARTER_TURNS else picture.size
     except UNREADABLE as error:
         raise ValueError(f"{where}: {file} cannot be read: {error}") from error
 
@@ -2468,6 +2475,8 @@ def parent_licence(adapter: str) -> str | None:
     parent's, and None without one.
     """
     repository, place = hub_repository(adapter), Path(adapter)
+    if repository is None and not place.exists():
+        return "unknown"
     if repository is None:
         folder = place if place.is_dir() else place.parent
         card, run = folder / "README.md", folder / "training_args.json"
@@ -2477,7 +2486,7 @@ def parent_licence(adapter: str) -> str | None:
         return None if parent is None else parent_licence(parent)
     try:
         return ModelCard.load(repository).data.license or "unknown"
-    except (EntryNotFoundError, RepositoryNotFoundError):  # no card; a folder of before, gone since
+    except (EntryNotFoundError, RepositoryNotFoundError):  # no card; not on the Hub
         return "unknown"
 
 

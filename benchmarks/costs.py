@@ -6,6 +6,7 @@ LoRA alone. `--loader` measures what reading a pair costs instead: CPU time, whi
 """
 
 import argparse
+import os
 import tempfile
 import threading
 import time
@@ -133,6 +134,7 @@ def main(args: argparse.Namespace) -> None:
         torch.set_num_threads(1)  # as in a reading process
         spent = measure_loader(args.height, args.width, pairs=4)
         return print(f"{spent:.1f} ms of CPU a {args.height}x{args.width} pair (height x width)")
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # whose memory is the process's
     size = ["--height", args.height, "--width", args.width, "--train_batch_size", args.train_batch_size]
     print("| what is trained | seconds an update | peak memory |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -94,7 +94,7 @@ def good_enough(results: Sequence[Result], args: argparse.Namespace) -> list[Res
     kept = [
         r
         for r in results
-        if r.psnr > default.psnr - args.psnr and r.recognised > default.recognised - args.recognition
+        if r.psnr >= default.psnr - args.psnr and r.recognised >= default.recognised - args.recognition
     ]
     return sorted(kept, key=lambda r: r.rows)
 

@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from benchmarks.launch import launch
@@ -41,7 +42,9 @@ def seconds_of(folder: Path, batch: int, processes: int, steps: int) -> float:
     }
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     started = time.perf_counter()
-    subprocess.run([*launch("tryon.py", processes), *map(str, words)], check=True, capture_output=True)
+    done = subprocess.run([*launch("tryon.py", processes), *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{processes} processes, {batch} a batch: {done.stderr[-800:]}")
     return time.perf_counter() - started
 
 
@@ -54,6 +57,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=20, help="default 20")
     args = parser.parse_args(input_args)
     check_count(parser, "pairs", args.pairs)
+    if max(args.processes) > (torch.cuda.device_count() or max(args.processes)):
+        parser.error(f"--processes must not be more than the {torch.cuda.device_count()} GPUs, got {args.processes}")
     return args
 
 

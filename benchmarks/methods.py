@@ -26,7 +26,7 @@ from demo.recognition import CLASSIFIER, load_classifier
 from demo.try_on import Line, check_count, draw_lines, fast_device, fast_dtype, mixed_precision, try_on
 from evaluate_vton import Interval, table
 from pipeline_vton import StableDiffusionVTONPipeline, is_lora
-from train_vton import read_list
+from train_vton import read_list, write_text
 
 
 @dataclass(frozen=True)
@@ -234,12 +234,11 @@ def train_and_measure(method: Method, base: Path, lines: list[Line], args: argpa
         folder.mkdir(parents=True)
     elif before["measuring"] != now["measuring"]:
         row.unlink(missing_ok=True)
-    spent.write_text(json.dumps(now), encoding="utf-8")
+    write_text(spent, json.dumps(now))
     if not row.is_file():
         train(method, base, folder, args)
         found = {name: vars(one) for name, one in measure(method, base, folder, lines, args).items()}
-        row.with_suffix(".unfinished").write_text(json.dumps(found), encoding="utf-8")
-        row.with_suffix(".unfinished").rename(row)
+        write_text(row, json.dumps(found))
     return finished(row)
 
 

@@ -289,10 +289,10 @@ def peak_of(
     if device.startswith("cuda"):  # all of the weights were there while they were made smaller, or moved away
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     with PeakMemory() as peak:
         try_on(pipe, size, batch, 2, callback_on_step_end=look)
-    gib = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else peak.gib
+    gib = torch.cuda.max_memory_allocated(device) / 2**30 if device.startswith("cuda") else peak.gib
     return gib, kept[-1] / 2**20
 
 

@@ -4,17 +4,19 @@
 import argparse
 from pathlib import Path
 
-from demo.try_on import DEMO, draw_lines
+from demo.try_on import DEMO, check_count, draw_lines
 from demo.world import UNIT_HEIGHT
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=DEMO / "examples", help="default demo/examples")
-    parser.add_argument("--count", type=int, default=6, help="examples of all categories (default 6)")
-    parser.add_argument("--seed", type=int, default=7, help="0 was trained on (default 7)")
+    parser.add_argument("--count", type=int, default=6, help="examples of all categories, at least 6 (default 6)")
+    parser.add_argument("--seed", type=int, default=7, help="0 is the training set's own test split (default 7)")
     parser.add_argument("--height", type=int, default=UNIT_HEIGHT, help=f"of the pictures (default {UNIT_HEIGHT})")
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    check_count(parser, "count", args.count)
+    return args
 
 
 def main(args: argparse.Namespace) -> None:

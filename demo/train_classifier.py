@@ -21,6 +21,7 @@ from demo.make_dataset import World
 from demo.recognition import ATTRIBUTES, ClothClassifier, crop, load_classifier, to_input
 from demo.try_on import fast_device
 from demo.world import LOGOS, UNIT_HEIGHT, draw_person
+from pipeline_vton import written_whole
 
 
 NONE = -100  # what `cross_entropy` leaves out: trousers have no sleeves
@@ -29,8 +30,10 @@ NONE = -100  # what `cross_entropy` leaves out: trousers have no sleeves
 def draw_truth(index: int, world: World, logos: bool) -> tuple[np.ndarray, list[int]]:
     """A person in a cloth, cropped (4, H, W), and the number of each attribute's value."""
     person, cloth = world.sample("train", index)
-    if logos and index % 2:  # the smallest there is to see
-        cloth = replace(cloth, print="logo", pattern="plain", logo=(*LOGOS, "word")[index // 2 % (len(LOGOS) + 1)])
+    if (
+        logos and index % 2
+    ):  # the smallest there is to see; categories alternate, so that every three cloths have another
+        cloth = replace(cloth, print="logo", pattern="plain", logo=(*LOGOS, "word")[index // 6 % (len(LOGOS) + 1)])
     picture, mask, _ = draw_person(person, cloth, *world.size)
     attributes = cloth.attributes()
     values = [NONE if attributes[name] is None else ATTRIBUTES[name].index(attributes[name]) for name in ATTRIBUTES]
@@ -144,7 +147,8 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     classifier = ClothClassifier()
     train(classifier, truths, held_out, args)
-    classifier.half().save_pretrained(args.output_dir)
+    with written_whole(args.output_dir) as folder:
+        classifier.half().save_pretrained(folder)
     print(report(evaluate(load_classifier(args.output_dir), held_out)))
 
 

@@ -64,7 +64,7 @@ adapter() { # with DREAM (arXiv:2312.00210)
 
 finish() { # small batches, a small rate
   attention "$work/finish" --init_adapter "$work/adapter" --train_batch_size 8 --max_train_steps "$FINISH_STEPS" \
-    --learning_rate 3e-4 --lr_warmup_steps 20 --ema_decay 0.995
+    --learning_rate 3e-4 --lr_warmup_steps "$((FINISH_STEPS / 75))" --ema_decay 0.995
 }
 
 stage dataset "$work/dataset" drawn "$work/dataset" --category all --train "$TRAIN" --test "$TEST" --seed 0

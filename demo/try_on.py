@@ -187,7 +187,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="default runs/demo")
     parser.add_argument("--count", type=int, default=12, help="try-ons, at least 6 (default 12)")
     parser.add_argument(
-        "--seed", type=int, default=7, help="seed of people, cloths and noise; 0 was trained on (default 7)"
+        "--seed",
+        type=int,
+        default=7,
+        help="seed of people, cloths and noise; 0 is the training set's own test split (default 7)",
     )
     parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
     parser.add_argument("--guidance_scale", type=float, help="default: the adapter's own")

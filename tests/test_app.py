@@ -13,11 +13,12 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from gradio.components.image_editor import EditorData
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from huggingface_hub import RepoCard
 from nbclient import NotebookClient
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from test_pipeline import add_safety_checker
 from tiny import ROOT, box_mask, picture, seeded, tiny_parser, tiny_pipe, with_odd_exif
@@ -323,7 +324,10 @@ def test_what_ghostscript_would_run_is_no_picture(tmp_path, monkeypatch):
     picture(1).save(tmp_path / "photo.png", "EPS")
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("the visitor's program runs"))
     with pytest.raises(app.gr.Error, match="is no picture that can be read"):
-        app.open_picture(str(tmp_path / "photo.png"), "person")
+        app.open_picture(str(tmp_path / "photo.png"), "cloth")
+    file = app.gr.FileData(path=str(tmp_path / "photo.png"))
+    with pytest.raises(UnidentifiedImageError):
+        app.gr.ImageEditor(type="pil").preprocess(EditorData(background=file, layers=[], composite=None))
 
 
 def test_a_photograph_with_odd_exif_is_opened_upright(tmp_path):

@@ -36,7 +36,6 @@ from evaluate_vton import (
     RowSource,
     Scorer,
     StreamedRows,
-    TreeSource,
     bootstrap,
     clean_resize,
     compare,
@@ -608,7 +607,7 @@ def test_a_frozen_list_is_not_cut_short(tree, model, tmp_path):
     evaluate(tmp_path / "out", tree, model, "unpaired", **again)
 
 
-def test_a_frozen_list_is_measured_whole(tree, tmp_path):
+def test_a_frozen_list_is_measured_whole(model, tmp_path):
     """Lines of a folder that a tree has not are missing, and not a smaller denominator."""
     for folder in ("upper_body", "dresses"):
         for i in range(COUNT):
@@ -617,12 +616,18 @@ def test_a_frozen_list_is_measured_whole(tree, tmp_path):
             save(box_mask(HEIGHT, WIDTH), tmp_path / f"dc/{folder}/agnostic_masks/{i:02d}_0.png")
         names = "".join(f"{i:02d}_0.png\t{(i + 2) % COUNT:02d}_1.png\n" for i in range(COUNT))
         (tmp_path / f"dc/{folder}/test_pairs_unpaired.txt").write_text(names)
-    whole = TreeSource(tmp_path / "dc", settings=["unpaired"])
-    assert len(whole.lines) == 2 * COUNT
-    (tmp_path / "list.txt").write_text("".join(f"{line}\n" for line in whole.lines))
+    options = {"setting": "unpaired", "metrics": ["fid"], "list": tmp_path / "list.txt"}
+    evaluate(tmp_path / "whole", tmp_path / "dc", model, **options | {"list": None})
+    shutil.copy(tmp_path / "whole/list.txt", tmp_path / "list.txt")
+    assert len((tmp_path / "list.txt").read_text().splitlines()) == 2 * COUNT
     shutil.rmtree(tmp_path / "dc/dresses")
     with pytest.raises(ValueError, match="list.txt, line .*dc has no folder for 'unpaired.tdresses/00_0.png"):
-        TreeSource(tmp_path / "dc", settings=["unpaired"], frozen=tmp_path / "list.txt")
+        evaluate(tmp_path / "part", tmp_path / "dc", model, **options)
+    assert not (tmp_path / "part").exists()
+    report = evaluate(
+        tmp_path / "part", tmp_path / "dc", model, category="upper_body", **options
+    )  # whoever asks for less
+    assert figure(report, "unpaired", "composited", "fid", "picture")["count"] == COUNT
 
 
 def test_two_lines_with_one_result_are_refused(own_tree, model, tmp_path):

@@ -1,5 +1,7 @@
 """Training that begins from an adapter: its weights at step 0, its settings, and what is said of it."""
 
+import shutil
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -166,6 +168,9 @@ def test_a_licence_is_found_from_wherever_it_is_asked_for(bases, data, tmp_path,
     main(parse_args(flags(bases[9], data, tmp_path / "out", init_adapter="runs/first", max_train_steps=1)))
     monkeypatch.chdir(tmp_path / "out")
     assert parent_licence(str(tmp_path / "out")) == "mit"
+    shutil.move(tmp_path / "runs/first", tmp_path / "elsewhere")
+    (tmp_path / "runs/README.md").write_text("---\nlicense: apache-2.0\n---\n# All runs\n")
+    assert parent_licence(str(tmp_path / "out")) == "unknown"
     (tmp_path / "out/training_args.json").write_text('{"init_adapter": "runs/gone"}')  # might be a repository's name
     assert parent_licence(str(tmp_path / "out")) == "unknown"
 

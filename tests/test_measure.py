@@ -240,6 +240,12 @@ def test_a_classifier_is_trained_and_says_what_it_mistakes(tmp_path, lines, caps
     assert "--train must be at least --batch_size 4, got 2" in capsys.readouterr().err
 
 
+def test_every_logo_is_learnt_on_every_kind_of_cloth():
+    world, logo = World(0, 64, "all"), list(ATTRIBUTES).index("logo")
+    learnt = [(i % 3, train_classifier.draw_truth(i, world, logos=True)[1][logo]) for i in range(1, 37, 2)]
+    assert len(set(learnt)) == 3 * len(ATTRIBUTES["logo"][1:])
+
+
 def test_disturbed_crops_keep_their_cloth_and_mask():
     torch.manual_seed(0)
     crops = torch.rand(8, 4, *CROP) * 2 - 1

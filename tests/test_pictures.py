@@ -517,15 +517,22 @@ def test_a_large_photograph_is_read_as_bytes_and_only_its_masked_part_is_repaint
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["EXIF", "XMP"])
+@pytest.mark.parametrize("kind", ["EXIF", "XMP", "TIFF"])
 def test_a_photograph_is_upright_once_and_for_all(tmp_path, orientation, kind):
     """As PIL's own `exif_transpose` has it."""
-    exif = Image.Exif()
+    exif, file = Image.Exif(), tmp_path / ("photo.tif" if kind == "TIFF" else "photo.webp")
     exif[ExifTags.Base.Orientation] = orientation
     xmp = f'<x:xmpmeta xmlns:tiff="T"><tiff:Orientation>{orientation}</tiff:Orientation></x:xmpmeta>'
-    picture(1).save(tmp_path / "photo.webp", **{"exif": exif} if kind == "EXIF" else {"xmp": xmp.encode()})
-    expected = ImageOps.exif_transpose(Image.open(tmp_path / "photo.webp"))
+    picture(1).save(file, **{"xmp": xmp.encode()} if kind == "XMP" else {"exif": exif})
+    expected = ImageOps.exif_transpose(Image.open(file))
     assert expected.size == ((24, 32) if orientation < 5 else (32, 24))
-    seen = upright(Image.open(tmp_path / "photo.webp"))
+    seen = upright(Image.open(file))
     assert np.array_equal(seen, expected) and np.array_equal(upright(seen), expected)
-    assert picture_size(tmp_path / "photo.webp", "here") == expected.size
+    assert picture_size(file, "here") == expected.size
+
+
+@pytest.mark.parametrize("exif", [b"II*\0", b"junk", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"])
+def test_exif_that_cannot_be_read_turns_nothing(tmp_path, exif):
+    picture(1).save(tmp_path / "photo.webp", lossless=True, exif=exif)
+    assert np.array_equal(upright(Image.open(tmp_path / "photo.webp")), picture(1))
+    assert picture_size(tmp_path / "photo.webp", "here") == (24, 32)

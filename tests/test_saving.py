@@ -93,8 +93,17 @@ def test_saving_again_replaces_the_files_and_keeps_others(tmp_path):
 @pytest.mark.parametrize("shards", ["before", "after"])
 def test_old_weights_in_another_number_of_files_are_not_what_loads(tmp_path, shards):
     """Loaders prefer an index of shards to one file; other variants and files stay."""
-    tiny_pipe(9).save_pretrained(tmp_path, variant="fp16")
-    kept = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*fp16*")}
+    for variant in ("fp16", "non-ema"):
+        for _ in range(2):  # into a new folder, and again
+            tiny_pipe(9).save_pretrained(tmp_path, variant=variant)
+    (
+        tmp_path / "unet" / "diffusion_pytorch_model-00001-of-00002.fp16.safetensors"
+    ).touch()  # as older releases wrote them
+    kept = {
+        file.relative_to(tmp_path): file.read_bytes()
+        for file in tmp_path.rglob("*")
+        if "fp16" in file.name or "ema" in file.name
+    }
     (tmp_path / "unet" / "notes.safetensors.txt").touch()
     sizes = {"max_shard_size": "200KB"}
     tiny_pipe(9).save_pretrained(tmp_path, **sizes if shards == "before" else {})
@@ -104,7 +113,7 @@ def test_old_weights_in_another_number_of_files_are_not_what_loads(tmp_path, sha
     loaded = StableDiffusionVTONPipeline.from_pretrained(tmp_path)
     assert all(torch.equal(one, two) for one, two in zip(loaded.unet.parameters(), other.unet.parameters()))
     assert bool(list(tmp_path.glob("unet/*.index.json"))) == (shards == "after")
-    assert kept and kept == {file: (tmp_path / file).read_bytes() for file in kept}
+    assert len(kept) == 5 and kept == {file: (tmp_path / file).read_bytes() for file in kept}
     assert (tmp_path / "unet" / "notes.safetensors.txt").is_file()
 
 
