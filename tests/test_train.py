@@ -1872,6 +1872,7 @@ def test_uploads_every_checkpoint_with_a_card(bases, tested, tmp_path, hub, monk
         "hub_strategy": "every_save",
         "hub_private_repo": True,
         "prompt": "a | b\nc",
+        "cross_attention": "prompt",
         "guidance_scale": None,
     }
     monkeypatch.setattr(train_vton, "GUIDANCE_STEPS", 2)
