@@ -741,6 +741,10 @@ def test_mask_free(own_tree, tmp_path):
     assert {(row["setting"], row["compositing"], row["region"]) for row in report["figures"]} == {
         ("paired", "bare", "picture"), ("unpaired", "bare", "picture"),
     }  # fmt: skip
+    described = json.loads((tmp_path / "out/pictures.json").read_text())
+    described.pop("condition_column")  # as older runs were described
+    (tmp_path / "out/pictures.json").write_text(json.dumps(described))
+    assert evaluate(tmp_path / "out", own_tree, folder, metrics=["psnr"])["figures"] == report["figures"]
     shutil.copytree(own_tree / "test/condition", own_tree / "test/other")
     with pytest.raises(ValueError, match="holds pictures of another run: condition_column was condition and is other"):
         evaluate(tmp_path / "out", own_tree, folder, metrics=["psnr"], condition_column="other")

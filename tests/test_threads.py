@@ -198,6 +198,12 @@ def test_an_adapter_is_loaded_and_unloaded_between_the_calls_of_other_threads(ch
     assert abs(run(pipe) - expected).max() > 0.01
 
 
+def test_without_a_unet_there_is_no_call_to_wait_for():
+    pipe = tiny_pipe(9)
+    pipe.register_modules(unet=None)
+    assert pipe.fast()["num_inference_steps"] == 8
+
+
 def test_a_pipeline_that_is_being_saved_keeps_its_parser_for_other_threads(tmp_path):
     pipe = tiny_pipe(9)
     parser, processor = tiny_parser(["background", "top"])
