@@ -82,10 +82,9 @@ EMPTY_CANVAS = (16, 16)  # pixels
 MASK_COLOR, MASK_ALPHA = "#e0218a", 0.6  # of the painted layer
 ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model"}
 
+# gradio opens files too, and PIL would hand an EPS to Ghostscript
 Image.init()
-Image.ID[:] = [
-    name for name in Image.ID if name in FORMATS
-]  # gradio opens files too, and PIL would hand an EPS to Ghostscript
+Image.ID[:] = [name for name in Image.ID if name in FORMATS]
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

@@ -1316,10 +1316,8 @@ class Evaluation:
     def check_measurable(self) -> None:
         """There is something to measure: the truth of a line, or features of enough of them."""
         metrics, scorer = " ".join(self.args.metrics), self.scorer
-        if {"fid", "kid"}.issuperset(self.args.metrics) and scorer.recognizer is None:
-            truths = False
-        else:
-            truths = any(line.setting == "paired" or "truth" in self.source.files(line) for line in self.lines)
+        compared = scorer.recognizer is not None or not {"fid", "kid"}.issuperset(self.args.metrics)
+        truths = compared and any(x.setting == "paired" or "truth" in self.source.files(x) for x in self.lines)
         if scorer.inception is None and not truths:
             raise ValueError(f"--metrics {metrics} need truths, which unpaired lines have none of: add fid or kid")
         persons = max(Counter(setting for setting, _ in {(line.setting, line.person) for line in self.lines}).values())

@@ -1988,15 +1988,11 @@ def written_whole(directory: str | os.PathLike) -> Iterator[Path]:
         if not directory.exists():
             whole.rename(directory)
             return
-        stale = [file for pattern in replaced_weights(whole) for file in directory.glob(pattern)]
-        for file in sorted(whole.rglob("*")):
-            place = directory / file.relative_to(whole)
-            if file.is_dir():
-                place.mkdir(exist_ok=True)
-            else:
-                stale = [other for other in stale if other != place]
-                os.replace(file, place)
-        for file in stale:
+        stale = {file for pattern in replaced_weights(whole) for file in directory.glob(pattern)}
+        places = {file: directory / file.relative_to(whole) for file in sorted(whole.rglob("*"))}
+        for file, place in places.items():
+            place.mkdir(exist_ok=True) if file.is_dir() else os.replace(file, place)
+        for file in stale.difference(places.values()):
             file.unlink()
 
 
@@ -2009,6 +2005,16 @@ def replaced_weights(folder: Path) -> list[str]:
         patterns += [f"{place}{variant}.safetensors", f"{place}{variant}-?????-of-?????.safetensors"]
         patterns.append(f"{place}.safetensors.index{variant}.json")
     return list(dict.fromkeys(patterns))
+
+
+def hide_folders(saved: Path) -> None:
+    """Take the names of folders, from which parts were loaded, out of what was saved: they are nobody else's business."""
+    for file in saved.rglob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if "_name_or_path" in content:
+            repository = hub_repository(content.pop("_name_or_path"))
+            content |= {} if repository is None else {"_name_or_path": repository}
+            file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class VTONHubMixin:
@@ -2051,7 +2057,8 @@ class VTONHubMixin:
         with written_whole(save_directory) as folder:
             super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size, **kwargs)
             left_out = () if human_parser_license is not None else ("human_parser", "human_parser_processor")
-            self._mend_configs(folder, left_out)
+            self._mend_index(folder, left_out)
+            hide_folders(folder)
             self._write_code(folder)
             if self.unet.config.in_channels != 4:
                 self._write_adapter(folder, self._lossless_dtype(), self._published_settings())
@@ -2063,25 +2070,20 @@ class VTONHubMixin:
         if self.unet.config.in_channels == 4:  # which has no adapter
             Path(save_directory, ADAPTER_NAME).unlink(missing_ok=True)
 
-    def _mend_configs(self, folder: Path, left_out: Sequence[str]) -> None:
-        """Of what diffusers wrote: our class, no component that is `left_out`, and no name of a folder, which is nobody else's business."""
+    def _mend_index(self, folder: Path, left_out: Sequence[str]) -> None:
+        """What diffusers wrote of the pipeline, with our class, and without components that are `left_out`."""
         for name in left_out:
             shutil.rmtree(folder / name, ignore_errors=True)
-        for file in folder.rglob("*.json"):
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if file == folder / self.config_name:
-                content["_class_name"] = ["pipeline_vton", StableDiffusionVTONPipeline.__name__]
-                content["base_model"] = self._published_settings().base_model
-                content |= dict.fromkeys(left_out, [None, None])
-                for component in content.values():
-                    # transformers' name where torchvision is missing; the plain one loads anywhere
-                    if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
-                        component[-1] = component[-1].removesuffix("Pil")
-            elif "_name_or_path" not in content:
-                continue
-            if (repository := hub_repository(content.pop("_name_or_path", None))) is not None:
-                content["_name_or_path"] = repository
-            file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
+        index["_class_name"] = ["pipeline_vton", StableDiffusionVTONPipeline.__name__]
+        index["base_model"] = self._published_settings().base_model
+        index |= dict.fromkeys(left_out, [None, None])
+        for component in index.values():
+            # transformers' name where torchvision is missing; the plain one loads anywhere
+            if isinstance(component, list) and str(component[-1]).endswith("ImageProcessorPil"):
+                component[-1] = component[-1].removesuffix("Pil")
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / self.config_name).write_text(text, encoding="utf-8")
 
     def push_to_hub(
         self,
@@ -3521,13 +3523,12 @@ def load_pipeline(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     pipe = StableDiffusionVTONPipeline.from_pretrained(model, dtype=dtype, **options).to(device)
-    hub = {k: v for k, v in options.items() if k in {"revision", "token", "cache_dir", "local_files_only"}}
     if adapter is not None:
         place = Path(adapter, adapter_subfolder or "")
         lora = is_lora(place)
         below = {} if adapter_subfolder is None else {"subfolder": adapter_subfolder}
         (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(adapter, **below)
-    elif pipe.load_config(model, **hub).get("_class_name") != StableDiffusionVTONPipeline.__name__:
+    elif pipe.load_config(model, **options).get("_class_name") != StableDiffusionVTONPipeline.__name__:
         warnings.warn(f"{model} is a base that has learnt no try-on, and no adapter was given", stacklevel=2)
     if human_parser is not None:
         pipe.load_human_parser(human_parser, dtype=dtype)

@@ -83,6 +83,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipeline_vton import (
     ADAPTER_NAME,
+    EXIF_TURNS,
     LORA_NAME,
     LORA_SETTINGS,
     TRAINABLE_PARTS,
@@ -129,12 +130,7 @@ SEED_GUIDANCE = 7.5  # where nothing better is known
 ASPECT_TOLERANCE = 1.1
 PROBED_TIMESTEPS = (250, 500, 750)  # where the masked error without, with and with a wrong cloth is logged
 PROBED_PAIRS = 16
-QUARTER_TURNS = {
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-}
+QUARTER_TURNS = {EXIF_TURNS[orientation] for orientation in (5, 6, 7, 8)}
 UNLIT = {"mask", "pose", "worn"}  # whose values are no colours of things: neither a profile nor the light changes them
 READING = 2  # counts the changes of how pictures are read: latents cached before one are of other pictures
 SIZED_ROWS = 16  # of a table, whose persons' sizes are looked at
@@ -266,7 +262,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--perceptual_loss", choices=("latent", "lpips"), help="add what the VAE's decoder (LPL, arXiv:2411.04873) or LPIPS (needs torchvision, and downloads VGG) sees of the error in the mask (default off)")  # fmt: skip
     add("--perceptual_weight", type=POSITIVE, default=1.0, help="its weight (default 1)")
     add("--perceptual_max_timestep", type=COUNT, default=500, help="the noisiest timestep that it looks at (default 500)")  # fmt: skip
-    add("--adversarial_weight", type=POSITIVE, help="add what a discriminator of noised latents holds against the predicted ones, as LADD, arXiv:2403.12015; on the demo 0.01 changes nothing, 1 was tried (default off)")  # fmt: skip
+    add("--adversarial_weight", type=POSITIVE, help="add what a discriminator of noised latents holds against the predicted ones, as LADD, arXiv:2403.12015; untried at SD1.5's size, on the demo 1 was tried (default off)")  # fmt: skip
     add("--adversarial_start_step", type=COUNT, default=1000, help="updates before it begins (default 1000)")
     add("--snr_gamma", type=POSITIVE, help="Min-SNR weighting of the loss, arXiv:2303.09556; 5 is usual (default off)")
     add("--dream_detail_preservation", type=POSITIVE, help="DREAM's p, arXiv:2312.00210; CatVTON trained with 10 (default off)")  # fmt: skip

@@ -346,8 +346,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pictures").add_argument
     add("--person", type=Path, required=True, metavar="PATH", help="a photograph, or a folder of them")
     add("--cloth", type=Path, required=True, metavar="PATH", help="a picture of a cloth, or a folder of them")
@@ -369,6 +368,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--pose", type=Path, metavar="PATH", help="skeletons or the like, for an adapter that reads poses: a file, or a folder with the persons' names")  # fmt: skip
     add("--overwrite", action="store_true", help="make results anew that are there already")
     add("--contact_sheet", type=Path, metavar="FILE", help=f"persons, cloths and results of the first {SHEET_PAIRS} pairs on one picture")  # fmt: skip
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add(
         "--model",
@@ -386,6 +388,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--scheduler", metavar="CLASS", help="a scheduler of diffusers (default: the adapter's, or the model's)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU, else float32")
     add("--device", help="such as cuda:1 or cpu (default: a GPU where there is one; not with accelerate launch)")
+
+
+def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("try-on").add_argument
     add(
         "--cloth_type",
@@ -398,7 +403,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--looseness",
         choices=LOOSENESS,
         default="loose",
-        help="how little a drawn mask tells of the worn cut (default loose)",
+        help="how far a drawn mask goes beyond the worn cloth (default loose)",
     )
     add("--steps", type=positive, metavar="N", help=f"denoising steps (default 50; with --fast {FAST_STEPS})")
     add(
@@ -416,6 +421,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add("--width", type=positive, metavar="N", help="likewise")
     add("--batch_size", type=positive, default=1, metavar="N", help="pairs at a time (default 1)")
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_picture_arguments(parser)
+    add_model_arguments(parser)
+    add_call_arguments(parser)
     args = parser.parse_args(input_args)
     if args.scheduler is not None and not is_scheduler(args.scheduler):
         parser.error(f"--scheduler must be the name of a diffusers scheduler, got {args.scheduler}")

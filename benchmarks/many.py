@@ -57,8 +57,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=20, help="default 20")
     args = parser.parse_args(input_args)
     check_count(parser, "pairs", args.pairs)
-    if max(args.processes) > (torch.cuda.device_count() or max(args.processes)):
-        parser.error(f"--processes must not be more than the {torch.cuda.device_count()} GPUs, got {args.processes}")
+    gpus = torch.cuda.device_count()
+    if gpus and max(args.processes) > gpus:
+        parser.error(f"--processes must not be more than the {gpus} GPUs, got {args.processes}")
     return args
 
 

@@ -96,9 +96,8 @@ def test_old_weights_in_another_number_of_files_are_not_what_loads(tmp_path, sha
     for variant in ("fp16", "non-ema"):
         for _ in range(2):  # into a new folder, and again
             tiny_pipe(9).save_pretrained(tmp_path, variant=variant)
-    (
-        tmp_path / "unet" / "diffusion_pytorch_model-00001-of-00002.fp16.safetensors"
-    ).touch()  # as older releases wrote them
+    # as older releases wrote them
+    (tmp_path / "unet" / "diffusion_pytorch_model-00001-of-00002.fp16.safetensors").touch()
     kept = {
         file.relative_to(tmp_path): file.read_bytes()
         for file in tmp_path.rglob("*")
@@ -139,9 +138,8 @@ def test_what_was_loaded_from_a_folder_does_not_tell_which(tmp_path):
     loaded.save_pretrained(tmp_path / "saved")
     published = [file.read_bytes() for file in (tmp_path / "saved").rglob("*") if file.is_file()]
     assert len(published) > 5 and not any(b"anns-folder" in each for each in published)
-    loaded.unet.config._name_or_path = loaded.unet._internal_dict["_name_or_path"] = (
-        "me/base"  # a repository's is no secret
-    )
+    # a repository's is no secret
+    loaded.unet.config._name_or_path = loaded.unet._internal_dict["_name_or_path"] = "me/base"
     loaded.save_pretrained(tmp_path / "saved")
     assert "me/base" in (tmp_path / "saved/unet/config.json").read_text(encoding="utf-8")
 

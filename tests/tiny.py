@@ -112,9 +112,8 @@ def with_odd_exif(picture: Image.Image) -> bytes:
     exif, content = Image.Exif(), io.BytesIO()
     exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = 6, "me"
     written = exif.tobytes()
-    odd = written.replace(b"\x01\x0f", b"\x01\x00").replace(
-        b"\x0f\x01", b"\x00\x01"
-    )  # the maker's name is now the width
+    # the maker's name is now the width
+    odd = written.replace(b"\x01\x0f", b"\x01\x00").replace(b"\x0f\x01", b"\x00\x01")
     assert odd != written
     picture.save(content, "JPEG", exif=odd, quality=95)
     with pytest.raises(struct.error):
