@@ -766,6 +766,7 @@ def write_space(folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
         needed = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+        needed = needed.replace("torch>=2.6", "torch>=2.8,<2.12")  # all that ZeroGPU has
         (space / "requirements.txt").write_text(needed, encoding="utf-8")
         (space / "README.md").write_text(SPACE_CARD.format(gradio=gr.__version__), encoding="utf-8")
         folder.rmdir() if folder.exists() else None

@@ -28,7 +28,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -493,7 +493,11 @@ def _cut(picture: torch.Tensor, region: tuple[int, int, int, int]) -> torch.Tens
 
 
 def fit_cloth(cloth: Image.Image, height: int, width: int) -> Image.Image:
-    """The whole cloth, centred on white, at height x width."""
+    """The whole cloth, centred on white, at height x width; ValueError for one of which not a line would be left."""
+    if min(cloth.size) * min(height / cloth.height, width / cloth.width) <= 0.5:
+        raise ValueError(
+            f"`cloth_image` of {cloth.height}x{cloth.width} (height x width) is too thin to be seen at {height}x{width}"
+        )
     return ImageOps.pad(cloth, (width, height), method=Image.Resampling.LANCZOS, color="white")
 
 
@@ -1219,11 +1223,17 @@ def in_turn(call: Callable) -> Callable:
 
 
 def between_calls(change: Callable) -> Callable:
-    """Let what changes a UNet's weights, or the scheduler, wait for the calls of other threads on it."""
+    """Let what changes a UNet's weights, or the scheduler, wait for the calls of other threads on it; not in a call's callback."""
 
     @functools.wraps(change)
     def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
-        with nullcontext() if self.unet is None else TURNS.setdefault(unwrap_module(self.unet), Turn()).lock:
+        turn = Turn() if self.unet is None else TURNS.setdefault(unwrap_module(self.unet), Turn())
+        with turn.lock:
+            if turn.held:
+                raise RuntimeError(
+                    f"a callback of a running call must not call {change.__name__}, which would change the model in the middle of "
+                    "a picture"
+                )
             return change(self, *args, **kwargs)
 
     return waiting
@@ -1730,6 +1740,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
 
         LoRAs that are loaded and not fused are no part of it, neither their weights nor their settings.
         """
+        self._require("unet")
         if self.unet.config.in_channels == 4:
             raise ValueError(
                 "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
@@ -1738,7 +1749,12 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         self._write_adapter(Path(save_directory), dtype, self._settings(loras=False))
 
     def _write_adapter(self, folder: Path, dtype: torch.dtype | None, settings: AdapterSettings) -> None:
-        weights = {name: parameter.detach().to(dtype) for name, parameter in self._adapter_parameters().items()}
+        parameters = self._adapter_parameters()
+        if any(parameter.element_size() == 1 for parameter in parameters.values()):
+            raise ValueError(
+                "the UNet keeps its weights in float8, to which the adapter's are rounded: save it before enable_layerwise_casting"
+            )
+        weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
         write_adapter(folder / ADAPTER_NAME, weights, settings)
 
     def _adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -1810,6 +1826,16 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         super().disable_lora()
         self._follow_scheduler()
 
+    @between_calls
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers fuses LoRAs."""
+        super().fuse_lora(*args, **kwargs)
+
+    @between_calls
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers takes fused LoRAs out again."""
+        super().unfuse_lora(*args, **kwargs)
+
     def _keep_fused(self, names: set[str]) -> None:
         """Of LoRAs that are about to go: those that are merged become the base's for good, and an adapter under them too."""
         stack = self._stack
@@ -1845,10 +1871,15 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         return settings
 
     def _refuse_changed_unet(self) -> None:
-        """ValueError where the adapter's weights are not there, or are mixed with others'."""
+        """ValueError where the adapter's weights are not there as numbers, or are mixed with others'."""
+        self._require("unet")
         if _is_group_offload_enabled(self.unet) or any(p.device.type == "meta" for p in self.unet.parameters()):
             raise ValueError(
                 "the UNet's weights are spread by sequential or group offloading: load, save or unload the adapter before it is enabled"
+            )
+        if any(type(p.data) is not torch.Tensor or not p.is_floating_point() for p in self.unet.parameters()):
+            raise ValueError(
+                "the UNet's weights are quantised: load, save or unload the adapter before they are, or take an unquantised UNet"
             )
         if merged := {name for module in _lora_modules(self.unet) for name in module.merged_adapters}:
             raise ValueError(
@@ -1903,6 +1934,11 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 )
             if not weight.is_floating_point() or not torch.isfinite(weight.float()).all():
                 raise ValueError(f"the adapter {file} is damaged: {name} is not all finite floating-point numbers")
+            dtype = parameters[name].dtype
+            if not torch.isfinite(weight.to(dtype).float()).all():
+                raise ValueError(
+                    f"the adapter {file} does not fit this UNet: {name} has numbers that {dtype} cannot hold"
+                )
 
 
 # ------------------------------------------------------------------------------------------------------ the model card
@@ -1919,6 +1955,8 @@ BASE_LICENSES = {
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "diffusers/stable-diffusion-xl-1.0-inpainting-0.1": "openrail++",
 }
+# Of full precision their repositories hold pickles alone, safetensors in the fp16 variant.
+FP16_BASES = {"stable-diffusion-v1-5/stable-diffusion-inpainting"}
 CARD_NOTE = (
     "<!-- Written by save_pretrained, and written anew by the next; take this line out to keep a text of your own. -->"
 )
@@ -2051,6 +2089,7 @@ class VTONHubMixin:
             raise ValueError(
                 "`push_to_hub=True` would upload before the code is written: call pipe.push_to_hub(repo_id) instead"
             )
+        self._require("vae", "unet", "scheduler")
         self._refuse_lora_layers()
         if self.unet.config.in_channels != 4:
             self._refuse_changed_unet()
@@ -2218,7 +2257,8 @@ class VTONHubMixin:
             pipeline_tag="image-to-image",
             tags=["virtual-try-on", "stable-diffusion", "diffusers"],
         )
-        whole, onto = f'"{name}", custom_pipeline="vton"', f'"{base or "BASE"}", custom_pipeline="{name}"'
+        variant = ', variant="fp16"' if base in FP16_BASES else ""
+        whole, onto = f'"{name}", custom_pipeline="vton"', f'"{base or "BASE"}"{variant}, custom_pipeline="{name}"'
         code = CARD_CODE.format(
             load=onto if adapter_only else whole,
             adapter=f'pipe.load_vton_adapter("{name}")\n' if adapter_only else "",
@@ -2817,10 +2857,13 @@ class VTONInputsMixin:
             raise ValueError(f"`generator` must be one or {results}, one for every result, got {len(generator)}")
         return tuple(shape)
 
-    def _check_components(self) -> None:
-        for name in ("vae", "unet", "scheduler"):
+    def _require(self, *names: str) -> None:
+        for name in names:
             if getattr(self, name) is None:
-                raise ValueError(f"a call needs the component `{name}`, got None")
+                raise ValueError(f"this needs the component `{name}`, got None")
+
+    def _check_components(self) -> None:
+        self._require("vae", "unet", "scheduler")
         check_unet(self.unet, self.config.cloth_conditioning == "reference")
         refuse_sdxl_text(self.unet, self.config.cross_attention)
         check_scheduler(self.scheduler)
@@ -2832,10 +2875,11 @@ class VTONInputsMixin:
     def _prepared(self, given: Any, kind: type, name: str) -> list | None:
         """What prepare_person or prepare_cloth made, as a list; None for pictures."""
         listed = list(given) if isinstance(given, (list, tuple)) else [given]
-        if not any(isinstance(one, (PreparedPerson, PreparedCloth)) for one in listed):
+        # by names: whoever loads a `custom_pipeline` twice has two classes of each
+        kinds = {type(one).__name__ for one in listed}
+        if not kinds & {PreparedPerson.__name__, PreparedCloth.__name__}:
             return None
-        if not all(isinstance(one, kind) for one in listed):
-            others = sorted({type(one).__name__ for one in listed} - {kind.__name__})
+        if others := sorted(kinds - {kind.__name__}):
             raise TypeError(f"`{name}` must be pictures, or {kind.__name__}s alone, got {', '.join(others)} too")
         made_with = self._made_with(kind)
         if any(one.made_with != made_with for one in listed):
@@ -3493,6 +3537,21 @@ class StableDiffusionVTONPipeline(
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags)
 
 
+def from_safetensors(load: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What a `from_pretrained` makes of safetensors alone: those of full precision or, in repositories that have pickles in their
+    place, as `stable-diffusion-v1-5/stable-diffusion-inpainting` does, those of the fp16 variant.
+    """
+    try:
+        return load(*args, **options, use_safetensors=True)
+    except OSError as error:
+        if "variant" in options:
+            raise
+        try:
+            return load(*args, **options, use_safetensors=True, variant="fp16")
+        except (OSError, ValueError):  # of a variant that there is not
+            raise error from None
+
+
 def load_pipeline(
     model: str | os.PathLike,
     adapter: str | os.PathLike | None = None,
@@ -3506,7 +3565,8 @@ def load_pipeline(
     """A pipeline that is ready for calls, from the names of its parts.
 
     Args:
-        model: the base, or a whole pipeline: a Hub repository or a folder.
+        model: the base, or a whole pipeline: a Hub repository or a folder. Its weights must be safetensors, of full precision or
+            of the fp16 variant.
         adapter: of `load_vton_adapter`, or a LoRA's folder or file; None where the model is whole.
         human_parser: of `load_human_parser`; None is the model's own, if it has one.
         scheduler: a scheduler class of diffusers; None is the adapter's, or the model's.
@@ -3517,12 +3577,13 @@ def load_pipeline(
 
     Raises:
         ValueError: `scheduler` is none of diffusers'; whatever the loading raises.
+        OSError: there is no such model, or its weights are pickles.
     """
     if scheduler is not None and not is_scheduler(scheduler):
         raise ValueError(f"`scheduler` must be the name of a scheduler class of diffusers, got {shown(scheduler)}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    pipe = StableDiffusionVTONPipeline.from_pretrained(model, dtype=dtype, **options).to(device)
+    pipe = from_safetensors(StableDiffusionVTONPipeline.from_pretrained, model, dtype=dtype, **options).to(device)
     if adapter is not None:
         place = Path(adapter, adapter_subfolder or "")
         lora = is_lora(place)

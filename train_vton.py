@@ -107,6 +107,7 @@ from pipeline_vton import (
     extent,
     fit_cloth,
     fit_size,
+    from_safetensors,
     grow,
     hub_repository,
     is_lora,
@@ -1530,7 +1531,7 @@ class Trainer:
     def load(self, cls: type, subfolder: str | None, **instead: Any) -> torch.nn.Module:
         """A frozen model of the base, in the mixed precision's dtype; or with other arguments of `from_pretrained`."""
         options = {**self.base, "subfolder": subfolder, "dtype": self.dtype} | instead
-        model = cls.from_pretrained(**options, use_safetensors=True)
+        model = from_safetensors(cls.from_pretrained, **options)
         return model.to(self.accelerator.device).eval().requires_grad_(False)
 
     def load_vae(self) -> AutoencoderKL:

@@ -303,6 +303,20 @@ def test_a_wrong_file_is_one_clear_error_and_leaves_the_pipeline_alone(tmp_path,
         assert_same_state(pipe, base)
 
 
+def test_numbers_that_the_unets_dtype_cannot_hold_are_not_loaded(tmp_path):
+    pipe = trained_pipe(9)
+    with torch.no_grad():
+        pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight[0, 0] = 1e5
+    pipe.save_vton_adapter(tmp_path)
+    narrow = tiny_pipe(9)
+    narrow.unet.half()
+    with pytest.raises(
+        ValueError, match="does not fit this UNet: mid_block.*to_q.weight has numbers that torch.float16 cannot"
+    ):
+        narrow.load_vton_adapter(tmp_path)
+    tiny_pipe(9).load_vton_adapter(tmp_path)
+
+
 @pytest.mark.parametrize("length", [0, 5, 2000, -1])
 def test_a_truncated_file_is_one_clear_error_and_leaves_the_pipeline_alone(tmp_path, length):
     saved_adapter(tmp_path)
@@ -411,6 +425,48 @@ def test_scattered_weights_run_but_are_not_exchanged(tmp_path, offload):
         with pytest.raises(ValueError, match="sequential or group offload"):
             action()
     assert (run(pipe) == run(trained)).all()
+
+
+class Eighths(torch.Tensor):
+    """As torchao keeps quantised weights: a tensor of another kind."""
+
+
+@pytest.mark.parametrize("in_channels", [4, 9])
+@pytest.mark.parametrize("kind", [lambda weight: weight.to(torch.int8), lambda weight: weight.as_subclass(Eighths)])
+def test_quantised_weights_are_not_exchanged(tmp_path, kind, in_channels):
+    saved_adapter(tmp_path, in_channels)
+    pipe = tiny_pipe(in_channels)
+    projection = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    projection.weight = torch.nn.Parameter(kind(projection.weight.data), requires_grad=False)
+    actions = [lambda: pipe.load_vton_adapter(tmp_path)]
+    if in_channels == 9:
+        actions += [lambda: pipe.save_vton_adapter(tmp_path), lambda: pipe.save_pretrained(tmp_path)]
+    for action in actions:
+        with pytest.raises(
+            ValueError, match="the UNet's weights are quantised: load, save or unload the adapter before"
+        ):
+            action()
+    assert pipe.unet.config.in_channels == in_channels
+
+
+def test_weights_that_are_kept_in_float8_are_not_published(tmp_path):
+    saved_adapter(tmp_path / "adapter")
+    pipe = tiny_pipe(9)
+    pipe.load_vton_adapter(tmp_path / "adapter")
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    for save in (pipe.save_vton_adapter, pipe.save_pretrained):
+        with pytest.raises(ValueError, match="float8, to which the adapter's are rounded: save it before"):
+            save(tmp_path / "out")
+    assert not (tmp_path / "out").exists() and np.isfinite(run(pipe)).all()
+
+
+def test_without_a_unet_there_is_nothing_to_exchange(tmp_path):
+    saved_adapter(tmp_path)
+    pipe = tiny_pipe(9)
+    pipe.register_modules(unet=None)
+    for action in (pipe.load_vton_adapter, pipe.save_vton_adapter, pipe.save_pretrained):
+        with pytest.raises(ValueError, match="needs the component `unet`, got None"):
+            action(tmp_path)
 
 
 def test_model_offload_hooks_run_and_give_the_same(tmp_path):

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionInpaintPipeline
 from huggingface_hub import EvalResult, HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load
-from tiny import ROOT, box_mask, picture, run, seeded, tiny_pipe
+from tiny import ROOT, box_mask, lie_like_sd15_inpainting, picture, run, seeded, tiny_pipe
 
 from pipeline_vton import ADAPTER_NAME, StableDiffusionVTONPipeline, adapter_parameters
 
@@ -77,9 +77,17 @@ class FreshProcess:
         return np.load(self.folder / f"{name}.npy")
 
 
+def tiny_base(**settings):
+    """Of weights that fp16 holds, as a base's that the Hub has in half precision."""
+    pipe = tiny_pipe(9, text=True, **settings)
+    for component in (pipe.unet, pipe.vae, pipe.text_encoder):
+        component.half().float()
+    return pipe
+
+
 def trained_pipe(seed=11, **settings):
     """A try-on pipeline on the tiny base, with other attention weights than the base's, as a training saves them."""
-    pipe = tiny_pipe(9, text=True, base_model=BASE, guidance_scale=2.0, **settings)
+    pipe = tiny_base(base_model=BASE, guidance_scale=2.0, **settings)
     generator = seeded(seed)
     with torch.no_grad():
         for parameter in adapter_parameters(pipe.unet, "self_attention", widened=False).values():
@@ -95,11 +103,12 @@ def card_code(hub, repo):
 @pytest.fixture(scope="module")
 def published(hub, tmp_path_factory):
     """The base, a pipeline in two versions, a private one and an adapter on the Hub; the pictures that they must make."""
-    base = tiny_pipe(9, text=True)
+    base = tiny_base()
     folder = tmp_path_factory.mktemp("base")
     StableDiffusionInpaintPipeline(
         base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler, None, None, requires_safety_checker=False
     ).save_pretrained(folder)  # fmt: skip
+    lie_like_sd15_inpainting(folder)
     hub.put(BASE, folder)
     first, second = trained_pipe(), trained_pipe(12)
     first.push_to_hub("me/vton", token=ME, commit_message="The first")
@@ -223,7 +232,7 @@ def test_an_adapter_is_published_in_half_precision_where_that_loses_nothing(hub,
 
 
 def test_adapters_of_a_private_repository_need_its_token(hub, published, tmp_path):
-    pipe = tiny_pipe(9, text=True)
+    pipe = tiny_base()
     pipe.load_vton_adapter("me/private", token=ME)
     assert (run(pipe) == published["first"]).all()
     with pytest.raises(OSError, match="(?s)me/private.*401.*Invalid credentials in Authorization header"):
@@ -250,7 +259,7 @@ def test_an_adapter_that_is_not_there_is_one_clear_error(hub, published, where, 
 
 def test_an_adapter_by_revision(hub, published):
     for revision, version in (("first", "first"), ("main", "second"), (None, "second")):
-        pipe = tiny_pipe(9, text=True)
+        pipe = tiny_base()
         pipe.load_vton_adapter("me/vton", revision=revision)
         assert (run(pipe) == published[version]).all()
 
@@ -269,7 +278,7 @@ def test_a_pull_request_leaves_main_as_it_is(hub, published):
     before = hub.files("me/vton")
     trained_pipe(17).push_to_hub("me/vton", token=ME, create_pr=True)
     assert hub.files("me/vton") == before
-    pipe = tiny_pipe(9, text=True)
+    pipe = tiny_base()
     pipe.load_vton_adapter("me/vton", revision="refs/pr/1")
     assert (run(pipe) == run(trained_pipe(17))).all()
 
@@ -308,7 +317,7 @@ def test_an_upload_that_fails_leaves_the_repository_as_it_was_and_can_be_repeate
         hub.refuse_uploads = False
     assert hub.files("me/broken") == before
     pipe.push_to_hub("me/broken", token=ME)
-    other = tiny_pipe(9, text=True)
+    other = tiny_base()
     other.load_vton_adapter("me/broken", force_download=True)
     assert (run(other) == run(pipe)).all()
 

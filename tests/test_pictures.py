@@ -309,6 +309,14 @@ def cloths_of(persons, cloths):
     return [as_floats(cloth) for cloth in seen]
 
 
+@pytest.mark.parametrize("size", [(3000, 1), (1, 3000)])
+def test_a_cloth_of_which_no_line_would_be_left_is_refused(size):
+    rule = rf"`cloth_image` of {size[1]}x{size[0]} \(height x width\) is too thin to be seen at 40x24"
+    with pytest.raises(ValueError, match=rule):
+        run(tiny_pipe(9), cloth=picture(2).resize(size))
+    assert np.isfinite(run(tiny_pipe(9), cloth=picture(2).resize((40, 1)))).all()
+
+
 def test_a_cloth_has_its_persons_colours():
     values = as_tensors(picture(2), "cloth")[0].numpy()
     (linear,) = cloths_of(with_profile(picture(1), LINEAR), picture(2))

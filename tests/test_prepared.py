@@ -5,6 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from test_pictures import LINEAR
 from tiny import box_mask, picture, run, seeded, tiny_parser, tiny_pipe
 
@@ -64,6 +65,21 @@ def test_a_batch_of_prepared_ones_is_a_batch():
         run(pipe, persons[0], cloths, num_images_per_prompt=2),
         atol=STEP,
     )
+
+
+def test_what_was_prepared_outlives_a_second_execution_of_the_file(tmp_path):
+    """As whoever loads a `custom_pipeline` twice causes: the first pipeline's code then has the second's classes."""
+    tiny_pipe(9).save_pretrained(tmp_path)
+    first = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    person, cloth = prepared(first)
+    alone = call(first, person, cloth)
+    second = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    for pipe in (first, second):
+        assert (call(pipe, person, cloth) == alone).all()
+    with pytest.raises(
+        TypeError, match="`cloth_image` must be pictures, or PreparedCloths alone, got PreparedPerson too"
+    ):
+        call(second, person, person)
 
 
 def test_a_prepared_call_neither_encodes_nor_reads_again():

@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from tiny import ROOT, run, tiny_pipe
+from tiny import ROOT, lie_like_sd15_inpainting, run, tiny_pipe
 
-from pipeline_vton import ADAPTER_NAME, StableDiffusionVTONPipeline
+from pipeline_vton import ADAPTER_NAME, StableDiffusionVTONPipeline, load_pipeline
 
 
 class Shop(StableDiffusionVTONPipeline):
@@ -130,6 +130,23 @@ def test_pickled_weights_are_refused_by_whatever_way_they_are_asked_for(tmp_path
     with pytest.raises(ValueError, match="`safe_serialization` must be True: .*, got False"):
         tiny_pipe(9).save_pretrained(tmp_path / "out", False)
     assert not list(tmp_path.iterdir())
+
+
+def test_of_a_base_with_pickles_the_safetensors_in_half_precision_are_loaded(tmp_path):
+    """SD1.5-inpainting's repository is so; `train_vton.py` loads the same way."""
+    base = tiny_pipe(9, text=True)
+    base.save_pretrained(tmp_path)
+    lie_like_sd15_inpainting(tmp_path)
+    for pickled in tmp_path.glob("*/*.bin"):
+        pickled.write_bytes(b"never opened")
+    loaded = load_pipeline(tmp_path, dtype=torch.float32, device="cpu")
+    for name in ("unet", "vae", "text_encoder"):
+        expected = getattr(base, name).half().state_dict()
+        assert all(torch.equal(w, expected[key].float()) for key, w in getattr(loaded, name).state_dict().items())
+    for file in tmp_path.glob("unet/*.safetensors"):
+        file.unlink()
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model.safetensors found"):
+        load_pipeline(tmp_path, device="cpu")
 
 
 def test_what_was_loaded_from_a_folder_does_not_tell_which(tmp_path):

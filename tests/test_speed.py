@@ -73,6 +73,14 @@ def test_what_is_compiled_are_whole_graphs_that_later_calls_find_again(how):
     assert found["graphs"] > 0 and found["graphs of later calls"] == 0 and found["graph breaks"] == 0
 
 
+@pytest.mark.parametrize("how", speed.COMPILED)
+def test_what_is_compiled_draws_the_same(how):
+    pipe = tiny_pipe(9)
+    plain = run(pipe)
+    getattr(pipe.unet, speed.COMPILED[how])(fullgraph=True, backend="eager")
+    assert (run(pipe) == plain).all()
+
+
 def test_a_gpu_is_accepted_by_checks_that_also_run_here(tmp_path, capsys):
     line = ["--device", "cpu", "--tiny", "--rounds", "1", "--output_dir", str(tmp_path)]
     accept_gpu.main(

@@ -166,6 +166,8 @@ CHANGES = {
     "set_adapters": lambda pipe, folder: pipe.set_adapters("worn", 0.1),
     "disable_lora": lambda pipe, folder: pipe.disable_lora(),
     "enable_lora": lambda pipe, folder: pipe.enable_lora(),
+    "fuse_lora": lambda pipe, folder: pipe.fuse_lora(lora_scale=3.0),
+    "unfuse_lora": lambda pipe, folder: pipe.unfuse_lora(),
     "fast": lambda pipe, folder: pipe.fast(),
 }
 
@@ -180,10 +182,12 @@ def test_an_adapter_is_loaded_and_unloaded_between_the_calls_of_other_threads(ch
         other.save_vton_adapter(tmp_path)
     if change == "unload_vton_adapter":
         pipe.load_vton_adapter(tmp_path)
-    if change in {"delete_adapters", "set_adapters", "disable_lora", "enable_lora"}:
+    if change in {"delete_adapters", "set_adapters", "disable_lora", "enable_lora", "fuse_lora", "unfuse_lora"}:
         pipe.load_lora_weights(tmp_path, adapter_name="worn")
     if change == "enable_lora":
         pipe.disable_lora()
+    if change == "unfuse_lora":
+        pipe.fuse_lora()
     expected, changes = run(pipe), []
 
     def switch(pipe, step, t, tensors):
@@ -195,7 +199,20 @@ def test_an_adapter_is_loaded_and_unloaded_between_the_calls_of_other_threads(ch
     with ThreadPoolExecutor(1) as threads:
         assert (run(pipe, callback_on_step_end=switch) == expected).all()
         changes[0].result(timeout=60)
-    assert abs(run(pipe) - expected).max() > 0.01
+    if change != "unfuse_lora":  # which leaves the LoRA at work
+        assert abs(run(pipe) - expected).max() > 0.01
+
+
+def test_a_callback_does_not_change_the_model_of_its_own_call(tmp_path):
+    pipe = tiny_pipe(9)
+    tiny_pipe(9, seed=5).save_vton_adapter(tmp_path)
+    before = run(pipe)
+    for change in ("load_vton_adapter", "fast"):
+        with pytest.raises(RuntimeError, match=f"must not call {change}, which would change the model"):
+            run(pipe, callback_on_step_end=lambda pipe, *_, change=CHANGES[change]: change(pipe, tmp_path))
+    assert (run(pipe) == before).all()
+    pipe.load_vton_adapter(tmp_path)
+    assert (run(pipe) != before).any()
 
 
 def test_without_a_unet_there_is_no_call_to_wait_for():

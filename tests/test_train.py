@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_pictures import LINEAR
-from tiny import ROOT, box_mask, picture, run, seeded, tiny_pipe
+from tiny import ROOT, box_mask, lie_like_sd15_inpainting, picture, run, seeded, tiny_pipe
 from torch.utils.data import DataLoader
 
 import train_vton
@@ -177,6 +177,33 @@ def same_end(one: Path, other: Path) -> bool:
     """Whether two runs published the same adapter and left the same weights behind, bit for bit."""
     files = (ADAPTER_NAME, f"checkpoint-8/{ADAPTER_NAME}")
     return all(equal(load_file(one / file), load_file(other / file)) for file in files)
+
+
+# ----------------------------------------------------------------------------------------------------------- the base
+
+
+def test_a_base_of_pickles_and_half_precision_is_trained_from_its_safetensors(bases, data, tmp_path):
+    """As SD1.5-inpainting's repository is."""
+    base = shutil.copytree(bases[9], tmp_path / "base")
+    lie_like_sd15_inpainting(base)
+    for pickled in base.glob("*/*.bin"):
+        pickled.write_bytes(b"never opened")
+    trainer, usual = (
+        trainer_of(folder, data, tmp_path / "out", cross_attention="prompt") for folder in (base, bases[9])
+    )
+    for name in ("unet", "vae", "text_encoder"):
+        expected = getattr(usual, name).half().float().state_dict()
+        assert equal(getattr(trainer, name).state_dict(), expected)
+
+
+def test_a_compiled_run_equals_a_plain_one(bases, data, tmp_path, monkeypatch):
+    """By a backend that needs no C++ compiler."""
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: whole(model, **options | {"backend": "aot_eager"}))
+    for name, compiled in (("plain", None), ("compiled", True)):
+        main(parse_args(flags(bases[9], data, tmp_path / name, torch_compile=compiled)))
+    plain, compiled = (load_file(tmp_path / name / ADAPTER_NAME) for name in ("plain", "compiled"))
+    assert equal(plain, compiled)
 
 
 # ------------------------------------------------------------------------------------------------------ interruptions

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import ExifTags, Image, ImageOps
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -54,6 +55,16 @@ def tiny_pipe(in_channels: int = 9, seed: int = 0, text: bool = False, **setting
     pipe = StableDiffusionVTONPipeline(vae.eval(), unet.eval(), scheduler, **components, **settings)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def lie_like_sd15_inpainting(folder: Path) -> None:
+    """Turn a base's folder into what the Hub has of SD1.5-inpainting: of full precision pickles alone, safetensors in fp16."""
+    for file in folder.glob("*/*model.safetensors"):
+        weights = load_file(file)
+        halves = {name: weight.half() if weight.is_floating_point() else weight for name, weight in weights.items()}
+        save_file(halves, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+        torch.save(weights, file.with_name("pytorch_model.bin" if file.stem == "model" else f"{file.stem}.bin"))
+        file.unlink()
 
 
 def tiny_text() -> tuple[CLIPTextModel, CLIPTokenizer]:
