@@ -167,8 +167,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how it is measured").add_argument
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default all; lpips, fid and kid need torchvision and weights")  # fmt: skip
-    add("--eval_height", type=int, help="size at which truth and result are compared (default: the working height)")
-    add("--eval_width", type=int, help="default: from --eval_height, at the persons' aspect")
+    add(
+        "--eval_height",
+        type=int,
+        help="with --eval_width, the size at which truth and result are compared (default: the working size)",
+    )
+    add("--eval_width", type=int, help="with --eval_height, at the persons' aspect")
     add("--lpips_net", choices=("squeeze", "alex", "vgg"), default="squeeze", help="LPIPS' backbone (default squeeze, as CatVTON and Leffa have it)")  # fmt: skip
     add("--lpips_weights", type=Path, help="the backbone's weights, torchvision's file (default: downloaded)")
     add("--fid_mode", choices=("clean", "legacy"), default="clean", help="clean-fid's resize (default), or TensorFlow's of 2015")  # fmt: skip

@@ -260,7 +260,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cloth_dropout", type=SHARE, default=0.1, help="share of rows that see no cloth, for guidance (default 0.1)")
     add("--guidance_scale", type=NOT_NEGATIVE, help="recommended in the adapter (default: the best of seven, tried at the end on 16 test persons, else 7.5)")  # fmt: skip
     add("--guidance_distillation", type=POSITIVE, metavar="W", help="learn what the weights that the run begins from see with guidance W, arXiv:2210.03142: half the work of a call (default off)")  # fmt: skip
-    add("--perceptual_loss", choices=("latent", "lpips"), help="add what the VAE's decoder (LPL, arXiv:2411.04873) or LPIPS (needs torchvision, and downloads VGG) sees of the error in the mask (default off)")  # fmt: skip
+    add("--perceptual_loss", choices=("latent", "lpips"), help="add what the VAE's decoder (LPL, arXiv:2411.04873) or LPIPS (needs torchvision and torchmetrics, and downloads VGG) sees of the error in the mask (default off)")  # fmt: skip
     add("--perceptual_weight", type=POSITIVE, default=1.0, help="its weight (default 1)")
     add("--perceptual_max_timestep", type=COUNT, default=500, help="the noisiest timestep that it looks at (default 500)")  # fmt: skip
     add("--adversarial_weight", type=POSITIVE, help="add what a discriminator of noised latents holds against the predicted ones, as LADD, arXiv:2403.12015; untried at SD1.5's size, on the demo 1 was tried (default off)")  # fmt: skip

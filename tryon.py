@@ -363,7 +363,7 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a file for one pair, else a folder: PERSON__CLOTH.EXT, with --one_each PERSON.EXT",
     )
-    add("--one_each", action="store_true", help="name results after their persons, in one cloth each: of --pairs, else one that is drawn and has another name; this is what --mask_free trains on")  # fmt: skip
+    add("--one_each", action="store_true", help="name results after their persons, in one cloth each: of --pairs, else one that is drawn and has another name; what `train_vton.py --mask_free` trains on")  # fmt: skip
     add("--mask", type=Path, metavar="PATH", help="white where to repaint: a file, or a folder with the persons' names (default: drawn by the human parser, or none if the adapter is mask-free)")  # fmt: skip
     add("--pose", type=Path, metavar="PATH", help="skeletons or the like, for an adapter that reads poses: a file, or a folder with the persons' names")  # fmt: skip
     add("--overwrite", action="store_true", help="make results anew that are there already")
