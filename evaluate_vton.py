@@ -778,12 +778,13 @@ class Predictions:
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.folder, self.both = args.pred_dir, args.setting == "both"
+        self.suffixes: set[str] = set()
 
     def working_size(self, person: Image.Image) -> tuple[int, int]:
         return person.height, person.width
 
     def describe(self, size: tuple[int, int]) -> dict[str, Any]:
-        return {"model": str(self.folder)}
+        return {"model": str(self.folder), "files": ", ".join(sorted(self.suffixes))}
 
     def look_for(self, line: Line) -> Path | None:
         names = self.names(line)
@@ -824,6 +825,9 @@ class Predictions:
             raise ValueError(
                 f"--pred_dir: its folders hold {len(held)} pictures, {belong} of them of the list's {len(lines)} lines"
             )
+        self.suffixes = {file.suffix for file in found.values()}
+        if lossy := sorted(self.suffixes & {".jpg", ".jpeg"}):
+            logger.warning("--pred_dir: what %s lost of the pictures is measured with them", " and ".join(lossy))
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring

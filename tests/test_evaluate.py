@@ -455,6 +455,7 @@ def test_a_perfect_prediction(own_tree, tmp_path):
     report = evaluate(tmp_path / "lossy_out", own_tree, pred_dir=lossy, setting="unpaired", metrics=["ssim", "psnr"])
     assert figure(report, "unpaired", "bare", "ssim")["value"] < 0.999
     assert figure(report, "unpaired", "bare", "psnr")["value"] < 45
+    assert report["made"]["files"] == ".jpg"
 
 
 def test_predictions_are_pasted_as_ours(finished, tree, tmp_path):
