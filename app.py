@@ -141,14 +141,15 @@ def check_pixels(picture: Image.Image, what: str) -> None:
         raise in_words(f"The picture of the {what} has {size} pixels, the limit is {MAX_PIXELS:,} in all.")
 
 
-def read_editor(editor: dict | None) -> tuple[Image.Image | None, Image.Image | None]:
-    """Person and painted mask of an ImageEditor's value; None where there is none.
+def read_editor(editor: dict | None) -> tuple[Image.Image, Image.Image | None]:
+    """Person and painted mask of an ImageEditor's value; None where nothing is painted.
 
     The mask is where the layers' alpha is, in the person's size, whatever size the layers have.
     """
     person = editor and editor["background"]
     if person is None or person.size == EMPTY_CANVAS:  # which a cleared editor sends
-        return None, None
+        raise in_words("There is no picture of the person yet.")
+    check_pixels(person, "person")
     painted = np.zeros((person.height, person.width), bool)
     for layer in editor["layers"]:
         painted |= (
@@ -556,9 +557,6 @@ class Page:
             return
         try:
             person, mask = read_editor(editor)
-            if person is None:
-                raise in_words("There is no picture of the person yet.")
-            check_pixels(person, "person")
             settings = Settings(cloth_type, looseness, steps, guidance_scale, seed, height or None)
             yield {self.progress: status("Reading the pictures", 0, steps)}
             before, before_file = shown(person), None
@@ -590,9 +588,6 @@ class Page:
     def page_mask(self, editor, cloth_type, looseness) -> tuple[Any, str]:
         try:
             person, _ = read_editor(editor)
-            if person is None:
-                raise in_words("There is no picture of the person yet.")
-            check_pixels(person, "person")
             mask = self.studio.predict_mask(person, cloth_type, looseness)
             filled = save_editor(person, mask, self.cache)
             return filled, status("This is the mask: paint or erase, then try the cloth on.")
@@ -764,12 +759,16 @@ def write_space(folder: Path) -> None:
         for name in SPACE_FILES:
             source, target = ROOT / name, space / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+            if source.is_dir():
+                shutil.copytree(source, target)
+            else:
+                shutil.copy(source, target)
         needed = (ROOT / "requirements.txt").read_text(encoding="utf-8")
         needed = needed.replace("torch>=2.6", "torch>=2.8,<2.12")  # all that ZeroGPU has
         (space / "requirements.txt").write_text(needed, encoding="utf-8")
         (space / "README.md").write_text(SPACE_CARD.format(gradio=gr.__version__), encoding="utf-8")
-        folder.rmdir() if folder.exists() else None
+        if folder.exists():
+            folder.rmdir()
         space.rename(folder)
 
 

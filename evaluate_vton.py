@@ -21,7 +21,6 @@ import argparse
 import hashlib
 import importlib
 import importlib.metadata
-import io
 import json
 import logging
 import math
@@ -62,24 +61,28 @@ from pipeline_vton import (
     is_scheduler,
     load_pipeline,
     resize,
+    whole_file,
 )
 from train_vton import (
+    COUNT,
     DRESS_CODE_FOLDERS,
+    POSITIVE_COUNT,
     RowPairs,
     TreePairs,
     check_sizes,
     cloth_roles,
+    column_of,
     fingerprint,
     in_persons_colours,
     is_cloth,
     load_rows,
     open_picture,
+    write_text,
 )
 
 
-os.environ.setdefault(
-    "MKL_CBWR", "AUTO"
-)  # else MKL rounds otherwise where several processes compute, and a byte flips
+# else MKL rounds otherwise where several processes compute, and a byte flips
+os.environ.setdefault("MKL_CBWR", "AUTO")
 logger = get_logger("evaluate_vton")
 SETTINGS = ("paired", "unpaired")
 METRICS = ("ssim", "psnr", "lpips", "fid", "kid")
@@ -126,12 +129,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--setting", choices=(*SETTINGS, "both"), default="both", help="own cloths, other cloths, or both (default)")
     add("--category", choices=(*DRESS_CODE_FOLDERS, "all"), default="all", help="of DressCode's layout (default all, pooled and each)")  # fmt: skip
     add("--list", type=Path, help="a frozen list, OUTPUT_DIR/list.txt of another run, in place of the tree's own")
-    add("--num_samples", type=int, help="the first lines of every list and category (default all)")
+    add("--num_samples", type=POSITIVE_COUNT, help="the first lines of every list and category (default all)")
     add("--human_parser", help="the parser for --masks parser: a Hub repository or a folder (default: the pipeline's own)")  # fmt: skip
     add(
         "--looseness", choices=LOOSENESS, default="loose", help="of --masks parser, as in predict_mask (default loose)"
     )
-    add("--num_cloths", type=int, default=1, help="of an adapter that was trained on outfits: cloths in the folders or columns cloth_2, ... too (default 1)")  # fmt: skip
+    add("--num_cloths", type=POSITIVE_COUNT, default=1, help="of an adapter that was trained on outfits: cloths in the folders or columns cloth_2, ... too (default 1)")  # fmt: skip
     add("--cloth_type", choices=tuple(CLOTH_TYPES.values()), default="upper", help="what --masks parser repaints where no category says (default upper)")  # fmt: skip
     add("--masks", choices=("files", "parser", "none"), help="read, drawn by the pipeline's human parser, or none (default files; mask-free: none)")  # fmt: skip
     add("--train_root", type=Path, help="the training set's tree: test persons that are in it fail the run")
@@ -147,9 +150,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter_subfolder", help="where in there, such as CatVTON's mix-48k-1024/attention")
     add("--pred_dir", type=Path, help="or pictures that another model made: [SETTING/][CATEGORY/]PERSON__CLOTH.png or PERSON.png")  # fmt: skip
     add("--pred_composited", action="store_true", help="they are the photographs outside the masks, which is checked (default: pasted into them here)")  # fmt: skip
-    add("--height", type=int, help="to work at (default: the adapter's, at the persons' aspect)")
-    add("--width", type=int, help="to work at (default: the adapter's, at the persons' aspect)")
-    add("--num_inference_steps", type=int, help=f"denoising steps (default 50; with --fast {FAST_STEPS})")
+    add("--height", type=POSITIVE_COUNT, help="to work at (default: the adapter's, at the persons' aspect)")
+    add("--width", type=POSITIVE_COUNT, help="to work at (default: the adapter's, at the persons' aspect)")
+    add("--num_inference_steps", type=POSITIVE_COUNT, help=f"denoising steps (default 50; with --fast {FAST_STEPS})")
     add(
         "--fast",
         action="store_true",
@@ -159,9 +162,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", help="a scheduler class of diffusers (default: the pipeline's own)")
     add("--eta", type=float, help="for DDIM (default: the pipeline's own)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU, else float32")
-    add("--batch_size", type=int, default=4, help="pictures read, and written, side by side (default 4); the UNet sees one at a time, since batches round otherwise")  # fmt: skip
-    add("--seed", type=int, default=0, help="with a line's name it seeds the line's noise (default 0)")
-    add("--seeds", type=int, default=1, help="how often everything is tried on, with seeds from --seed on (default 1)")
+    add("--batch_size", type=POSITIVE_COUNT, default=4, help="pictures read, and written, side by side (default 4); the UNet sees one at a time, since batches round otherwise")  # fmt: skip
+    add("--seed", type=COUNT, default=0, help="with a line's name it seeds the line's noise (default 0)")
+    add(
+        "--seeds",
+        type=POSITIVE_COUNT,
+        default=1,
+        help="how often everything is tried on, with seeds from --seed on (default 1)",
+    )
 
 
 def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,10 +177,10 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default all; lpips, fid and kid need torchvision and weights")  # fmt: skip
     add(
         "--eval_height",
-        type=int,
+        type=POSITIVE_COUNT,
         help="with --eval_width, the size at which truth and result are compared (default: the working size)",
     )
-    add("--eval_width", type=int, help="with --eval_height, at the persons' aspect")
+    add("--eval_width", type=POSITIVE_COUNT, help="with --eval_height, at the persons' aspect")
     add("--lpips_net", choices=("squeeze", "alex", "vgg"), default="squeeze", help="LPIPS' backbone (default squeeze, as CatVTON and Leffa have it)")  # fmt: skip
     add("--lpips_weights", type=Path, help="the backbone's weights, torchvision's file (default: downloaded)")
     add("--fid_mode", choices=("clean", "legacy"), default="clean", help="clean-fid's resize (default), or TensorFlow's of 2015")  # fmt: skip
@@ -188,10 +196,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         if len(args.compare) < 2:
             parser.error(f"--compare needs at least two reports, got {len(args.compare)}")
         return
-    for name in ("batch_size", "seeds", "num_cloths", "num_inference_steps", "num_samples", "height", "width", "eval_height", "eval_width"):  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name} must be positive, got {value}")
     if args.output_dir is None:
         parser.error("--output_dir must be given")
     for one, other in (("dataset_root", "dataset_name"), ("model", "pred_dir")):
@@ -205,8 +209,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--list must be a file, and goes with --dataset_root, got {args.list} and {args.dataset_root}")
     if args.train_root is not None and args.dataset_root is None:
         parser.error(f"--train_root goes with --dataset_root, whose files it is compared with, got {args.train_root}")
-    if args.seed < 0:
-        parser.error(f"--seed must be 0 or more, got {args.seed}")
     if args.drop_duplicates and args.train_root is None:
         parser.error("--drop_duplicates needs --train_root")
     if args.scheduler is not None and not is_scheduler(args.scheduler):
@@ -552,7 +554,7 @@ class RowSource:
         args = self.args
         roles = ["person", *cloth_roles(self.num_cloths)] + ["mask"] * self.masked + ["pose"] * self.posed
         conditioned = ["condition"] * (self.conditioned and args.setting != "unpaired")
-        columns = {role: getattr(args, f"{role}_column", role) for role in roles + conditioned}
+        columns = {role: column_of(args, role) for role in roles + conditioned}
         rows = load_rows(args, args.split, columns)
         rows = StreamedRows(rows, args.num_samples, 2 * args.batch_size) if args.streaming else rows
         self.pairs = RowPairs(rows, columns, "row")
@@ -657,15 +659,8 @@ def write_list(file: Path, lines: list[Line], taken: Path | None = None) -> str:
         raise ValueError(
             f"--list {taken} would be overwritten with {len(lines)} of its lines: take another --output_dir"
         )
-    write_whole(file, text.encode())
+    write_text(file, text)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Under a temporary name first, so that what has the name is whole."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
 
 
 def perceptual_hash(file: Path) -> np.ndarray:
@@ -811,9 +806,8 @@ class Predictions:
 
     def check(self, lines: list[Line], source: Any) -> None:
         """One picture a line, none beside them, which may be of another list, and none of the dataset's own."""
-        found = {
-            line: file for line in lines if (file := self.look_for(line)) is not None
-        }  # a missing one fails its line
+        # a missing one fails its line
+        found = {line: file for line in lines if (file := self.look_for(line)) is not None}
         for line, file in found.items():
             for role, other in source.files(line).items():
                 if file.samefile(other):
@@ -839,9 +833,8 @@ class Row:
 
     index: int  # of the line
     seed: int
-    values: dict[
-        tuple[str, str, str], tuple[float, float]
-    ]  # by compositing, region and metric: numerator and denominator
+    # by compositing, region and metric: numerator and denominator
+    values: dict[tuple[str, str, str], tuple[float, float]]
     features: dict[str, np.ndarray]  # Inception's, (d,), by compositing; and the real person's
     digests: dict[str, str]  # of truth and mask
     masked: float | None  # share of the picture
@@ -928,9 +921,9 @@ class Scorer:
             everywhere = Image.new("L", truth.size, 255)
             masks = [(mask or everywhere).resize(each.size, Image.Resampling.NEAREST) for each in (result, truth)]
             seen, true = self.recognizer([result, truth], masks)
-            for name in sorted(seen.keys() & attributes.keys() if attributes else seen):
-                right = seen[name] == (attributes or true)[name]
-                values["picture", f"recognition of {name}"] = float(right), 1.0
+            expected = attributes or true
+            for name in sorted(seen.keys() & expected.keys()):
+                values["picture", f"recognition of {name}"] = float(seen[name] == expected[name]), 1.0
         return values
 
     def to_size(self, picture: Image.Image, what: str) -> Tensor:
@@ -947,12 +940,11 @@ class Scorer:
 
 def save_picture(file: Path, picture: Image.Image, seconds: float | None = None) -> None:
     """Without loss, and under a temporary name first; the seconds that it took go with it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text, content = PngInfo(), io.BytesIO()
+    text = PngInfo()
     if seconds is not None:
         text.add_text("seconds", f"{seconds:.3f}")
-    picture.save(content, format="PNG", pnginfo=text)
-    write_whole(file, content.getvalue())
+    with whole_file(file) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=text)
 
 
 def read_seconds(file: Path) -> float:
@@ -1062,10 +1054,11 @@ def set_figures(setting: str, group: str, rows: list[Row], lines: list[Line], se
 # ---------------------------------------------------------------------------------------------------------- the report
 
 
-def label(metric: str, protocol: dict[str, Any]) -> str:
-    """A metric as tables name it: never LPIPS without its backbone, never FID without its resize."""
+def label(metric: str, region: str, protocol: dict[str, Any]) -> str:
+    """A measure as tables name it: never LPIPS without its backbone, never FID without its resize."""
     named = {"lpips": f"LPIPS ({protocol['lpips_net']})", "fid": f"FID ({protocol['fid_mode']})", "kid": "KID × 1000"}
-    return named.get(metric, metric.upper() if metric in METRICS else metric)
+    name = named.get(metric, metric.upper() if metric in METRICS else metric)
+    return f"{name} in the mask" if region == "mask" else name
 
 
 def number(value: float, metric: str) -> str:
@@ -1092,8 +1085,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def measure_name(figure: Figure, protocol: dict[str, Any]) -> str:
-    where = " in the mask" if figure.region == "mask" else ""
-    return f"{label(figure.metric, protocol)}{where} {ARROWS.get(figure.metric.split()[0], '')}"
+    return f"{label(figure.metric, figure.region, protocol)} {ARROWS.get(figure.metric.split()[0], '')}"
 
 
 def figure_tables(found: list[Figure], protocol: dict[str, Any]) -> Iterator[str]:
@@ -1139,8 +1131,8 @@ def write_report(folder: Path, report: dict[str, Any], found: list[Figure], pict
     for title in ("protocol", "made", "cost", "versions"):
         parts.append(f"## {title.capitalize()}\n")
         parts.append(table(["", ""], [[name, str(value)] for name, value in report[title].items()]))
-    write_whole(folder / "report.md", "\n".join(parts).encode())
-    write_whole(folder / "report.json", f"{text}\n".encode())
+    write_text(folder / "report.md", "\n".join(parts))
+    write_text(folder / "report.json", f"{text}\n")
 
 
 def write_lines(file: Path, rows: list[Row], lines: list[Line]) -> None:
@@ -1149,7 +1141,7 @@ def write_lines(file: Path, rows: list[Row], lines: list[Line]) -> None:
     for row in rows:
         values = {" ".join(key): value for key, value in row.values.items()}
         texts.append(json.dumps({"line": str(lines[row.index]), "seed": row.seed} | values) + "\n")
-    write_whole(file, "".join(texts).encode())
+    write_text(file, "".join(texts))
 
 
 def without_infinities(value: Any) -> Any:
@@ -1203,8 +1195,7 @@ def plot_distributions(
     for (setting, compositing, region, metric), by_line in values.items():
         finite = [value for value in by_line.values() if math.isfinite(value)]
         if finite and metric in METRICS:
-            where = " in the mask" if region == "mask" else ""
-            frames[f"{label(metric, protocol)}{where}, {setting}"][compositing] = finite
+            frames[f"{label(metric, region, protocol)}, {setting}"][compositing] = finite
     if not frames:
         return
     columns = min(3, len(frames))
@@ -1224,9 +1215,8 @@ def plot_distributions(
         axes.tick_params(labelsize=8)
         axes.locator_params(nbins=5)
         axes.legend(fontsize=7)
-    temporary = file.with_name(f".{file.name}")
-    sheet.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, file)
+    with whole_file(file) as temporary:
+        sheet.savefig(temporary, format="png", dpi=120)
 
 
 def compare(files: Sequence[Path]) -> str:
@@ -1429,7 +1419,8 @@ class Evaluation:
         person, mask = pictures["person"], pictures.get("mask")
         truth = person if line.setting == "paired" else pictures.get("truth")
         values, features, seconds = {}, {}, None
-        check_truth(pictures, *((person, "person") if truth is None else (truth,)))
+        reference, name = (person, "person") if truth is None else (truth, "truth")
+        check_truth(pictures, reference, name)
         for compositing in self.compositings:
             file = self.file(seed, line, compositing)
             result = read_result(file, person)
@@ -1448,7 +1439,7 @@ class Evaluation:
                 features[compositing] = self.scorer.features(result, "result")
         if self.scorer.inception is not None and seed == self.seeds[0]:
             features["real"] = self.scorer.features(person, "person")
-        compared = {"truth": truth or person, "mask": mask}  # without a truth, with the persons' distribution
+        compared = {"truth": reference, "mask": mask}  # without a truth, with the persons' distribution
         digests = {name: digest_of(picture) for name, picture in compared.items() if picture}
         share = None if mask is None else float((np.asarray(mask) >= 128).mean())
         return Row(index, seed, values, features, digests, share, seconds)
@@ -1501,7 +1492,7 @@ class Evaluation:
             differing = [name for name in described | before if described.get(name) != before.get(name)]
             shown = ", ".join(f"{name} was {before.get(name)} and is {described.get(name)}" for name in differing)
             raise ValueError(f"--output_dir {self.args.output_dir} holds pictures of another run: {shown}")
-        write_whole(file, json.dumps(described).encode())
+        write_text(file, json.dumps(described))
 
     def groups(self) -> dict[str, list[int]]:
         """Indices of lines: all, and by category and by the levels of the factors that a tree writes."""
@@ -1574,12 +1565,9 @@ class Evaluation:
                 if where != setting or compositing != self.compositings[0] or metric not in METRICS:
                     continue
                 ordered = sorted(by_line, key=lambda index: by_line[index], reverse=ARROWS[metric] == "↑")
-                for rank, index in (
-                    ("best", ordered[0]),
-                    ("median", ordered[len(ordered) // 2]),
-                    ("worst", ordered[-1]),
-                ):
-                    name = label(metric, protocol) + (" in the mask" if region == "mask" else "")
+                name = label(metric, region, protocol)
+                for rank, place in (("best", 0), ("median", len(ordered) // 2), ("worst", -1)):
+                    index = ordered[place]
                     rows.append((f"{rank}\n{name}\n{number(by_line[index], metric)}", self.shown(self.lines[index])))
             if rows:
                 sheet = contact_sheet(("person", "cloth", "mask", "result", "truth"), rows)

@@ -43,7 +43,6 @@ from diffusers import (
     SchedulerMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
-    UniPCMultistepScheduler,
     __version__,
 )
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
@@ -77,9 +76,8 @@ from transformers import (
 )
 
 
-PictureInput = (
-    Image.Image | np.ndarray | torch.Tensor | list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
-)  # one picture, a batch, or a list
+# One picture, a batch, or a list.
+PictureInput = Image.Image | np.ndarray | torch.Tensor | list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
 
 # The parts of a parameter's name that make it trainable; None takes every parameter.
 TRAINABLE_PARTS = {
@@ -88,12 +86,11 @@ TRAINABLE_PARTS = {
     "attention_norms": {"attn1", "attn2", "norm", "norm1", "norm2", "norm3", "conv_norm_out"},
     "all": None,
 }
+CANVAS_DIMS = {"height": 2, "width": 3}  # where a canvas puts the cloth: below the person, beside
 ADAPTER_NAME = "vton_adapter.safetensors"
 ADAPTER_FORMAT, ADAPTER_FORMAT_VERSION = "vton-adapter", "1"
-LORA_NAME, LORA_SETTINGS = (
-    "pytorch_lora_weights.safetensors",
-    "vton_adapter",
-)  # diffusers' own; our entry in its metadata
+LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own
+LORA_SETTINGS = "vton_adapter"  # our entry in its metadata
 
 # What human parsers call what they see: ATR's labels (mattmdjaga/segformer_b2_clothes), those of fashn-ai/fashn-human-parser and
 # of yolo12138/segformer-b2-human-parse-24, LIP's and CIHP's. Case aside, and with "-" for "_" and " ".
@@ -224,9 +221,8 @@ def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
                 raise ValueError(
                     f"`{name}` must be a black and white mask, got a picture of which {coloured:.1%} is coloured"
                 )
-            mask = torch.tensordot(torch.tensor([0.299, 0.587, 0.114]), mask, 1)[
-                None
-            ]  # luma (ITU-R 601), as PIL's "L"
+            luma = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601, as PIL's "L"
+            mask = torch.tensordot(luma, mask, 1)[None]
         mask = mask[:1]
         # the luma of one half is one half, rounding aside; bytes stay bytes: a photograph's mask has millions
         low, half, high = (25, 128, 230) if mask.dtype == torch.uint8 else (0.1, 0.5 - 1e-6, 0.9)
@@ -252,7 +248,7 @@ def as_image(picture: Image.Image, name: str) -> Image.Image:
     seen = _opened(picture, name, "white")
     (profile,) = colour_profiles(picture)
     if not isinstance(seen, Image.Image):
-        return as_pil(_as_tensor(seen, name, "white"), profile)
+        return as_pil(as_tensors(seen, name)[0], profile)
     image = seen if seen.mode == "RGB" else seen.convert("RGB")
     image.info = {} if profile is None else {"icc_profile": profile}
     return image
@@ -330,14 +326,9 @@ def as_outfits(cloths: Any) -> tuple[Any, int]:
     return [cloth for outfit in cloths for cloth in outfit], counts[0]
 
 
-def _as_tensor(picture: Image.Image | np.ndarray | torch.Tensor, name: str, background: str) -> torch.Tensor:
-    """One picture as (3, H, W) in [0, 1]; what is transparent shows the background."""
-    return as_floats(_as_picture(picture, name, background))
-
-
 def _as_picture(picture: Image.Image | np.ndarray | torch.Tensor, name: str, background: str) -> torch.Tensor:
     """One picture as (3, H, W), uint8 or floats in [0, 1], with no memory of the caller's."""
-    picture = _as_array(picture, name, background) if isinstance(picture, Image.Image) else picture
+    picture = np.asarray(_opened(picture, name, background)) if isinstance(picture, Image.Image) else picture
     if isinstance(picture, np.ndarray):
         if picture.dtype not in (bool, np.uint8) and picture.dtype.kind != "f":
             raise TypeError(f"`{name}` must be uint8 (0-255) or floating point (0-1), got {picture.dtype}")
@@ -369,11 +360,6 @@ def _as_picture(picture: Image.Image | np.ndarray | torch.Tensor, name: str, bac
         low, high = picture.min().item(), picture.max().item()
         raise ValueError(f"`{name}` must have finite values from 0 to 1, got values from {low:g} to {high:g}")
     return picture.clamp(0, 1).expand(3, -1, -1)
-
-
-def _as_array(picture: Image.Image, name: str, background: str) -> np.ndarray:
-    """A PIL image as (H, W, 3) or (H, W), uint8 or floats in [0, 1]; what is transparent shows the background."""
-    return np.asarray(_opened(picture, name, background))
 
 
 def exif_turn(picture: Image.Image) -> Image.Transpose | None:
@@ -467,7 +453,7 @@ def convert_profile(picture: torch.Tensor, before: bytes | None, after: bytes | 
     ]
     intent = {"renderingIntent": ImageCms.Intent.RELATIVE_COLORIMETRIC}
     converted = _change_profile(as_pil(picture), *profiles, "person_image` or `cloth_image", **intent)
-    return _as_tensor(converted, "image", "white")
+    return as_tensors(converted, "image")[0]
 
 
 def as_pil(picture: torch.Tensor, profile: bytes | None = None) -> Image.Image:
@@ -483,7 +469,7 @@ def resize(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(3, h, w) in [0, 1] to (3, height, width), by PIL's LANCZOS; the same tensor where the size is right."""
     if picture.shape[1:] == (height, width):
         return picture
-    return _as_tensor(as_pil(picture).resize((width, height), Image.Resampling.LANCZOS), "image", "white")
+    return as_tensors(as_pil(picture).resize((width, height), Image.Resampling.LANCZOS), "image")[0]
 
 
 def _cut(picture: torch.Tensor, region: tuple[int, int, int, int]) -> torch.Tensor:
@@ -534,38 +520,38 @@ def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
     window = slice(max(0, top - width), bottom + width), slice(max(0, left - width), right + width)
     alpha = (mask > 0).to(torch.uint8).mul_(255)
     inside = alpha[(..., *window)].clone()
-    soft, left = alpha[(..., *window)], inside > 0  # `left`: still hard
+    soft, hard = alpha[(..., *window)], inside > 0
     radii = sorted({width >> halvings for halvings in range(width.bit_length())}, reverse=True)
     for radius in radii:  # the finer ones are needed in a few places, and cost the most
-        for part, around in _blocks(left[0], radius, whole=radius == radii[0]):
+        for part, around in _blocks(hard[0], radius, whole=radius == radii[0]):
             thick, seam = _seam(inside[(..., *around)], radius)
             inner = tuple(slice(p.start - a.start, p.stop - a.start) for p, a in zip(part, around))
-            chosen = thick[(..., *inner)] & left[(..., *part)]
+            chosen = thick[(..., *inner)] & hard[(..., *part)]
             soft[(..., *part)] = torch.where(chosen, seam[(..., *inner)], soft[(..., *part)])
-            left[(..., *part)] &= ~chosen
+            hard[(..., *part)] &= ~chosen
     return alpha
 
 
-def _blocks(left: torch.Tensor, radius: int, whole: bool) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
-    """The parts of a mask (H, W) where something is left, and so much around each of them as `_seam` looks at, both starting at
+def _blocks(hard: torch.Tensor, radius: int, whole: bool) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """The parts of a mask (H, W) where something is hard, and so much around each of them as `_seam` looks at, both starting at
     multiples of the radius; or all of it.
     """
-    if not left.numpy().any():
+    if not hard.numpy().any():
         return
-    side, reach = (max(left.shape) if whole else 64 * radius), 18 * radius
-    first, last, leftmost, rightmost = extent(left)
+    side, reach = (max(hard.shape) if whole else 64 * radius), 18 * radius
+    first, last, leftmost, rightmost = extent(hard)
     for top in range(first // side * side, last, side):
         for start in range(leftmost // side * side, rightmost, side):
-            part = (slice(top, min(top + side, left.shape[0])), slice(start, min(start + side, left.shape[1])))
-            if left[part].numpy().any():
-                up, down, leftward, rightward = extent(left[part])  # of which the most may be done
+            part = (slice(top, min(top + side, hard.shape[0])), slice(start, min(start + side, hard.shape[1])))
+            if hard[part].numpy().any():
+                up, down, leftward, rightward = extent(hard[part])  # of which the most may be done
                 part = (
                     slice(top + up // radius * radius, top + down),
                     slice(start + leftward // radius * radius, start + rightward),
                 )
                 around = tuple(
                     slice(max(0, one.start - reach), min(one.stop + reach, size))
-                    for one, size in zip(part, left.shape)
+                    for one, size in zip(part, hard.shape)
                 )
                 yield part, around
 
@@ -602,20 +588,19 @@ def composite_result(
     window = (slice(top + part[0], top + part[1]), slice(left + part[2], left + part[3]))
     alpha = feather(mask, max(bottom - top, right - left) // 128)[(..., *window)]
     if person.dtype == torch.uint8:  # PIL mixes bytes a pixel at a time, with no float of any
-        laid, image = as_pil(person), image if isinstance(image, Image.Image) else as_pil(image)
-        laid.paste(image, (window[1].start, window[0].start), as_pil(alpha))
-        return _as_picture(laid, "image", "white")
-    image = _as_tensor(image, "image", "white") if isinstance(image, Image.Image) else as_floats(image)
+        laid = as_pil(person)
+        laid.paste(as_pil(image), (window[1].start, window[0].start), as_pil(alpha))
+        return as_pictures(laid, "image")[0]
     result = person.clone()
-    result[(..., *window)] = torch.lerp(person[(..., *window)], image, alpha / 255)
+    result[(..., *window)] = torch.lerp(person[(..., *window)], as_floats(image), alpha / 255)
     return result
 
 
 def enlarged_part(
     picture: torch.Tensor, height: int, width: int, part: tuple[int, int, int, int]
-) -> tuple[tuple[int, int, int, int], torch.Tensor | Image.Image]:
-    """What `resize` makes of a picture, where only a part (top, bottom, left, right) of it is needed: which part came out; and that,
-    a PIL image where it was resized.
+) -> tuple[tuple[int, int, int, int], torch.Tensor]:
+    """What `resize` makes of a picture, where only a part (top, bottom, left, right) of it is needed: which part came out,
+    and that: uint8 where it was resized.
 
     It is a little larger than the part, as far as LANCZOS reaches, so that its edges change nothing in there.
     """
@@ -629,7 +614,8 @@ def enlarged_part(
     if picture.shape[1:] == (height, width):
         return (top, bottom, left, right), picture[:, top:bottom, left:right]
     size, corners = (right - left, bottom - top), (box[1][0], box[0][0], box[1][1], box[0][1])
-    return (top, bottom, left, right), as_pil(picture).resize(size, Image.Resampling.LANCZOS, box=corners)
+    resized = as_pil(picture).resize(size, Image.Resampling.LANCZOS, box=corners)
+    return (top, bottom, left, right), as_pictures(resized, "image")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- the mask
@@ -794,29 +780,28 @@ class VTONMaskMixin:
             ValueError: it is no Segformer with a trained head, or its labels are unknown. Nothing has changed then.
             OSError: there is no such file.
         """
-        source, options = (
-            str(pretrained_model_name_or_path),
-            {
-                "revision": revision,
-                "token": token,
-                "cache_dir": cache_dir,
-                "force_download": force_download,
-                "local_files_only": local_files_only,
-            },
-        )
-        config = AutoConfig.from_pretrained(source, subfolder=subfolder, **options)
+        source = str(pretrained_model_name_or_path)
+        options = {
+            "subfolder": subfolder,
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+        }
+        config = AutoConfig.from_pretrained(source, **options)
         if config.model_type != "segformer":
             raise ValueError(f"load_human_parser: {source} must be a Segformer, got a {config.model_type}")
         parser_roles(config.id2label)
         parser, report = SegformerForSemanticSegmentation.from_pretrained(
-            source, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
         if report["missing_keys"]:
             raise ValueError(
                 f"load_human_parser: {source} is no trained parser, {len(report['missing_keys'])} of its weights are missing "
                 f"({sorted(report['missing_keys'])[0]})"
             )
-        processor = AutoImageProcessor.from_pretrained(source, subfolder=subfolder, **options)
+        processor = AutoImageProcessor.from_pretrained(source, **options)
         device = self._execution_device
         self.register_modules(human_parser=parser.to(device), human_parser_processor=processor)
 
@@ -867,9 +852,8 @@ class VTONMaskMixin:
         spare = min(image.size) // (2 * max(filter(None, sides)))  # averaged first, a large photograph costs a tenth
         image = image.reduce(spare) if spare > 1 else image
         pixels = self.human_parser_processor(images=image, return_tensors="pt")["pixel_values"]
-        logits = parser(
-            pixel_values=pixels.to(device, parser.dtype)
-        ).logits.float()  # (1, labels, a quarter of the input)
+        # (1, labels, a quarter of the input)
+        logits = parser(pixel_values=pixels.to(device, parser.dtype)).logits.float()
         scale = min(1, max(pixels.shape[-2:]) / max(person.shape[1:]))
         size = [max(1, round(length * scale)) for length in person.shape[1:]]
         return F.interpolate(logits, size=size, mode="bilinear")[0].argmax(dim=0).cpu()
@@ -899,29 +883,6 @@ class TryOnLatents:
     canvas_dim: int = 2  # where a canvas puts the cloth: 2 below the person, 3 beside
     num_cloths: int = 1  # of a person
     cloth_worn: torch.Tensor | None = None  # (C,), 0 where a person has fewer cloths, in training; None: all are worn
-
-    @classmethod
-    def encode(
-        cls,
-        vae: AutoencoderKL,
-        person: torch.Tensor,
-        mask: torch.Tensor,
-        cloth: torch.Tensor,
-        *,
-        channels: int,
-        pose: torch.Tensor | None = None,
-        mask_free: bool = False,
-        condition_latents: str = "scaled",
-        dtype: torch.dtype | None = None,
-    ) -> "TryOnLatents":
-        """Encode person, pose (B, 3, H, W) and cloth (C, 3, H, W) in [-1, 1] and the binary mask (B, 1, H, W)."""
-        return cls(
-            **cls.encode_person(
-                vae, person, mask, pose, mask_free=mask_free, condition_latents=condition_latents, dtype=dtype
-            ),
-            **cls.encode_cloth(vae, cloth, condition_latents=condition_latents, dtype=dtype),
-            channels=channels,
-        )
 
     @staticmethod
     def encode_person(
@@ -1034,12 +995,11 @@ class ClothCacheAttnProcessor(ClothAttnProcessor):
     instance lasts for one call of the pipeline.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_cloths: int = 1) -> None:
         self.cloth: tuple[torch.Tensor, torch.Tensor] | None = None  # of 1 or N persons, (P, tokens, heads, head_dim)
-        self.beside: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # `[person ; cloth]`, (B, n + tokens, heads, head_dim)
-        )
-        self.num_cloths = 1  # of a person
+        # `[person ; cloth]`, (B, n + tokens, heads, head_dim)
+        self.beside: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.num_cloths = num_cloths
 
     def keep(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keys and values of cloths, (P * num_cloths, N, heads, head_dim)."""
@@ -1123,28 +1083,14 @@ class ClothBesideAttnProcessor(ClothAttnProcessor):
 class SkipAttnProcessor:
     """`attn2` that adds nothing, whatever it is given."""
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, **unused: Any) -> torch.Tensor:
         return hidden_states.new_zeros(())  # to be added
 
 
-class IdentityAttnProcessor(SkipAttnProcessor):
+class IdentityAttnProcessor:
     """`attn2` that returns its input, so that the block adds norm2(h): what CatVTON's weights were trained with."""
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, **unused: Any) -> torch.Tensor:
         return hidden_states
 
 
@@ -1223,7 +1169,10 @@ def in_turn(call: Callable) -> Callable:
 
 
 def between_calls(change: Callable) -> Callable:
-    """Let what changes a UNet's weights, or the scheduler, wait for the calls of other threads on it; not in a call's callback."""
+    """Let what changes a UNet's weights, or the scheduler, wait for the calls of other threads on it; not in a call's callback.
+
+    Which layers of settings are in force may change with it: their scheduler follows.
+    """
 
     @functools.wraps(change)
     def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
@@ -1234,7 +1183,9 @@ def between_calls(change: Callable) -> Callable:
                     f"a callback of a running call must not call {change.__name__}, which would change the model in the middle of "
                     "a picture"
                 )
-            return change(self, *args, **kwargs)
+            returned = change(self, *args, **kwargs)
+            self._follow_scheduler()
+            return returned
 
     return waiting
 
@@ -1472,17 +1423,23 @@ def read_adapter(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Adap
     return weights, AdapterSettings.from_metadata(metadata, file)
 
 
-def write_adapter(file: str | os.PathLike, weights: dict[str, torch.Tensor], settings: AdapterSettings) -> None:
-    """Write weights and settings to a temporary name, then rename: never half a file."""
-    file = Path(file)
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A temporary name beside `file`, whose folder is made, to write to; renamed at the end: never half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
-        save_file(weights, temporary, settings.metadata())
+        yield temporary
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_adapter(file: str | os.PathLike, weights: dict[str, torch.Tensor], settings: AdapterSettings) -> None:
+    """Write weights and settings, never half a file."""
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    with whole_file(Path(file)) as temporary:
+        save_file(weights, temporary, settings.metadata())
 
 
 CATVTON_KEY = re.compile(r"(\d+)\.(to_[qkv]\.weight|to_out\.0\.weight|to_out\.0\.bias)")
@@ -1699,13 +1656,12 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         if stack["adapter"] is not None:
             self.unload_vton_adapter()
         conv_in = widen_conv_in(self.unet) if self.unet.config.in_channels == 4 else None
-        parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
+        parameters = self._adapter_parameters(settings)
         before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
         stack["adapter"] = self._new_layer(settings) | {"weights": before, "conv_in": conv_in}
-        self._follow_scheduler()
         meant = hub_repository(settings.base_model)
         base = hub_repository(self._said["base"].get("base_model")) or hub_repository(self.name_or_path)
         if meant is not None and base is not None and meant != base:
@@ -1733,7 +1689,6 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self.unet.conv_in = adapter["conv_in"].to(self.unet.conv_in.weight)  # its device and dtype
             self.unet.register_to_config(in_channels=4)
         self._stack["adapter"] = None
-        self._follow_scheduler()
 
     def save_vton_adapter(self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings.
@@ -1749,7 +1704,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         self._write_adapter(Path(save_directory), dtype, self._settings(loras=False))
 
     def _write_adapter(self, folder: Path, dtype: torch.dtype | None, settings: AdapterSettings) -> None:
-        parameters = self._adapter_parameters()
+        parameters = self._adapter_parameters(settings)
         if any(parameter.element_size() == 1 for parameter in parameters.values()):
             raise ValueError(
                 "the UNet keeps its weights in float8, to which the adapter's are rounded: save it before enable_layerwise_casting"
@@ -1757,9 +1712,8 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
         write_adapter(folder / ADAPTER_NAME, weights, settings)
 
-    def _adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What an adapter of this UNet holds, LoRAs aside."""
-        settings = self._settings(loras=False)
+    def _adapter_parameters(self, settings: AdapterSettings) -> dict[str, torch.nn.Parameter]:
+        """What an adapter with these settings holds of this UNet."""
         return adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
 
     @between_calls
@@ -1788,7 +1742,6 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             self._stack["loras"].pop(name, None)
             if brought is not None:
                 self._stack["loras"][name] = self._new_layer(brought)
-        self._follow_scheduler()
 
     @between_calls
     def unload_lora_weights(self) -> None:
@@ -1796,7 +1749,6 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         self._keep_fused(set(self._stack["loras"]))
         super().unload_lora_weights()
         self._stack["loras"].clear()
-        self._follow_scheduler()
 
     @between_calls
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
@@ -1806,35 +1758,13 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         super().delete_adapters(adapter_names)
         for name in names:
             self._stack["loras"].pop(name, None)
-        self._follow_scheduler()
 
-    @between_calls
-    def set_adapters(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers sets the active LoRAs; their settings and scheduler follow."""
-        super().set_adapters(*args, **kwargs)
-        self._follow_scheduler()
-
-    @between_calls
-    def enable_lora(self) -> None:
-        """As diffusers enables LoRAs; their settings and scheduler follow."""
-        super().enable_lora()
-        self._follow_scheduler()
-
-    @between_calls
-    def disable_lora(self) -> None:
-        """As diffusers disables LoRAs; the settings and the scheduler below them follow."""
-        super().disable_lora()
-        self._follow_scheduler()
-
-    @between_calls
-    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers fuses LoRAs."""
-        super().fuse_lora(*args, **kwargs)
-
-    @between_calls
-    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers takes fused LoRAs out again."""
-        super().unfuse_lora(*args, **kwargs)
+    # As diffusers has them; settings and scheduler follow.
+    set_adapters = between_calls(StableDiffusionLoraLoaderMixin.set_adapters)
+    enable_lora = between_calls(StableDiffusionLoraLoaderMixin.enable_lora)
+    disable_lora = between_calls(StableDiffusionLoraLoaderMixin.disable_lora)
+    fuse_lora = between_calls(StableDiffusionLoraLoaderMixin.fuse_lora)
+    unfuse_lora = between_calls(StableDiffusionLoraLoaderMixin.unfuse_lora)
 
     def _keep_fused(self, names: set[str]) -> None:
         """Of LoRAs that are about to go: those that are merged become the base's for good, and an adapter under them too."""
@@ -1917,7 +1847,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 f"the adapter {file} is for a base with {settings.base_in_channels} input channels "
                 f"(base_model={settings.base_model!r}), this UNet has {self.config.base_in_channels}"
             )
-        parameters = adapter_parameters(self.unet, settings.trainable, settings.base_in_channels == 4)
+        parameters = self._adapter_parameters(settings)
         missing, unexpected = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
         if missing or unexpected:
             example = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
@@ -2029,7 +1959,10 @@ def written_whole(directory: str | os.PathLike) -> Iterator[Path]:
         stale = {file for pattern in replaced_weights(whole) for file in directory.glob(pattern)}
         places = {file: directory / file.relative_to(whole) for file in sorted(whole.rglob("*"))}
         for file, place in places.items():
-            place.mkdir(exist_ok=True) if file.is_dir() else os.replace(file, place)
+            if file.is_dir():
+                place.mkdir(exist_ok=True)
+            else:
+                os.replace(file, place)
         for file in stale.difference(places.values()):
             file.unlink()
 
@@ -2148,7 +2081,10 @@ class VTONHubMixin:
         Returns:
             The commit's address.
         """
-        self._refuse_changed_unet() if adapter_only else self._refuse_lora_layers()
+        if adapter_only:
+            self._refuse_changed_unet()
+        else:
+            self._refuse_lora_layers()
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as directory:
             folder = Path(directory)
@@ -2206,7 +2142,7 @@ class VTONHubMixin:
 
     def _lossless_dtype(self) -> torch.dtype | None:
         """float16 where that changes no weight (trainers write so), else None: the UNet's own."""
-        parameters = self._adapter_parameters().values()
+        parameters = self._adapter_parameters(self._settings(loras=False)).values()
         return torch.float16 if all(torch.equal(p, p.half().to(p.dtype)) for p in parameters) else None
 
     def _published_settings(self) -> AdapterSettings:
@@ -2462,17 +2398,20 @@ def refuse_sdxl_text(unet: UNet2DConditionModel, cross_attention: str) -> None:
         )
 
 
+def overflows(vae: AutoencoderKL, unet: UNet2DConditionModel) -> bool:
+    """Whether it is SDXL's own VAE in float16, as `force_upcast` in its config says: true by default, and of sense beside
+    SDXL's UNets alone.
+    """
+    return vae.dtype == torch.float16 and vae.config.force_upcast and is_sdxl(unet)
+
+
 @contextmanager
 def within_range(vae: AutoencoderKL, unet: UNet2DConditionModel) -> Iterator[None]:
-    """The VAE in float32 for as long as the context lasts, where it is SDXL's own in float16, which overflows there.
-
-    `force_upcast` in a VAE's config says so; it is true by default, and means something beside SDXL's UNets alone.
-    """
-    before = vae.dtype
-    upcast = before == torch.float16 and vae.config.force_upcast and is_sdxl(unet)
-    if not upcast:
+    """The VAE in float32 for as long as the context lasts, where it overflows."""
+    if not overflows(vae, unet):
         yield
         return
+    before = vae.dtype
     vae.to(torch.float32)
     try:
         yield
@@ -2596,9 +2535,8 @@ class PreparedCloth:
     height: int
     width: int
     latents: dict[str, torch.Tensor]  # cloth and cloth_condition, (1, 4, h, w)
-    keys_values: (
-        list[tuple[torch.Tensor, torch.Tensor]] | None
-    )  # of every attn1, (1, heads, N, head_dim); None: read anew
+    # of every attn1, (1, N, heads, head_dim); None: read anew
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None
     made_with: tuple
 
 
@@ -2820,16 +2758,16 @@ class VTONInputsMixin:
             raise ValueError(
                 f"`person_image` has pictures for {sorted(sizes)} (height, width): give `height` and `width`, or call once a size"
             )
-        asked, (height, width) = (height, width), sizes.pop()
+        (size,) = sizes
+        wanted = (height or size[0], width or size[1])
         for name, prepared in (("person_image", people or []), ("cloth_image", pieces or [])):
             for one in prepared:
-                wanted = (asked[0] or height, asked[1] or width)
                 if (one.height, one.width) != wanted:
                     raise ValueError(
                         f"`{name}` was prepared for {one.height}x{one.width} (height x width), this call works at "
                         f"{wanted[0]}x{wanted[1]}"
                     )
-        return height, width
+        return size
 
     def _check_noise(
         self,
@@ -2845,7 +2783,7 @@ class VTONInputsMixin:
             height // self.vae_scale_factor, width // self.vae_scale_factor,
         ]  # fmt: skip
         if self.config.cloth_conditioning == "joint":
-            shape[2 if self.config.canvas_axis == "height" else 3] *= 2
+            shape[CANVAS_DIMS[self.config.canvas_axis]] *= 2
         if latents is not None:
             check_tensor(latents, "latents")
         if latents is not None and list(latents.shape) != shape:
@@ -3156,7 +3094,7 @@ class StableDiffusionVTONPipeline(
         check_sampling(
             self.scheduler.config.num_train_timesteps, guidance_scale=1.0, num_inference_steps=num_inference_steps
         )
-        self.scheduler = UniPCMultistepScheduler.from_config(self.scheduler.config)
+        self.scheduler = scheduler_like(self.scheduler, "UniPCMultistepScheduler")
         return {"num_inference_steps": int(num_inference_steps), "guidance_interval": (0.0, FAST_GUIDED)}
 
     # ---- the way through the model
@@ -3179,7 +3117,7 @@ class StableDiffusionVTONPipeline(
             **(_joined(persons) if persons else self._encode_persons(inputs)),
             **cloth,
             channels=self.unet.config.in_channels,
-            canvas_dim=2 if self.config.canvas_axis == "height" else 3,
+            canvas_dim=CANVAS_DIMS[self.config.canvas_axis],
             num_cloths=inputs.num_cloths,
         )
 
@@ -3246,8 +3184,6 @@ class StableDiffusionVTONPipeline(
         They lie ready for the conditioning's persons then; a conditioning of none only reads.
         """
         num_cloths = conditioning.num_cloths
-        for processor in processors:
-            processor.num_cloths = num_cloths
         if prepared and prepared[0].keys_values and not self.cross_attention_kwargs:
             for processor, of_layer in zip(processors, zip(*(cloth.keys_values for cloth in prepared))):
                 processor.keep(*(torch.cat(parts) for parts in zip(*of_layer)))
@@ -3484,7 +3420,7 @@ class StableDiffusionVTONPipeline(
         latents = self.prepare_latents(inputs.noise_shape, latents, generator)
 
         # 5. UNet: read the cloth once, then denoise
-        processor = ClothCacheAttnProcessor if reference else None
+        processor = functools.partial(ClothCacheAttnProcessor, inputs.num_cloths) if reference else None
         with (
             vton_attention(self.unet, processor, self.config.cross_attention) as processors,
             self.progress_bar(total=len(timesteps)) as progress_bar,
@@ -3585,10 +3521,9 @@ def load_pipeline(
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     pipe = from_safetensors(StableDiffusionVTONPipeline.from_pretrained, model, dtype=dtype, **options).to(device)
     if adapter is not None:
-        place = Path(adapter, adapter_subfolder or "")
-        lora = is_lora(place)
-        below = {} if adapter_subfolder is None else {"subfolder": adapter_subfolder}
-        (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(adapter, **below)
+        lora = is_lora(Path(adapter, adapter_subfolder or ""))
+        load = pipe.load_lora_weights if lora else pipe.load_vton_adapter
+        load(adapter, subfolder=adapter_subfolder)
     elif pipe.load_config(model, **options).get("_class_name") != StableDiffusionVTONPipeline.__name__:
         warnings.warn(f"{model} is a base that has learnt no try-on, and no adapter was given", stacklevel=2)
     if human_parser is not None:

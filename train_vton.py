@@ -83,6 +83,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipeline_vton import (
     ADAPTER_NAME,
+    CANVAS_DIMS,
     EXIF_TURNS,
     LORA_NAME,
     LORA_SETTINGS,
@@ -111,13 +112,14 @@ from pipeline_vton import (
     grow,
     hub_repository,
     is_lora,
-    is_sdxl,
+    overflows,
     read_adapter,
     read_safetensors,
     refuse_sdxl_text,
     same_aspect,
     table_cell,
     vton_attention,
+    whole_file,
     widen_conv_in,
     write_adapter,
 )
@@ -205,7 +207,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     check_args(parser, args)
     if args.init_adapter is None:
         for name, default in ADAPTER_FLAGS.items():
-            setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+            if getattr(args, name) is None:
+                setattr(args, name, default)
         check_settings(args, parser.error)
     if args.cache_latents is True:
         args.cache_latents = args.output_dir / "latents"
@@ -613,9 +616,8 @@ class TreePairs:
         self.dress_code = bool(folders)
         self.pose_folder = pose_folder or ("skeletons" if self.dress_code else self.POSES)
         self.pairs: list[tuple[str, str, dict[str, Path]]] = []  # name, list and line, files
-        self.learnt: dict[
-            tuple[str, str], list[int]
-        ] = {}  # role and file: bytes, nanosecond of writing, width, height
+        # role and file: bytes, nanosecond of writing, width, height
+        self.learnt: dict[tuple[str, str], list[int]] = {}
         if checked or (index is not None and index.is_file()):
             self.read_index(index)
         if checked:
@@ -820,10 +822,7 @@ class OutfitPairs(TreePairs):
             raise ValueError(f"{where}: names {len(cloths)} cloths, and --num_cloths is {len(roles)}")
         files = {role: inside(self.root, cloth) for role, cloth in zip(roles, cloths)}
         files["person"] = inside(self.root, person)
-        for role, folder in (
-            ("mask", "agnostic-mask"),
-            ("pose", self.pose_folder),
-        ):
+        for role, folder in (("mask", "agnostic-mask"), ("pose", self.pose_folder)):
             beside = re.sub(r"(^|/)person/", rf"\1annotations/{folder}/", person, count=1)
             files[role] = inside(self.root, str(Path(beside).with_suffix(".png")))
         if "condition" in self.roles:  # as tryon.py --one_each writes it
@@ -842,10 +841,8 @@ def inside(root: Path, *parts: str) -> Path:
 
 def write_text(file: Path, text: str) -> None:
     """All of a text or none of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    with whole_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @dataclass(eq=False)
@@ -1019,9 +1016,8 @@ class LatentCache(PairDataset):
             batches = DataLoader(part, collate_fn=collate, **loading)
             encoded = [encode(batch) for batch in map(to_values, batches)]
             tensors = {name: torch.cat([batch[name].cpu() for batch in encoded]).contiguous() for name in encoded[0]}
-            temporary = self.shard(start).with_suffix(f".{os.getpid()}")
-            save_file(tensors, temporary)
-            os.replace(temporary, self.shard(start))
+            with whole_file(self.shard(start)) as temporary:
+                save_file(tensors, temporary)
         logger.info("wrote %d of %d shards of latents in %.0f s", len(missing), len(starts), time.time() - started)
         accelerator.wait_for_everyone()
 
@@ -1540,7 +1536,7 @@ class Trainer:
         if self.args.vae_name_or_path is not None:
             subfolder, place = None, {"pretrained_model_name_or_path": self.args.vae_name_or_path, "revision": None}
         vae = self.load(AutoencoderKL, subfolder, **place)
-        if vae.dtype == torch.float16 and vae.config.force_upcast and is_sdxl(self.unet):
+        if overflows(vae, self.unet):
             vae = self.load(AutoencoderKL, subfolder, **place, dtype=torch.float32)
         return vae
 
@@ -1596,9 +1592,7 @@ class Trainer:
     @torch.no_grad()
     def embed(self, texts: list[str]) -> Tensor:
         """Texts to embeddings (B, 77, 768)."""
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return self.text_encoder(tokens.input_ids.to(self.accelerator.device))[0]
+        return self.pipe.encode_prompt(texts, self.accelerator.device, 1, False)[0]
 
     def load_settings(self) -> None:
         """The size, and the settings that travel with the adapter."""
@@ -1777,19 +1771,19 @@ class Trainer:
         read = {role for role in self.roles if role == "cloth" or not is_cloth(role)} | {"mask"}
         pictures = {name: batch[name].to(device, non_blocking=True) for name in read}
         shown = pictures["condition" if self.args.mask_free else "person"], pictures["mask"]
-        settings = {name: getattr(self.settings, name) for name in ("mask_free", "condition_latents")}
-        settings["dtype"] = torch.float32
-        options = {"pose": pictures.get("pose"), "channels": self.unet.config.in_channels} | settings
+        settings = {"condition_latents": self.settings.condition_latents, "dtype": torch.float32}
+        encode_person = partial(
+            TryOnLatents.encode_person, self.vae, *shown, mask_free=self.args.mask_free, **settings
+        )
         cloths = pictures["cloth"].flatten(0, -4)  # (C, 3, H, W)
-        conditioning = TryOnLatents.encode(self.vae, *shown, cloths, **options)
+        encoded = encode_person(pictures.get("pose")) | TryOnLatents.encode_cloth(self.vae, cloths, **settings)
         posterior = self.vae.encode(pictures["person"].to(self.vae.dtype)).latent_dist
-        encoded = {name: getattr(conditioning, name) for name in LATENTS}
         encoded |= {"mean": posterior.mean, "std": posterior.std}
         if self.args.num_cloths > 1:  # a row for every pair, for the cache
             outfits = {name: encoded[name].unflatten(0, (-1, self.args.num_cloths)) for name in CLOTH_LATENTS}
             encoded |= outfits | {"worn": batch["worn"]}
         if unposed:
-            encoded["unposed"] = TryOnLatents.encode_person(self.vae, *shown, **settings)["person"]
+            encoded["unposed"] = encode_person()["person"]
         return encoded
 
     def latents(self, batch: dict[str, Any], pose_seen: Tensor | None = None) -> tuple[TryOnLatents, Tensor, Tensor]:
@@ -1808,7 +1802,7 @@ class Trainer:
         if self.args.num_cloths > 1:
             encoded |= {name: encoded[name].flatten(0, 1) for name in CLOTH_LATENTS}
             encoded["cloth_worn"] = encoded.pop("worn").flatten()
-        canvas_dim = 2 if self.settings.canvas_axis == "height" else 3
+        canvas_dim = CANVAS_DIMS[self.settings.canvas_axis]
         settings = {"channels": self.unet.config.in_channels, "canvas_dim": canvas_dim}
         return TryOnLatents(**encoded, **settings, num_cloths=self.args.num_cloths), mean, std
 
@@ -2169,8 +2163,7 @@ class Validation:
             conditioning, mean, _ = trainer.latents(batch)
             wrong, *_ = trainer.latents(batch | {name: cloths[rows] for name, cloths in others.items()})
             mean = mean.float() * trainer.vae.config.scaling_factor
-            drawn = draw(batch["seed"].tolist(), mean.shape[1:])
-            drawn = {name: noise.to(mean.device) for name, noise in drawn.items()}
+            drawn = draw(batch["seed"].tolist(), mean.shape[1:], mean.device)
             seen = torch.ones(len(mean), device=mean.device)
             cloths = (("none", conditioning, 0 * seen), ("right", conditioning, seen), ("wrong", wrong, seen))
             for t, (name, shown, visible) in itertools.product(PROBED_TIMESTEPS, cloths):
@@ -2500,12 +2493,15 @@ def left_behind(args: argparse.Namespace) -> list[Path]:
     resumed, checkpoints = args.resume_from_checkpoint, finished_checkpoints(args.output_dir)
     if resumed == "latest":
         return []
-    if resumed is not None and Path(resumed).resolve() in [path.resolve() for path in checkpoints]:
-        return checkpoints[[path.resolve() for path in checkpoints].index(Path(resumed).resolve()) + 1 :]
-    others = (ADAPTER_NAME, LORA_NAME, "training_args.json")
-    found = checkpoints + [args.output_dir / name for name in others if (args.output_dir / name).exists()]
-    reports = [args.output_dir / name for name in ("validation", "logs") if (args.output_dir / name).exists()]
-    return found + reports if found else []
+    places = [path.resolve() for path in checkpoints]
+    if resumed is not None and Path(resumed).resolve() in places:
+        return checkpoints[places.index(Path(resumed).resolve()) + 1 :]
+
+    def there(*names: str) -> list[Path]:
+        return [args.output_dir / name for name in names if (args.output_dir / name).exists()]
+
+    found = checkpoints + there(ADAPTER_NAME, LORA_NAME, "training_args.json")
+    return found + there("validation", "logs") if found else []
 
 
 def check_output_dir(args: argparse.Namespace) -> None:

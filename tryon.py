@@ -19,15 +19,15 @@ named at the end, the exit status is then 1, and all else is done. Without --mod
 
 import argparse
 import itertools
-import os
 import re
 import sys
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,8 +47,9 @@ from pipeline_vton import (
     is_scheduler,
     load_pipeline,
     upright,
+    whole_file,
 )
-from train_vton import read_list
+from train_vton import COUNT, POSITIVE_COUNT, read_list
 
 
 DEMO_MODEL = Path(__file__).resolve().parent / "demo" / "model"
@@ -171,17 +172,12 @@ def is_drawn(person: Image.Image) -> bool:
 
 
 def save_picture(picture: Image.Image, file: Path) -> None:
-    """Write a temporary file, then rename it: never half a picture. The colour profile goes along."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write a picture, never half of it. The colour profile goes along."""
     kind = Image.registered_extensions()[file.suffix.lower()]
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     profile = picture.info.get("icc_profile")
     options = WRITTEN[file.suffix.lower()] | ({} if profile is None else {"icc_profile": profile})
-    try:
+    with whole_file(file) as temporary:
         picture.save(temporary, format=kind, **options)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def contact_sheet(pairs: list[Pair]) -> Image.Image:
@@ -215,53 +211,51 @@ class TryOn:
         self.sampling = pipe.fast(**steps) if args.fast else steps
         if args.batch_size > 1:
             pipe.vae.enable_slicing()  # a decoder's activations are larger than all that a batch else needs
-        self.persons: OrderedDict[tuple, PreparedPerson] = OrderedDict()
-        self.cloths: OrderedDict[tuple, PreparedCloth] = OrderedDict()
+        self.person = lru_cache(1)(self.prepare_person)
+        self.cloth = lru_cache(CLOTHS_KEPT)(self.prepare_cloth)
         self.failures: dict[str, None] = {}  # sentences, in order and once each
         self.bad: set[tuple] = set()  # persons with masks, and cloths with the colour profiles that they were to have
 
-    def person(self, pair: Pair) -> PreparedPerson:
-        if (pair.person, pair.mask) not in self.persons:
-            picture = open_picture(pair.person)
-            if pair.mask is not None:
-                mask = open_picture(pair.mask)
-            elif self.pipe.human_parser is None or self.pipe.config.mask_free:
-                mask = None
-            else:
-                mask = self.pipe.predict_mask(picture, self.args.cloth_type, self.args.looseness)
-            options = {} if pair.pose is None else {"pose_image": open_picture(pair.pose)}
-            prepared = self.pipe.prepare_person(
-                picture, mask, self.args.cloth_type, self.args.height, self.args.width, **options
-            )
-            keep(self.persons, (pair.person, pair.mask), prepared, 1)
-        return self.persons[pair.person, pair.mask]
+    def prepare_person(self, file: Path, mask: Path | None, pose: Path | None) -> PreparedPerson:
+        args, picture = self.args, open_picture(file)
+        if mask is not None:
+            drawn = open_picture(mask)
+        elif self.pipe.human_parser is None or self.pipe.config.mask_free:
+            drawn = None
+        else:
+            drawn = self.pipe.predict_mask(picture, args.cloth_type, args.looseness)
+        options = {} if pose is None else {"pose_image": open_picture(pose)}
+        return self.pipe.prepare_person(picture, drawn, args.cloth_type, args.height, args.width, **options)
 
-    def cloth(self, pair: Pair, person: PreparedPerson) -> PreparedCloth:
-        key = (pair.cloth, person.height, person.width, person.profile)
-        if key not in self.cloths:
-            prepared = self.pipe.prepare_cloth(open_picture(pair.cloth), *key[1:])
-            keep(self.cloths, key, prepared, CLOTHS_KEPT)
-        return self.cloths[key]
+    def prepare_cloth(self, file: Path, height: int, width: int, profile: bytes | None) -> PreparedCloth:
+        return self.pipe.prepare_cloth(open_picture(file), height, width, profile)
+
+    def attempt(self, key: tuple, prepare: Callable, *arguments: Any) -> Any:
+        """What `prepare` makes; None where it cannot, which is named once by the file that the `key` begins with."""
+        if key in self.bad:
+            return None
+        try:
+            return prepare(*arguments)
+        except (ValueError, TypeError) as error:
+            self.bad.add(key)
+            file = str(key[0])
+            self.failures[str(error) if file in str(error) else f"{file}: {error}"] = None
+            return None
 
     def batches(self, pairs: list[Pair], bar: tqdm) -> Iterator[list[tuple[Pair, PreparedPerson, PreparedCloth]]]:
         """Pairs that can be tried on together: of one size, at most `--batch_size`."""
         batch: list[tuple[Pair, PreparedPerson, PreparedCloth]] = []
         for pair in pairs:
-            tried = (pair.person, pair.mask)
-            try:
-                person = None if tried in self.bad else self.person(pair)
-                tried = tried if person is None else (pair.cloth, person.profile)
-                cloth = None if tried in self.bad else self.cloth(pair, person)
-            except (ValueError, TypeError) as error:
-                self.bad.add(tried)
-                file = tried[0]
-                self.failures[str(error) if str(file) in str(error) else f"{file}: {error}"] = None
-                cloth = None
+            person = self.attempt((pair.person, pair.mask), self.person, pair.person, pair.mask, pair.pose)
+            cloth = None
+            if person is not None:
+                size = (person.height, person.width)
+                cloth = self.attempt((pair.cloth, person.profile), self.cloth, pair.cloth, *size, person.profile)
             if cloth is None:
                 bar.update()
                 continue
             full = len(batch) == self.args.batch_size
-            if batch and (full or (person.height, person.width) != (batch[0][1].height, batch[0][1].width)):
+            if batch and (full or size != (batch[0][1].height, batch[0][1].width)):
                 yield batch
                 batch = []
             batch.append((pair, person, cloth))
@@ -309,13 +303,6 @@ class TryOn:
                 written.result()
 
 
-def keep(kept: OrderedDict, key: tuple, value: PreparedPerson | PreparedCloth, count: int) -> None:
-    """Add one; of more than `count` the oldest goes."""
-    kept[key] = value
-    if len(kept) > count:
-        kept.popitem(last=False)
-
-
 def warn_of_photographs(pairs: list[Pair]) -> None:
     for person in dict.fromkeys(pair.person for pair in pairs):
         try:
@@ -332,18 +319,6 @@ def warn_of_photographs(pairs: list[Pair]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
-
-
-def whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text}")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text}")
-    return int(text)
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
@@ -405,22 +380,22 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
         default="loose",
         help="how far a drawn mask goes beyond the worn cloth (default loose)",
     )
-    add("--steps", type=positive, metavar="N", help=f"denoising steps (default 50; with --fast {FAST_STEPS})")
+    add("--steps", type=POSITIVE_COUNT, metavar="N", help=f"denoising steps (default 50; with --fast {FAST_STEPS})")
     add(
         "--fast",
         action="store_true",
         help="few steps of UniPC, three quarters of them guided, as pipe.fast() has them",
     )
     add("--guidance_scale", type=float, metavar="X", help="default: the adapter's own")
-    add("--seed", type=whole, default=0, metavar="N", help="of the noise, the same for every pair (default 0)")
+    add("--seed", type=COUNT, default=0, metavar="N", help="of the noise, the same for every pair (default 0)")
     add(
         "--height",
-        type=positive,
+        type=POSITIVE_COUNT,
         metavar="N",
         help="size to work at (default: the person's aspect at the adapter's area)",
     )
-    add("--width", type=positive, metavar="N", help="likewise")
-    add("--batch_size", type=positive, default=1, metavar="N", help="pairs at a time (default 1)")
+    add("--width", type=POSITIVE_COUNT, metavar="N", help="likewise")
+    add("--batch_size", type=POSITIVE_COUNT, default=1, metavar="N", help="pairs at a time (default 1)")
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

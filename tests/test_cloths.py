@@ -177,9 +177,16 @@ def test_the_loss_is_the_pipelines_noise_error(base, outfits, tmp_path, text):  
         clean, noise, timesteps, _ = by_hand(trainer, batch)
         noisy = pipe.scheduler.add_noise(clean, noise, timesteps)
         for i, worn in enumerate(batch["worn"] > 0):
-            with vton_attention(pipe.unet, ClothCacheAttnProcessor, cross_attention) as processors:
+            with vton_attention(
+                pipe.unet, partial(ClothCacheAttnProcessor, int(worn.sum())), cross_attention
+            ) as processors:
                 pair = [batch[name][i : i + 1] for name in ("person", "mask")]
-                conditioning = TryOnLatents.encode(pipe.vae, *pair, batch["cloth"][i][worn], channels=9)
+                settings = {"condition_latents": "scaled", "dtype": None}
+                conditioning = TryOnLatents(
+                    **TryOnLatents.encode_person(pipe.vae, *pair, mask_free=False, **settings),
+                    **TryOnLatents.encode_cloth(pipe.vae, batch["cloth"][i][worn], **settings),
+                    channels=9,
+                )
                 conditioning = replace(conditioning, num_cloths=int(worn.sum()))
                 pipe.read_cloth(conditioning, trainer.prompt_embeds, processors)
                 row = (noisy[i : i + 1], timesteps[i : i + 1], conditioning, trainer.prompt_embeds, None)

@@ -840,13 +840,11 @@ def test_loss_is_the_pipelines_noise_error(bases, data, tmp_path, channels):
         target = (posterior.mean + posterior.std * drawn["posterior"]) * pipe.vae.config.scaling_factor
         timesteps = (drawn["time"] * 1000).long()
         noisy = pipe.scheduler.add_noise(target, drawn["noise"], timesteps)
-        conditioning = TryOnLatents.encode(
-            pipe.vae,
-            batch["person"],
-            batch["mask"],
-            batch["cloth"],
+        settings = {"condition_latents": "unscaled" if channels == 8 else "scaled", "dtype": None}
+        conditioning = TryOnLatents(
+            **TryOnLatents.encode_person(pipe.vae, batch["person"], batch["mask"], mask_free=False, **settings),
+            **TryOnLatents.encode_cloth(pipe.vae, batch["cloth"], **settings),
             channels=pipe.unet.config.in_channels,
-            condition_latents="unscaled" if channels == 8 else "scaled",
         )
         pipe._cross_attention_kwargs = None
         pipe.read_cloth(conditioning, None, processors)

@@ -133,7 +133,7 @@ def test_one_cloth_each_is_never_a_persons_own_and_results_have_persons_names(sh
 
 def test_an_adapter_in_a_subfolder_is_that_one(shop, model):
     pipe = tiny_pipe(9)
-    for i, weight in enumerate(pipe._adapter_parameters().values()):
+    for i, weight in enumerate(pipe._adapter_parameters(pipe._settings(loras=False)).values()):
         weight.data.mul_(1 + i % 2)
     pipe.save_vton_adapter(shop / "adapters/sixteen/attention")
     one = {"person": "people/ann.png", "cloth": "cloths/red.png", "output": "one.png", "mask": "masks/ann.png"}
@@ -518,7 +518,7 @@ def test_wrong_flags_are_one_sentence(shop, model, capsys):
             ["--fast", "--scheduler", "DDIMScheduler"],
             "--fast samples with UniPC: leave out --scheduler, got DDIMScheduler",
         ),
-        (["--seed", "-1"], "--seed: must be a whole number, 0 or more, got -1"),
+        (["--seed", "-1"], "--seed: must be a whole number from 0, got -1"),
     ):
         with pytest.raises(SystemExit):
             parse_args([*places, *flags])
