@@ -9,13 +9,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline
+from diffusers import AutoencoderKL, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from huggingface_hub import EvalResult, HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load
 from tiny import ROOT, box_mask, lie_like_sd15_inpainting, picture, run, seeded, tiny_pipe
+from transformers import CLIPTextModel
 
-from pipeline_vton import ADAPTER_NAME, StableDiffusionVTONPipeline, adapter_parameters
+from pipeline_vton import (
+    ADAPTER_NAME,
+    StableDiffusionVTONPipeline,
+    adapter_parameters,
+    from_safetensors,
+    load_pipeline,
+)
 
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-inpainting"
@@ -199,6 +206,19 @@ def test_three_ways_in_from_the_hub_and_offline_in_fresh_processes(hub, publishe
     assert re.search(r"(?s)me/private.*401.*Invalid credentials in Authorization header", errors["wrong"])
     assert re.search(r"(?s)me/nothing.*Repository Not Found", errors["missing"])
     assert re.search(r"(?s)me/vton.*Revision Not Found.*third", errors["norevision"])
+
+
+@pytest.mark.filterwarnings("ignore:.*has learnt no try-on")
+def test_of_a_base_on_the_hub_no_pickle_is_downloaded(hub, published, tmp_path):
+    """By what `train_vton.py` and `load_pipeline` load it with."""
+    for cls, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"), (CLIPTextModel, "text_encoder")):
+        from_safetensors(cls.from_pretrained, BASE, subfolder=part, cache_dir=tmp_path)
+    load_pipeline(BASE, device="cpu", cache_dir=tmp_path)
+    names = {file.name for file in tmp_path.rglob("*")}
+    assert names >= {"diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"}
+    assert not any(name.endswith(".bin") for name in names)
+    with pytest.raises(OSError, match="me/nothing"):
+        load_pipeline("me/nothing", device="cpu", cache_dir=tmp_path)
 
 
 def test_a_pushed_repository_is_whole(hub, published):
