@@ -183,7 +183,8 @@ def test_painted_layers_of_any_size_and_number_are_one_mask():
         assert np.array_equal(app.read_editor({"background": person, "layers": layers})[1], mask)
     assert app.read_editor({"background": person, "layers": []}) == (person, None)
     for empty in (None, {"background": None, "layers": []}, {"background": Image.new("RGBA", (16, 16)), "layers": []}):
-        assert app.read_editor(empty) == (None, None)
+        with pytest.raises(app.gr.Error, match="There is no picture of the person yet"):
+            app.read_editor(empty)
 
 
 def test_a_preview_is_nearer_to_the_picture_than_its_mean_and_keeps_what_is_not_masked():
