@@ -145,6 +145,9 @@ def read_editor(editor: dict | None) -> tuple[Image.Image, Image.Image | None]:
     """Person and painted mask of an ImageEditor's value; None where nothing is painted.
 
     The mask is where the layers' alpha is, in the person's size, whatever size the layers have.
+
+    Raises:
+        gr.Error: there is no person, or one that is too large.
     """
     person = editor and editor["background"]
     if person is None or person.size == EMPTY_CANVAS:  # which a cleared editor sends

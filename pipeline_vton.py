@@ -895,7 +895,8 @@ class TryOnLatents:
         condition_latents: str,
         dtype: torch.dtype | None,
     ) -> dict[str, torch.Tensor]:
-        """`person` and `mask` of the latents; the hole that the mask leaves shows the pose, or grey."""
+        """`person` (B, 4, h, w) and `mask` (B, 1, h, w) of the latents, from person and pose (B, 3, H, W) in [-1, 1] and the binary
+        mask (B, 1, H, W); the hole that the mask leaves shows the pose, or grey."""
         kept = person if mask_free else person * (mask < 0.5)
         if pose is not None:
             kept = torch.where(mask < 0.5, person, pose)
@@ -907,7 +908,7 @@ class TryOnLatents:
     def encode_cloth(
         vae: AutoencoderKL, cloth: torch.Tensor, *, condition_latents: str, dtype: torch.dtype | None
     ) -> dict[str, torch.Tensor]:
-        """`cloth` and `cloth_condition` of the latents."""
+        """`cloth` and `cloth_condition` (C, 4, h, w) of the latents, from cloths (C, 3, H, W) in [-1, 1]."""
         latents, scale = encode_latents(vae, cloth).to(dtype), vae.config.scaling_factor
         scaled = latents * scale
         return {"cloth": scaled, "cloth_condition": scaled if condition_latents == "scaled" else latents}
