@@ -155,9 +155,8 @@ def read_editor(editor: dict | None) -> tuple[Image.Image, Image.Image | None]:
     check_pixels(person, "person")
     painted = np.zeros((person.height, person.width), bool)
     for layer in editor["layers"]:
-        painted |= (
-            np.asarray(layer.getchannel("A").resize(person.size, Image.Resampling.NEAREST)) > 255 * MASK_ALPHA / 2
-        )
+        alpha = np.asarray(layer.getchannel("A").resize(person.size, Image.Resampling.NEAREST))
+        painted |= alpha > 255 * MASK_ALPHA / 2
     return person, Image.fromarray(np.uint8(painted * 255)) if painted.any() else None
 
 

@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -60,6 +60,7 @@ from pipeline_vton import (
     composite_result,
     is_scheduler,
     load_pipeline,
+    markdown_table,
     resize,
     whole_file,
 )
@@ -1080,10 +1081,6 @@ def cell(figure: Figure | None) -> str:
     return shown
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n"
-
-
 def measure_name(figure: Figure, protocol: dict[str, Any]) -> str:
     return f"{label(figure.metric, figure.region, protocol)} {ARROWS.get(figure.metric.split()[0], '')}"
 
@@ -1100,14 +1097,14 @@ def figure_tables(found: list[Figure], protocol: dict[str, Any]) -> Iterator[str
             for key, name in measures.items()
         ]
         yield f"## {setting.capitalize()}, {max(f.count for f in pooled)} lines\n"
-        yield table(["", *compositings], rows)
+        yield markdown_table(["", *compositings], rows)
         groups = list(dict.fromkeys(f.group for f in here if f.group != "all"))
         if groups:
             rows = []
             for group in groups:
                 cells = [by_key.get((setting, compositings[0], group, *key)) for key in measures]
                 rows.append([group, str(max(f.count for f in cells if f)), *map(cell, cells)])
-            yield table([compositings[0], "lines", *measures.values()], rows)
+            yield markdown_table([compositings[0], "lines", *measures.values()], rows)
 
 
 def write_report(folder: Path, report: dict[str, Any], found: list[Figure], pictures: list[str]) -> None:
@@ -1118,7 +1115,7 @@ def write_report(folder: Path, report: dict[str, Any], found: list[Figure], pict
     parts = [f"# Try-on, measured\n\n{made['model']}{' with ' + made['adapter'] if made.get('adapter') else ''}\n"]
     if report["failures"]:
         parts.append(f"**No figures: {len(report['failures'])} of {report['lines']} lines failed.**\n")
-        parts.append(table(["line", "what is wrong"], [[f["line"], f["error"]] for f in report["failures"]]))
+        parts.append(markdown_table(["line", "what is wrong"], [[f["line"], f["error"]] for f in report["failures"]]))
     parts += figure_tables(found, protocol)
     if found:
         parts.append(
@@ -1127,10 +1124,10 @@ def write_report(folder: Path, report: dict[str, Any], found: list[Figure], pict
     parts += [f"![{name}]({name})\n" for name in pictures]
     if report["duplicates"]:
         parts.append("Left out, since the training set has them:\n")
-        parts.append(table(["test person", "training person"], report["duplicates"].items()))
+        parts.append(markdown_table(["test person", "training person"], report["duplicates"].items()))
     for title in ("protocol", "made", "cost", "versions"):
         parts.append(f"## {title.capitalize()}\n")
-        parts.append(table(["", ""], [[name, str(value)] for name, value in report[title].items()]))
+        parts.append(markdown_table(["", ""], [[name, str(value)] for name, value in report[title].items()]))
     write_text(folder / "report.md", "\n".join(parts))
     write_text(folder / "report.json", f"{text}\n")
 
@@ -1240,7 +1237,7 @@ def compare(files: Sequence[Path]) -> str:
         setting, compositing, group, _, _ = key
         rows.append([setting, compositing, group, measure_name(first, reports[0]["protocol"]), *cells])
     head = ["setting", "compositing", "lines", "measure", *(str(file.parent) for file in files)]
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def overlap(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool:

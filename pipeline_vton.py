@@ -27,7 +27,7 @@ import threading
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -91,6 +91,8 @@ ADAPTER_NAME = "vton_adapter.safetensors"
 ADAPTER_FORMAT, ADAPTER_FORMAT_VERSION = "vton-adapter", "1"
 LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own
 LORA_SETTINGS = "vton_adapter"  # our entry in its metadata
+# Of a file on the Hub, as `from_pretrained` names them.
+HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 
 # What human parsers call what they see: ATR's labels (mattmdjaga/segformer_b2_clothes), those of fashn-ai/fashn-human-parser and
 # of yolo12138/segformer-b2-human-parse-24, LIP's and CIHP's. Case aside, and with "-" for "_" and " ".
@@ -781,14 +783,8 @@ class VTONMaskMixin:
             OSError: there is no such file.
         """
         source = str(pretrained_model_name_or_path)
-        options = {
-            "subfolder": subfolder,
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-        }
+        values = (subfolder, revision, token, cache_dir, force_download, local_files_only)
+        options = dict(zip(HUB_OPTIONS, values, strict=True))
         config = AutoConfig.from_pretrained(source, **options)
         if config.model_type != "segformer":
             raise ValueError(f"load_human_parser: {source} must be a Segformer, got a {config.model_type}")
@@ -975,11 +971,11 @@ class ClothAttnProcessor:
     _parallel_config = None
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shown: torch.Tensor | None = None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, N, heads, head_dim), of as many tokens as the queries have; `shown` (B, keys) is false for keys to leave out."""
+        """(B, N, heads, head_dim), of as many tokens as the queries have; `attn_mask` (B, keys) is false for keys to leave out."""
         return dispatch_attention_fn(
-            query, key, value, shown, backend=self._attention_backend, parallel_config=self._parallel_config
+            query, key, value, attn_mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
 
 
@@ -1059,7 +1055,7 @@ class ClothBesideAttnProcessor(ClothAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        persons, shown = len(hidden_states) // (1 + self.num_cloths), None
+        persons, attn_mask = len(hidden_states) // (1 + self.num_cloths), None
         (query, cloth_query), (key, cloth_key), (value, cloth_value) = (
             (x[:persons], x[persons:]) for x in _project(attn, hidden_states)
         )
@@ -1072,11 +1068,11 @@ class ClothBesideAttnProcessor(ClothAttnProcessor):
         elif attention_mask is not None:
             seen = attention_mask.flatten() >= 0
             worn = seen[:persons, None] & seen[persons:].unflatten(0, (persons, self.num_cloths))  # (B, num_cloths)
-            shown = torch.cat(
+            attn_mask = torch.cat(
                 [torch.ones_like(worn[:, :1]).expand(-1, key.shape[1]), worn.repeat_interleave(tokens, 1)], dim=1
             )
         attended = self.attend(
-            query, torch.cat([key, cloth_key], dim=1), torch.cat([value, cloth_value], dim=1), shown
+            query, torch.cat([key, cloth_key], dim=1), torch.cat([value, cloth_value], dim=1), attn_mask
         )
         return _output(attn, torch.cat([attended, cloth_attended]))
 
@@ -1397,7 +1393,7 @@ def hub_repository(name: str | os.PathLike | None) -> str | None:
     """The Hub repository that a name, or a folder in the Hub's cache, stands for; None for any other folder."""
     if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", str(name)):
         return f"{cached[1]}/{cached[2]}"
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists() else None
+    return str(name) if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists() else None
 
 
 def is_lora(place: Path) -> bool:
@@ -1492,6 +1488,11 @@ def catvton_settings(source: str, mask_free: bool | None, base_in_channels: int)
 def _lora_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The modules that peft has put around others."""
     return (module for module in model.modules() if hasattr(module, "merged_adapters"))
+
+
+def _merged_loras(model: torch.nn.Module) -> set[str]:
+    """The names of the LoRAs that are merged into its weights, whichever pipeline fused them."""
+    return {name for module in _lora_modules(model) for name in module.merged_adapters}
 
 
 class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
@@ -1593,7 +1594,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         new = [identity for identity, name in layers.items() if name and identity not in self._layers_sampled]
         if self.scheduler is None or layers.keys() == self._layers_sampled:
             return
-        self._layers_sampled.clear()
+        self._layers_sampled.clear()  # in place: to set it would ask for `config`, and come here again
         self._layers_sampled.update(layers)
         scheduler = self.scheduler
         while getattr(scheduler, "vton_layer", "base") not in {"base", *layers}:
@@ -1633,14 +1634,8 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             ValueError: the file is damaged, of another format or a later version, or does not fit this UNet.
             OSError: there is no such file.
         """
-        options = {
-            "subfolder": subfolder,
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-        }
+        values = (subfolder, revision, token, cache_dir, force_download, local_files_only)
+        options = dict(zip(HUB_OPTIONS, values, strict=True))
         self._refuse_changed_unet()
         file = self._find_adapter(pretrained_model_name_or_path, weight_name, options)
         weights, metadata = read_safetensors(file)
@@ -1770,7 +1765,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
     def _keep_fused(self, names: set[str]) -> None:
         """Of LoRAs that are about to go: those that are merged become the base's for good, and an adapter under them too."""
         stack = self._stack
-        merged = {name for module in _lora_modules(self.unet) for name in module.merged_adapters}
+        merged = _merged_loras(self.unet)
         if merged & names:
             if stack["adapter"] is not None:
                 stack["fixed"].append({name: stack["adapter"][name] for name in ("id", "settings")})
@@ -1783,8 +1778,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         """The settings in a LoRA's metadata; None for a LoRA of another kind."""
         if isinstance(path, dict):
             return None
-        known = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
-        options = {name: kwargs[name] for name in known if name in kwargs}
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         try:
             if weight_name is None:
                 weight_name = _best_guess_weight_name(path, local_files_only=options.get("local_files_only"))
@@ -1812,7 +1806,7 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             raise ValueError(
                 "the UNet's weights are quantised: load, save or unload the adapter before they are, or take an unquantised UNet"
             )
-        if merged := {name for module in _lora_modules(self.unet) for name in module.merged_adapters}:
+        if merged := _merged_loras(self.unet):
             raise ValueError(
                 f"the UNet's weights are fused with the LoRA {', '.join(sorted(merged))}: call unfuse_lora before the adapter is loaded, saved or unloaded"
             )
@@ -1863,13 +1857,13 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 raise ValueError(
                     f"the adapter {file} does not fit this UNet: {name} has shape {list(weight.shape)}, not {shape}"
                 )
-            if not weight.is_floating_point() or not torch.isfinite(weight.float()).all():
-                raise ValueError(f"the adapter {file} is damaged: {name} is not all finite floating-point numbers")
             dtype = parameters[name].dtype
-            if not torch.isfinite(weight.to(dtype).float()).all():
-                raise ValueError(
-                    f"the adapter {file} does not fit this UNet: {name} has numbers that {dtype} cannot hold"
-                )
+            if not weight.is_floating_point() or not torch.isfinite(weight.to(dtype).float()).all():
+                if weight.is_floating_point() and torch.isfinite(weight.float()).all():
+                    raise ValueError(
+                        f"the adapter {file} does not fit this UNet: {name} has numbers that {dtype} cannot hold"
+                    )
+                raise ValueError(f"the adapter {file} is damaged: {name} is not all finite floating-point numbers")
 
 
 # ------------------------------------------------------------------------------------------------------ the model card
@@ -1916,8 +1910,6 @@ Virtual try-on with Stable Diffusion: it puts the cloth of one photograph on the
 {other_ways}
 ## What the weights are
 
-| | |
-|---|---|
 {settings}
 
 ## Measured
@@ -1937,9 +1929,11 @@ people, its biases included, is still there.
 """
 
 
-def table_cell(value: Any) -> str:
-    """A value as a cell of a Markdown table: on one line, no bar in it."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Rows of values as a Markdown table: each cell on one line, no bar in it."""
+    cells = ([" ".join(str(value).split()).replace("|", "\\|") for value in row] for row in (head, *rows))
+    first, *others = (f"| {' | '.join(row)} |" for row in cells)
+    return "\n".join([first, "|" + "---|" * len(head), *others, ""])
 
 
 @contextmanager
@@ -2203,9 +2197,7 @@ class VTONHubMixin:
         )
         known = asdict(settings) | {"base_model": base}
         known = {name: value for name, value in known.items() if value is not None}
-        measured = [
-            f"| {r.dataset_name} | {r.metric_name or r.metric_type} | {r.metric_value} |" for r in eval_results
-        ]
+        measured = [(r.dataset_name, r.metric_name or r.metric_type, r.metric_value) for r in eval_results]
         text = CARD_TEXT.format(
             note=CARD_NOTE,
             name=name,
@@ -2215,10 +2207,8 @@ class VTONHubMixin:
             if adapter_only
             else f"`custom_pipeline` may be left out. The adapter alone goes onto a base that is already there with "
             f'`DiffusionPipeline.from_pretrained({onto}, trust_remote_code=True)` and `pipe.load_vton_adapter("{name}")`.\n',
-            settings="\n".join(f"| {name} | {table_cell(value)} |" for name, value in known.items()),
-            measured="\n".join(["| data | metric | value |", "|---|---|---|", *measured])
-            if measured
-            else "Nothing yet.",
+            settings=markdown_table(["", ""], known.items()),
+            measured=markdown_table(["data", "metric", "value"], measured) if measured else "Nothing yet.",
             license=license,
             human_parser=self._describe_human_parser(human_parser_license),
         )
@@ -2332,8 +2322,8 @@ def call_back(
     """
     official = isinstance(callback, (PipelineCallback, MultiPipelineCallbacks))
     nothing = tensors["latents"].new_zeros(len(tensors["latents"]), 0, pipe.unet.config.cross_attention_dim)
-    shown = {name: nothing if official and tensors[name] is None else tensors[name] for name in names}
-    returned = callback(pipe, step, t, dict(shown))
+    given = {name: nothing if official and tensors[name] is None else tensors[name] for name in names}
+    returned = callback(pipe, step, t, given)
     returned = {} if returned is None else returned
     if not isinstance(returned, dict):
         raise TypeError(
@@ -2500,15 +2490,15 @@ class TryOnInputs:
     noise_shape: tuple[int, ...]  # (B, 4, h, w) of all results, or whole canvases
     prompts: dict[str, Any] | None  # `encode_prompt`'s arguments, for N; None where text is not used
 
-    person_latents: list["PreparedPerson"] | None = None  # N, where the call was given them
-    cloth_latents: list["PreparedCloth"] | None = None  # as many as `cloths`
+    prepared_persons: list["PreparedPerson"] | None = None  # N, where the call was given them
+    prepared_cloths: list["PreparedCloth"] | None = None  # as many as `cloths`
     num_cloths: int = 1  # of a person
 
     @functools.cached_property
     def regions(self) -> list[tuple[int, int, int, int]]:
         """Where in every photograph to work, as (left, top, right, bottom): all of it, or the mask's surroundings."""
-        if self.person_latents:
-            return [person.region for person in self.person_latents]
+        if self.prepared_persons:
+            return [person.region for person in self.prepared_persons]
         if self.padding is None:
             return [(0, 0, person.shape[2], person.shape[1]) for person in self.persons]
         return [crop_region(mask, self.height, self.width, self.padding) for mask in self.masks]
@@ -2626,9 +2616,9 @@ class VTONInputsMixin:
             raise ValueError(
                 f"`cloth_image` must have one cloth for every person where `cloth_conditioning` is joint, got {num_cloths}"
             )
-        people = self._prepared(person_image, PreparedPerson, "person_image")
-        pieces = self._prepared(cloth_image, PreparedCloth, "cloth_image")
-        if people:
+        prepared_persons = self._prepared(person_image, PreparedPerson, "person_image")
+        prepared_cloths = self._prepared(cloth_image, PreparedCloth, "cloth_image")
+        if prepared_persons:
             brought = {"mask_image": mask_image, "pose_image": pose_image, "padding_mask_crop": padding_mask_crop}
             for name, value in brought.items():
                 if value is not None:
@@ -2646,7 +2636,7 @@ class VTONInputsMixin:
         check_sampling(self.scheduler.config.num_train_timesteps, guidance_scale=guidance_scale, **sampling)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         drawn = self.human_parser is not None and not self.config.mask_free
-        if mask_image is None and not drawn and not people:
+        if mask_image is None and not drawn and not prepared_persons:
             if not self.config.mask_free:
                 raise ValueError(
                     "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
@@ -2660,15 +2650,15 @@ class VTONInputsMixin:
                 "`pose_image` must be None with an adapter that has learnt without poses (its setting `pose` is none), got "
                 f"{shown(pose_image)}"
             )
-        persons, cloths, masks, poses, profiles, people = self._check_pictures(
-            person_image, cloth_image, mask_image, pose_image, people, pieces, num_cloths
+        persons, cloths, masks, poses, profiles, prepared_persons = self._check_pictures(
+            person_image, cloth_image, mask_image, pose_image, prepared_persons, prepared_cloths, num_cloths
         )
         own_sizes = {tuple(person.shape[1:]) for person in persons}
         if composite and output_type in {"np", "pt"} and len(own_sizes) > 1:
             raise ValueError(
                 f"`output_type`={output_type!r} needs results of one size, got (H, W) {sorted(own_sizes)}: use 'pil'"
             )
-        height, width = self._check_size(own_sizes, height, width, people, pieces)
+        height, width = self._check_size(own_sizes, height, width, prepared_persons, prepared_cloths)
         results = len(persons) * int(num_images_per_prompt)
         return TryOnInputs(
             persons=persons,
@@ -2683,8 +2673,8 @@ class VTONInputsMixin:
             prompts=self._check_prompts(
                 len(persons), guidance_scale > 1, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
             ),
-            person_latents=people,
-            cloth_latents=pieces,
+            prepared_persons=prepared_persons,
+            prepared_cloths=prepared_cloths,
             num_cloths=num_cloths,
         )
 
@@ -2694,21 +2684,21 @@ class VTONInputsMixin:
         cloth_image: PictureInput | list[PreparedCloth],
         mask_image: PictureInput | None,
         pose_image: PictureInput | None,
-        people: list[PreparedPerson] | None,
-        pieces: list[PreparedCloth] | None,
+        prepared_persons: list[PreparedPerson] | None,
+        prepared_cloths: list[PreparedCloth] | None,
         num_cloths: int,
     ) -> tuple[list, list, list, list | None, list, list | None]:
         """Persons (N), cloths (1 or N, times `num_cloths`) in their persons' colours, masks, poses and ICC profiles of the persons,
-        prepared people (N each).
+        prepared persons (N each).
         """
-        if people:
-            persons, profiles = [p.picture for p in people], [p.profile for p in people]
-            masks = [p.mask for p in people]
+        if prepared_persons:
+            persons, profiles = [p.picture for p in prepared_persons], [p.profile for p in prepared_persons]
+            masks = [p.mask for p in prepared_persons]
         else:
             persons, profiles = as_pictures(person_image, "person_image"), colour_profiles(person_image)
             masks = [None] if mask_image is None else as_masks(mask_image, "mask_image")
-        if pieces:
-            cloths, cloth_profiles = [None for _ in pieces], [p.profile for p in pieces]
+        if prepared_cloths:
+            cloths, cloth_profiles = [None for _ in prepared_cloths], [p.profile for p in prepared_cloths]
         else:
             cloths, cloth_profiles = as_pictures(cloth_image, "cloth_image"), colour_profiles(cloth_image)
         poses = [None] if pose_image is None else as_poses(pose_image, "pose_image")
@@ -2720,11 +2710,11 @@ class VTONInputsMixin:
                 raise ValueError(f"`{name}` must number 1 or {count}, as the other pictures do, got {len(pictures)}")
         if len(persons) == 1:
             persons, profiles = persons * count, profiles * count
-            people = people and people * count
+            prepared_persons = prepared_persons and prepared_persons * count
         if len(outfits) == 1 and len(set(profiles)) > 1:  # cloths of all, in the colours of each
             cloths, cloth_profiles = cloths * count, cloth_profiles * count
         wearers = [profile for profile in profiles for _ in range(num_cloths)]
-        if pieces and any(before != after for before, after in zip(cloth_profiles, wearers)):
+        if prepared_cloths and any(before != after for before, after in zip(cloth_profiles, wearers)):
             raise ValueError(
                 "`cloth_image` was prepared for other colours than the person's: call prepare_cloth with the person's `profile`"
             )
@@ -2740,19 +2730,19 @@ class VTONInputsMixin:
                 if name == "mask_image" or not same_aspect(size, found):
                     what = "size" if name == "mask_image" else "aspect"
                     raise ValueError(f"`{name}` must have the {what} of `person_image` {size} (H, W), got {found}")
-        return persons, cloths, masks, None if pose_image is None else poses, profiles, people
+        return persons, cloths, masks, None if pose_image is None else poses, profiles, prepared_persons
 
     def _check_size(
         self,
         own_sizes: set[tuple[int, int]],
         height: int | None,
         width: int | None,
-        people: list[PreparedPerson] | None,
-        pieces: list[PreparedCloth] | None,
+        prepared_persons: list[PreparedPerson] | None,
+        prepared_cloths: list[PreparedCloth] | None,
     ) -> tuple[int, int]:
         """The one height and width to work at."""
-        if people:
-            sizes = {(p.height, p.width) for p in people}
+        if prepared_persons:
+            sizes = {(p.height, p.width) for p in prepared_persons}
         else:
             sizes = {self.resolve_size(*size, height, width) for size in own_sizes}
         if len(sizes) > 1:
@@ -2761,7 +2751,7 @@ class VTONInputsMixin:
             )
         (size,) = sizes
         wanted = (height or size[0], width or size[1])
-        for name, prepared in (("person_image", people or []), ("cloth_image", pieces or [])):
+        for name, prepared in (("person_image", prepared_persons or []), ("cloth_image", prepared_cloths or [])):
             for one in prepared:
                 if (one.height, one.width) != wanted:
                     raise ValueError(
@@ -2865,9 +2855,16 @@ class VTONInputsMixin:
         latents, made_with = self._encode_persons(inputs), self._made_with(PreparedPerson)
         prepared = [
             PreparedPerson(
-                *of_one, inputs.height, inputs.width, {k: v[i : i + 1] for k, v in latents.items()}, made_with
+                picture=person,
+                mask=inputs.masks[i],
+                region=inputs.regions[i],
+                profile=inputs.profiles[i],
+                height=inputs.height,
+                width=inputs.width,
+                latents={name: value[i : i + 1] for name, value in latents.items()},
+                made_with=made_with,
             )
-            for i, of_one in enumerate(zip(inputs.persons, inputs.masks, inputs.regions, inputs.profiles))
+            for i, person in enumerate(inputs.persons)
         ]
         self.maybe_free_model_hooks()
         return prepared if _is_many(person_image) else prepared[0]
@@ -3102,7 +3099,7 @@ class StableDiffusionVTONPipeline(
 
     def draw_masks(self, inputs: TryOnInputs, cloth_type: str | list[str]) -> TryOnInputs:
         """The inputs with the human parser's masks, where there are none, the adapter needs them and there is a parser."""
-        given = inputs.masks[0] is not None or inputs.person_latents
+        given = inputs.masks[0] is not None or inputs.prepared_persons
         if given or self.config.mask_free or self.human_parser is None:
             return inputs
         persons = {id(person): person for person in inputs.persons}  # one with many cloths is read once
@@ -3112,7 +3109,7 @@ class StableDiffusionVTONPipeline(
 
     def encode_pictures(self, inputs: TryOnInputs) -> TryOnLatents:
         """Stretch persons and masks to height x width, fit the cloths on white, and encode all that is not encoded yet."""
-        persons, cloths = inputs.person_latents, inputs.cloth_latents
+        persons, cloths = inputs.prepared_persons, inputs.prepared_cloths
         cloth = _joined(cloths) if cloths else self._encode_cloths(inputs.cloths, inputs.height, inputs.width)
         return TryOnLatents(
             **(_joined(persons) if persons else self._encode_persons(inputs)),
@@ -3427,7 +3424,7 @@ class StableDiffusionVTONPipeline(
             self.progress_bar(total=len(timesteps)) as progress_bar,
         ):
             if reference:
-                self.read_cloth(conditioning, cloth_embeds, processors, inputs.cloth_latents)
+                self.read_cloth(conditioning, cloth_embeds, processors, inputs.prepared_cloths)
             for i, (t, timestep) in enumerate(zip(timesteps, timesteps.float().to(self._execution_device))):
                 if self.interrupt:
                     continue

@@ -37,7 +37,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
@@ -112,12 +112,12 @@ from pipeline_vton import (
     grow,
     hub_repository,
     is_lora,
+    markdown_table,
     overflows,
     read_adapter,
     read_safetensors,
     refuse_sdxl_text,
     same_aspect,
-    table_cell,
     vton_attention,
     whole_file,
     widen_conv_in,
@@ -991,7 +991,7 @@ def row_pictures(row: dict[str, Any], columns: dict[str, str], name: str) -> dic
 class LatentCache(PairDataset):
     """The same with what the VAE makes of the pictures, encoded once: safetensors shards in `folder`, tensors (N, ...)."""
 
-    folder: Path = Path("latents")
+    folder: Path = field(kw_only=True)
     SHARD: ClassVar[int] = 256  # pairs
 
     def shard(self, index: int) -> Path:
@@ -1567,7 +1567,8 @@ class Trainer:
         if self.brought is not None:
             begun = adapter_parameters(self.unet, args.trainable, self.in_channels == 4)
             self.begun_from = fingerprint(begun.values())
-        self.tokenizer = self.text_encoder = self.prompt_embeds = self.empty_embeds = None  # the embeds (1, 77, 768)
+        self.tokenizer = self.text_encoder = None
+        self.prompt_embeds = self.empty_embeds = None  # (1, 77, features)
         if args.cross_attention == "prompt":
             self.tokenizer = CLIPTokenizer.from_pretrained(**self.base, subfolder="tokenizer")
             self.text_encoder = self.load(CLIPTextModel, "text_encoder")
@@ -1591,7 +1592,7 @@ class Trainer:
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> Tensor:
-        """Texts to embeddings (B, 77, 768)."""
+        """Texts to embeddings (B, 77, features)."""
         return self.pipe.encode_prompt(texts, self.accelerator.device, 1, False)[0]
 
     def load_settings(self) -> None:
@@ -2447,16 +2448,12 @@ def training_card(
         if name in flags and Path(flags[name]).exists():
             flags[name] = "a local folder"
     tables = {
-        "| up to step | mean loss |": [(step, f"{sum(some) / len(some):.4f}") for step, some in curve],
-        "| guidance | squared error in the mask |": [(f"{s:g}", f"{e:.5f}") for s, e in guidance_errors.items()],
-        "| flag | value |": flags.items(),
+        ("up to step", "mean loss"): [(step, f"{sum(some) / len(some):.4f}") for step, some in curve],
+        ("guidance", "squared error in the mask"): [(f"{s:g}", f"{e:.5f}") for s, e in guidance_errors.items()],
+        ("flag", "value"): flags.items(),
     }
     parts = ["## Training", *(f"![Persons, cloths, results](validation/{picture.name})" for picture in pictures)]
-    for head, rows in tables.items():
-        if rows:
-            parts.append(
-                "\n".join([head, "|---|---|", *(f"| {name} | {table_cell(value)} |" for name, value in rows)])
-            )
+    parts += [markdown_table(head, rows) for head, rows in tables.items() if rows]
     return "\n" + "\n\n".join(parts) + "\n"
 
 

@@ -303,8 +303,8 @@ class Acceptance:
         """The person in the cloth; the first adds the mask that its human parser draws."""
         if self.gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        names = {"adapter": ADAPTER, "adapter_subfolder": ADAPTER_FOLDER}
-        pipe = load_pipeline(BASE, **names, dtype=speed.DTYPES[dtype], device=self.device)
+        dtype = speed.DTYPES[dtype]
+        pipe = load_pipeline(BASE, ADAPTER, dtype=dtype, device=self.device, adapter_subfolder=ADAPTER_FOLDER)
         if "mask" not in shown:
             pipe.load_human_parser(PARSER)
             shown["mask"] = pipe.predict_mask(shown["person"])

@@ -11,8 +11,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
 from benchmarks import sd15
-from evaluate_vton import table
-from pipeline_vton import adapter_parameters, widen_conv_in
+from pipeline_vton import adapter_parameters, markdown_table, widen_conv_in
 from train_vton import lora_modules
 
 
@@ -72,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
             f"{found['adapter'] / 1e6:.1f}", str(found["tensors"]), f"{found['conv_in']:,}",
             f"{2 * found['adapter'] / 1e6:.0f} MB", f"{found['lora'] / 1e6:.1f}", f"{2 * found['lora'] / 1e6:.0f} MB",
         ])  # fmt: skip
-    print(table(head, cells))
+    print(markdown_table(head, cells))
 
 
 if __name__ == "__main__":

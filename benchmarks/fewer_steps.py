@@ -21,8 +21,7 @@ from matplotlib.figure import Figure
 from demo.measure import add_lines_arguments, figures, measure, recognition
 from demo.recognition import ClothClassifier, load_classifier
 from demo.try_on import Line, check_count, draw_lines, load_pipeline, picture_height, try_on
-from evaluate_vton import table
-from pipeline_vton import FAST_GUIDED, FAST_STEPS
+from pipeline_vton import FAST_GUIDED, FAST_STEPS, markdown_table
 from train_vton import fingerprint
 
 
@@ -131,13 +130,13 @@ def report(results: Sequence[Result], args: argparse.Namespace) -> str:
     return "\n".join(
         [
             f"{args.lines} held-out unpaired lines of seed {args.seed}, in the mask; the Pareto front of work, PSNR and recognition\n",
-            table(head, [cells(r, default) for r in pareto(results)]),
+            markdown_table(head, [cells(r, default) for r in pareto(results)]),
             f"Cheapest within {args.psnr:g} dB and {args.recognition:.0%} of the default:\n",
-            table(head, [cells(recipe, default)]),
+            markdown_table(head, [cells(recipe, default)]),
             "`pipe.fast()`\n",
-            table(head, [cells(r, default) for r in results if r.setting == FAST]),
+            markdown_table(head, [cells(r, default) for r in results if r.setting == FAST]),
             "All\n",
-            table(head, [cells(r, default) for r in results]),
+            markdown_table(head, [cells(r, default) for r in results]),
         ]
     )
 

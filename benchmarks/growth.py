@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.costs import PeakMemory
 from benchmarks.sd15 import random_pipe
 from benchmarks.speed import DTYPES, GUIDANCE, drawn_pictures, machine
-from evaluate_vton import table
+from pipeline_vton import markdown_table
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
         shown = [" / ".join(f"{value:.3g}" for value in values) for values in (amounts, seconds, gib)]
         cells.append([name, shown[0], shown[1], f"{exponent(amounts, seconds):.2f}", shown[2], f"{exponent(amounts, gib):.2f}"])  # fmt: skip
     titles = ["what grows", "to", "seconds", "exponent", "GiB beside the weights", "exponent"]
-    written = f"Whole calls, {args.dtype}, {machine(torch.device(args.device))}\n\n" + table(titles, cells)
+    written = f"Whole calls, {args.dtype}, {machine(torch.device(args.device))}\n\n" + markdown_table(titles, cells)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "report.md").write_text(written, encoding="utf-8")
     plot(found, args.output_dir / "growth.png")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.launch import launch
 from demo.try_on import check_count, draw_lines
-from evaluate_vton import table
+from pipeline_vton import markdown_table
 
 
 def draw(folder: Path, count: int) -> None:
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
         spent = {run: seconds_of(Path(folder), *run[::-1], args.steps) for run in tqdm(runs, unit="run")}
     rows = [[str(p), *(f"{60 * args.pairs / spent[p, batch]:.1f}" for batch in args.batches)] for p in args.processes]
     print(f"pairs a minute: {args.pairs} pairs of {args.steps} steps, the demo model\n")
-    print(table(["processes", *(f"{batch} a batch" for batch in args.batches)], rows))
+    print(markdown_table(["processes", *(f"{batch} a batch" for batch in args.batches)], rows))
 
 
 if __name__ == "__main__":

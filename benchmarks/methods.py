@@ -24,8 +24,8 @@ from demo.measure import TITLES, cells, figures, without_cloth
 from demo.measure import measure as measure_results
 from demo.recognition import CLASSIFIER, load_classifier
 from demo.try_on import Line, check_count, draw_lines, fast_device, fast_dtype, mixed_precision, try_on
-from evaluate_vton import Interval, table
-from pipeline_vton import StableDiffusionVTONPipeline, is_lora
+from evaluate_vton import Interval
+from pipeline_vton import StableDiffusionVTONPipeline, is_lora, markdown_table
 from train_vton import read_list, write_text
 
 
@@ -286,7 +286,7 @@ def main(args: argparse.Namespace) -> None:
         base = four_channels if method.channels == 4 else args.base
         rows.append([method.name, *cells(train_and_measure(method, base, lines[method.drawn], args))])
     print(f"\n{args.max_train_steps} updates of {args.train_batch_size} pairs, {args.lines} held-out unpaired lines\n")
-    print(table(["method", *TITLES.values()], rows))
+    print(markdown_table(["method", *TITLES.values()], rows))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.costs import PeakMemory
 from benchmarks.sd15 import random_parser, random_pipe
-from evaluate_vton import table
-from pipeline_vton import ClothCacheAttnProcessor, StableDiffusionVTONPipeline, TryOnLatents, vton_attention
+from pipeline_vton import (
+    ClothCacheAttnProcessor,
+    StableDiffusionVTONPipeline,
+    TryOnLatents,
+    markdown_table,
+    vton_attention,
+)
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -443,13 +448,13 @@ def main(args: argparse.Namespace) -> None:
     if args.question == "memory":
         for heading, cells in memory_tables(args):
             print(f"\n{heading}\n")
-            print(table(["", "peak, GiB", "the cloths' keys and values, MiB"], cells), flush=True)
+            print(markdown_table(["", "peak, GiB", "the cloths' keys and values, MiB"], cells), flush=True)
         return
     if args.question == "adapter":
         pipe = random_pipe(args.device, DTYPES[args.dtypes[0]], args.tiny)
         costs = [adapter_cost(pipe, name, args.rounds) for name in ("fp32", "fp16")]
         cells = [[name, f"{mb:.3g}", f"{s:.2f}"] for name, (mb, s) in zip(("fp32", "fp16"), costs)]
-        return print(table(["file", "MB", f"seconds to load into a UNet in {args.dtypes[0]}"], cells))
+        return print(markdown_table(["file", "MB", f"seconds to load into a UNet in {args.dtypes[0]}"], cells))
     device = "meta" if args.question == "flops" else args.device
     for dtype in args.dtypes[:1] if args.question == "flops" else args.dtypes:
         pipe = random_pipe(device, DTYPES[dtype], args.tiny)
@@ -459,7 +464,7 @@ def main(args: argparse.Namespace) -> None:
             for batch in args.batches:
                 titles, cells = answer(args.question, pipe, size, batch, args)
                 print(f"\n{size[0]}x{size[1]}, batch {batch}, {dtype}, {machine(torch.device(device))}\n")
-                print(table(titles, cells), flush=True)
+                print(markdown_table(titles, cells), flush=True)
 
 
 if __name__ == "__main__":

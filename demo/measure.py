@@ -34,7 +34,8 @@ from demo.try_on import (
     with_masks,
 )
 from demo.world import CATEGORIES, FACTORS, LEVELS
-from evaluate_vton import Interval, bootstrap, decibels, squared_error, ssim, table
+from evaluate_vton import Interval, bootstrap, decibels, squared_error, ssim
+from pipeline_vton import markdown_table
 
 
 GROUPS = ("category", *FACTORS)
@@ -284,9 +285,13 @@ def main(args: argparse.Namespace) -> None:
     ]
     by_steps = {n: figures(adapter_row(n, args.masks[0], args.guidance_scale[0])) for n in args.steps}
     rows = compare(pipe, lines, args, score, adapter_row)
-    parts.append(table(["", *TITLES.values()], [[name, *cells(figures(found))] for name, found in rows.items()]))
+    parts.append(
+        markdown_table(["", *TITLES.values()], [[name, *cells(figures(found))] for name, found in rows.items()])
+    )
     if by_steps:
-        parts.append(table(["steps", *TITLES.values()], [[str(n), *cells(found)] for n, found in by_steps.items()]))
+        parts.append(
+            markdown_table(["steps", *TITLES.values()], [[str(n), *cells(found)] for n, found in by_steps.items()])
+        )
         plot_steps(by_steps, args.output_dir / "steps.png")
     for name in args.by:
         broken_down = [
@@ -294,7 +299,7 @@ def main(args: argparse.Namespace) -> None:
             for level, numbers in groups(lines, name).items()
             for method, found in rows.items()
         ]
-        parts.append(table([name, "lines", "", *TITLES.values()], broken_down))
+        parts.append(markdown_table([name, "lines", "", *TITLES.values()], broken_down))
     if args.by:
         shown = {method: found for method, found in rows.items() if method != "the truth"}
         plot_groups(shown, lines, args.by, args.output_dir / "by.png")

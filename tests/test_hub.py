@@ -198,6 +198,7 @@ def test_three_ways_in_from_the_hub_and_offline_in_fresh_processes(hub, publishe
             np.testing.assert_allclose(
                 processes[form].images(name), published[version], rtol=0, atol=1e-6, err_msg=f"{form}, {name}"
             )
+    assert f'"{BASE}", variant="fp16", custom_pipeline="me/adapter"' in card_code(hub, "me/adapter")
     for form in ("the first form", "the third form"):
         assert (processes[form].folder / "tryon.png").exists(), f"{form}: the card's code shows nothing"
     for name in ("form1", "form2"):

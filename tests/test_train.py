@@ -198,10 +198,16 @@ def test_a_base_of_pickles_and_half_precision_is_trained_from_its_safetensors(ba
 
 def test_a_compiled_run_equals_a_plain_one(bases, data, tmp_path, monkeypatch):
     """By a backend that needs no C++ compiler."""
-    whole = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: whole(model, **options | {"backend": "aot_eager"}))
+    whole, asked = torch.compile, []
+
+    def compile(model, backend, **options):
+        asked.append(backend)
+        return whole(model, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
     for name, compiled in (("plain", None), ("compiled", True)):
         main(parse_args(flags(bases[9], data, tmp_path / name, torch_compile=compiled)))
+    assert asked == ["inductor"]
     plain, compiled = (load_file(tmp_path / name / ADAPTER_NAME) for name in ("plain", "compiled"))
     assert equal(plain, compiled)
 
