@@ -41,11 +41,12 @@ def test_every_question_is_answered(question, capsys):
     line = [question, "--tiny", "--sizes", "64x48", "--dtypes", "fp32", "--rounds", "1", "--num_inference_steps", "2"]
     speed.main(speed.parse_args(line))
     cells = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    values = {name: float(value) for name, value, *_ in cells[2:]}
+    _, *rows = cells
+    values = {name: float(value) for name, value, *_ in rows}
     named = {"stages": [*speed.STAGES, speed.REST], "ways": list(speed.WAYS)}
     assert list(values) == named.get(question, [row.name for row in speed.ROWS])
     if question == "ways":
-        assert [float(row[2]) for row in cells[2:3]] == [1] and all(float(row[3]) < 1e-5 for row in cells[2:])
+        assert float(rows[0][2]) == 1 and all(float(row[3]) < 1e-5 for row in rows)
     if question == "flops":
         assert 1 < values["reference"] / values["bare UNet"] < values["joint canvas"] / values["bare UNet"]
         assert values["bare UNet"] == pytest.approx(2 * values["bare UNet, guidance 1"], rel=0.1)

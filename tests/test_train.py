@@ -206,6 +206,8 @@ def test_a_compiled_run_equals_a_plain_one(bases, data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile)
     for name, compiled in (("plain", None), ("compiled", True)):
+        AcceleratorState._reset_state(reset_partial_state=True)  # which keeps the first run's backend
+        GradientState._reset_state()
         main(parse_args(flags(bases[9], data, tmp_path / name, torch_compile=compiled)))
     assert asked == ["inductor"]
     plain, compiled = (load_file(tmp_path / name / ADAPTER_NAME) for name in ("plain", "compiled"))
