@@ -1393,7 +1393,13 @@ def hub_repository(name: str | os.PathLike | None) -> str | None:
     """The Hub repository that a name, or a folder in the Hub's cache, stands for; None for any other folder."""
     if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", str(name)):
         return f"{cached[1]}/{cached[2]}"
-    return str(name) if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists() else None
+    return str(name) if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and not Path(name).exists() else None
+
+
+def require_place(name: str | os.PathLike) -> None:
+    """FileNotFoundError for what is neither here nor a name that a Hub repository can have, before the Hub is asked for it."""
+    if not Path(name).exists() and hub_repository(name) is None:
+        raise FileNotFoundError(f"there is no file or folder {name}, and a Hub repository is OWNER/NAME")
 
 
 def is_lora(place: Path) -> bool:
@@ -1826,14 +1832,18 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         names = [weight_name] if weight_name else [ADAPTER_NAME, "model.safetensors"]
         if not all(name.endswith(".safetensors") for name in names):
             raise ValueError(f"`weight_name` must end in .safetensors, got {weight_name!r}")
-        for name in names[:-1]:
+        require_place(path)
+        place = Path(path, options["subfolder"] or "")
+        offline = options["local_files_only"] or is_offline_mode()
+        for name in names:
             try:
                 return _get_model_file(path, weights_name=name, **options)
             except OSError as error:  # a folder without the file is no cause; a wrong token or a lost connection is
-                offline = options["local_files_only"] or is_offline_mode()
                 if not (offline or isinstance(error.__cause__, (RemoteEntryNotFoundError, type(None)))):
                     raise
-        return _get_model_file(path, weights_name=names[-1], **options)
+                reason = error.__cause__ if offline else None
+        lora = f", but a LoRA, which load_lora_weights loads ({LORA_NAME})" if is_lora(place) else ""
+        raise OSError(f"there is no {' and no '.join(names)} in {place}{lora}{f': {reason}' if reason else ''}")
 
     def _check_adapter(self, file: str, weights: dict[str, torch.Tensor], settings: AdapterSettings) -> None:
         """ValueError unless the file's weights are exactly those of this UNet."""
@@ -2002,8 +2012,8 @@ class VTONHubMixin:
 
         Args:
             save_directory: the folder; a README.md of your own in it is kept.
-            variant, max_shard_size, kwargs: as in diffusers.
-            safe_serialization, push_to_hub: True and False: there is no other way.
+            variant, max_shard_size: as in diffusers.
+            safe_serialization, push_to_hub, kwargs: True, False and nothing: there is no other way.
             license: of the weights, for the card; None takes what is known of the base.
             human_parser_license: of the human parser, which is saved too where it is given; its weights have a licence of
                 their own, so None leaves it out.
@@ -2017,12 +2027,16 @@ class VTONHubMixin:
             raise ValueError(
                 "`push_to_hub=True` would upload before the code is written: call pipe.push_to_hub(repo_id) instead"
             )
+        if kwargs:  # diffusers would pass over them
+            raise TypeError(
+                f"save_pretrained takes no {', '.join(kwargs)}: it writes all (save_vton_adapter writes the adapter alone)"
+            )
         self._require("vae", "unet", "scheduler")
         self._refuse_lora_layers()
         if self.unet.config.in_channels != 4:
             self._refuse_changed_unet()
         with written_whole(save_directory) as folder:
-            super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size, **kwargs)
+            super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
             left_out = () if human_parser_license is not None else ("human_parser", "human_parser_processor")
             self._mend_index(folder, left_out)
             hide_folders(folder)
@@ -3486,6 +3500,17 @@ def from_safetensors(load: Callable[..., Any], *args: Any, **options: Any) -> An
             raise error from None
 
 
+@contextmanager
+def naming(argument: str, value: Any) -> Iterator[None]:
+    """Say of what fails to load which argument named it."""
+    try:
+        require_place(value)
+        yield
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"`{argument}` {value}: {' '.join(str(error).split())}") from error
+
+
 def load_pipeline(
     model: str | os.PathLike,
     adapter: str | os.PathLike | None = None,
@@ -3501,7 +3526,8 @@ def load_pipeline(
     Args:
         model: the base, or a whole pipeline: a Hub repository or a folder. Its weights must be safetensors, of full precision or
             of the fp16 variant.
-        adapter: of `load_vton_adapter`, or a LoRA's folder or file; None where the model is whole.
+        adapter: of `load_vton_adapter`, or a LoRA's folder or file; None where the model is whole, or a folder with the adapter
+            beside the base's parts.
         human_parser: of `load_human_parser`; None is the model's own, if it has one.
         scheduler: a scheduler class of diffusers; None is the adapter's, or the model's.
         dtype: of all weights; None is float16 on a GPU, else float32.
@@ -3517,15 +3543,20 @@ def load_pipeline(
         raise ValueError(f"`scheduler` must be the name of a scheduler class of diffusers, got {shown(scheduler)}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    pipe = from_safetensors(StableDiffusionVTONPipeline.from_pretrained, model, dtype=dtype, **options).to(device)
+    with naming("model", model):
+        pipe = from_safetensors(StableDiffusionVTONPipeline.from_pretrained, model, dtype=dtype, **options).to(device)
+        whole = pipe.load_config(model, **options).get("_class_name") == StableDiffusionVTONPipeline.__name__
+    if adapter is None and not whole and Path(model, ADAPTER_NAME).is_file():
+        adapter = model
     if adapter is not None:
         lora = is_lora(Path(adapter, adapter_subfolder or ""))
-        load = pipe.load_lora_weights if lora else pipe.load_vton_adapter
-        load(adapter, subfolder=adapter_subfolder)
-    elif pipe.load_config(model, **options).get("_class_name") != StableDiffusionVTONPipeline.__name__:
+        with naming("adapter", adapter):
+            (pipe.load_lora_weights if lora else pipe.load_vton_adapter)(adapter, subfolder=adapter_subfolder)
+    elif not whole:
         warnings.warn(f"{model} is a base that has learnt no try-on, and no adapter was given", stacklevel=2)
     if human_parser is not None:
-        pipe.load_human_parser(human_parser, dtype=dtype)
+        with naming("human_parser", human_parser):
+            pipe.load_human_parser(human_parser, dtype=dtype)
     if scheduler is not None:
         pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
     return pipe

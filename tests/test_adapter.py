@@ -605,9 +605,9 @@ def test_a_saved_folder_is_a_complete_repository(tmp_path):
     assert names >= {"model_index.json", "pipeline.py", "pipeline_vton.py", "vton.py", "scheduler", "unet", "vae"}
 
 
-@pytest.mark.parametrize("option", [{"push_to_hub": True}, {"safe_serialization": False}])
-def test_saving_refuses_what_would_upload_too_early_or_pickle(tmp_path, option):
-    with pytest.raises(ValueError, match=next(iter(option))):
+@pytest.mark.parametrize("option", [{"push_to_hub": True}, {"safe_serialization": False}, {"adapter_only": True}])
+def test_saving_refuses_what_would_upload_too_early_pickle_or_be_passed_over(tmp_path, option):
+    with pytest.raises((ValueError, TypeError), match=next(iter(option))):
         tiny_pipe(9).save_pretrained(tmp_path, **option)
     assert not list(tmp_path.iterdir())
 

@@ -269,8 +269,10 @@ def test_adapters_of_a_private_repository_need_its_token(hub, published, tmp_pat
     [
         ({"pretrained_model_name_or_path": "me/nothing"}, "me/nothing is not"),
         ({"pretrained_model_name_or_path": "me/vton", "revision": "third"}, "third is not a valid git identifier"),
-        ({"pretrained_model_name_or_path": BASE}, f"{BASE} does not appear to have a file named model.safetensors"),
-        ({"pretrained_model_name_or_path": "me/vton", "weight_name": "x.safetensors"}, "named x.safetensors"),
+        ({"pretrained_model_name_or_path": BASE}, f"no vton_adapter.safetensors and no model.safetensors in {BASE}"),
+        ({"pretrained_model_name_or_path": "me/vton", "weight_name": "x.safetensors"}, "no x.safetensors in me/vton"),
+        ({"pretrained_model_name_or_path": "me/vton/adapter"}, "no file or folder me/vton/adapter"),
+        ({"pretrained_model_name_or_path": "adaptr"}, "no file or folder adaptr"),
     ],
 )
 def test_an_adapter_that_is_not_there_is_one_clear_error(hub, published, where, message):

@@ -3,6 +3,7 @@
 import ast
 import locale
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from tiny import ROOT, lie_like_sd15_inpainting, run, tiny_pipe
 
-from pipeline_vton import ADAPTER_NAME, StableDiffusionVTONPipeline, load_pipeline
+from pipeline_vton import ADAPTER_NAME, LORA_NAME, StableDiffusionVTONPipeline, load_pipeline
 
 
 class Shop(StableDiffusionVTONPipeline):
@@ -147,6 +148,32 @@ def test_of_a_base_with_pickles_the_safetensors_in_half_precision_are_loaded(tmp
         file.unlink()
     with pytest.raises(OSError, match="no file named .*model.safetensors found"):
         load_pipeline(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "told"),
+    [
+        ("model", "{here}/nothing", "there is no file or folder"),
+        ("model", "{here}", "model_index.json"),
+        ("adapter", "{here}", "there is no vton_adapter.safetensors and no model.safetensors in {here}$"),
+        ("human_parser", "./parsr", "there is no file or folder ./parsr"),
+        ("human_parser", "{here}", "config.json"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_by_its_argument(tmp_path, argument, name, told):
+    base, here = tmp_path / "base", tmp_path / "here"
+    tiny_pipe(9).save_pretrained(base)
+    here.mkdir()
+    name, told = name.format(here=here), told.format(here=here)
+    with pytest.raises((OSError, ValueError), match=f"`{argument}` {name}: .*{told}") as caught:
+        load_pipeline(**{"model": base, argument: name}, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lora_is_no_adapter(tmp_path):
+    Path(tmp_path, LORA_NAME).write_bytes(b"")
+    with pytest.raises(OSError, match="no vton_adapter.safetensors .* a LoRA, which load_lora_weights loads"):
+        tiny_pipe(9).load_vton_adapter(tmp_path)
 
 
 def test_what_was_loaded_from_a_folder_does_not_tell_which(tmp_path):

@@ -17,7 +17,7 @@ from test_train import trainer_of
 from tiny import ROOT, box_mask, picture, tiny_parser, tiny_pipe, with_odd_exif
 
 import tryon
-from pipeline_vton import load_pipeline
+from pipeline_vton import ADAPTER_NAME, load_pipeline
 from train_vton import to_pixels
 from tryon import find_pairs, is_drawn, main, parse_args
 
@@ -217,12 +217,14 @@ def test_a_sheet_that_cannot_be_drawn_costs_no_failure_its_sentence(shop, model,
     assert "broken.png cannot be read" in told and "--contact_sheet" in told and "ann__red.png cannot be read" in told
 
 
-def test_a_base_without_an_adapter_is_told_of(model, recwarn):
-    load_pipeline(ROOT / "demo/model", ROOT / "demo/model", device="cpu")
+def test_a_base_without_an_adapter_is_told_of(model, tmp_path, recwarn):
+    beside = load_pipeline(ROOT / "demo/model", device="cpu")  # the adapter lies beside the base
+    assert beside.config.trained_steps
     load_pipeline(model, device="cpu")
     assert not any("no adapter was given" in str(told.message) for told in recwarn)
-    with pytest.warns(UserWarning, match="demo/model is a base that has learnt no try-on, and no adapter was given"):
-        load_pipeline(ROOT / "demo/model", device="cpu")
+    base = shutil.copytree(ROOT / "demo/model", tmp_path / "base", ignore=shutil.ignore_patterns(ADAPTER_NAME))
+    with pytest.warns(UserWarning, match=f"{base} is a base that has learnt no try-on, and no adapter was given"):
+        load_pipeline(base, device="cpu")
 
 
 def test_the_demos_model_is_the_default(shop):
