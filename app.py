@@ -97,7 +97,7 @@ def serves_demo() -> bool:
 def load_from_environment() -> StableDiffusionVTONPipeline:
     """What VTON_MODEL, VTON_ADAPTER and VTON_HUMAN_PARSER name, else the demo; float16 on a GPU, else float32."""
     model = os.environ.get("VTON_MODEL") or str(DEMO_MODEL)
-    adapter = os.environ.get("VTON_ADAPTER") or (model if serves_demo() else None)
+    adapter = os.environ.get("VTON_ADAPTER") or None
     subfolder = os.environ.get("VTON_ADAPTER_SUBFOLDER") or None
     pipe = load_pipeline(model, adapter, os.environ.get("VTON_HUMAN_PARSER") or None, adapter_subfolder=subfolder)
     pipe.set_progress_bar_config(disable=True)

@@ -115,7 +115,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is tried on").add_argument
-    add("--dataset_root", type=Path, help="a folder in VITON-HD's or DressCode's layout")
+    add("--dataset_root", type=path, help="a folder in VITON-HD's or DressCode's layout")
     add("--dataset_name", help="or what datasets.load_dataset takes; unpaired is then every row in the next row's cloth")  # fmt: skip
     add("--dataset_config_name", help="its configuration (default: its only one)")
     add("--streaming", action="store_true", help="read --dataset_name as it comes instead of downloading it first")
@@ -129,7 +129,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", default="test", help="whose pairs are taken (default test)")
     add("--setting", choices=(*SETTINGS, "both"), default="both", help="own cloths, other cloths, or both (default)")
     add("--category", choices=(*DRESS_CODE_FOLDERS, "all"), default="all", help="of DressCode's layout (default all, pooled and each)")  # fmt: skip
-    add("--list", type=Path, help="a frozen list, OUTPUT_DIR/list.txt of another run, in place of the tree's own")
+    add("--list", type=path, help="a frozen list, OUTPUT_DIR/list.txt of another run, in place of the tree's own")
     add("--num_samples", type=POSITIVE_COUNT, help="the first lines of every list and category (default all)")
     add("--human_parser", help="the parser for --masks parser: a Hub repository or a folder (default: the pipeline's own)")  # fmt: skip
     add(
@@ -138,9 +138,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_cloths", type=POSITIVE_COUNT, default=1, help="of an adapter that was trained on outfits: cloths in the folders or columns cloth_2, ... too (default 1)")  # fmt: skip
     add("--cloth_type", choices=tuple(CLOTH_TYPES.values()), default="upper", help="what --masks parser repaints where no category says (default upper)")  # fmt: skip
     add("--masks", choices=("files", "parser", "none"), help="read, drawn by the pipeline's human parser, or none (default files; mask-free: none)")  # fmt: skip
-    add("--train_root", type=Path, help="the training set's tree: test persons that are in it fail the run")
+    add("--train_root", type=path, help="the training set's tree: test persons that are in it fail the run")
     add("--drop_duplicates", action="store_true", help="leave them out of the list, and say so, instead")
-    add("--output_dir", type=Path, help="for pictures and the report; a killed run goes on there")
+    add("--output_dir", type=path, help="for pictures and the report; a killed run goes on there")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +149,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="its revision on the Hub (default main)")
     add("--adapter", help="the adapter, a Hub repository, a folder or a file; or a LoRA's folder or file (default: none, for a model that is whole; a base alone has learnt no try-on)")  # fmt: skip
     add("--adapter_subfolder", help="where in there, such as CatVTON's mix-48k-1024/attention")
-    add("--pred_dir", type=Path, help="or pictures that another model made: [SETTING/][CATEGORY/]PERSON__CLOTH.png or PERSON.png")  # fmt: skip
+    add("--pred_dir", type=path, help="or pictures that another model made: [SETTING/][CATEGORY/]PERSON__CLOTH.png or PERSON.png")  # fmt: skip
     add("--pred_composited", action="store_true", help="they are the photographs outside the masks, which is checked (default: pasted into them here)")  # fmt: skip
     add("--height", type=POSITIVE_COUNT, help="to work at (default: the adapter's, at the persons' aspect)")
     add("--width", type=POSITIVE_COUNT, help="to work at (default: the adapter's, at the persons' aspect)")
@@ -183,12 +183,12 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--eval_width", type=POSITIVE_COUNT, help="with --eval_height, at the persons' aspect")
     add("--lpips_net", choices=("squeeze", "alex", "vgg"), default="squeeze", help="LPIPS' backbone (default squeeze, as CatVTON and Leffa have it)")  # fmt: skip
-    add("--lpips_weights", type=Path, help="the backbone's weights, torchvision's file (default: downloaded)")
+    add("--lpips_weights", type=path, help="the backbone's weights, torchvision's file (default: downloaded)")
     add("--fid_mode", choices=("clean", "legacy"), default="clean", help="clean-fid's resize (default), or TensorFlow's of 2015")  # fmt: skip
-    add("--inception_weights", type=Path, help="torch-fidelity's file (default: downloaded)")
+    add("--inception_weights", type=path, help="torch-fidelity's file (default: downloaded)")
     add("--recognizer", help="MODULE:FUNCTION, from lists of PIL pictures and of their masks (white everywhere without masks) to a dict of attributes for each: the share that equals the truth's is reported (the drawn world's: demo.recognition:recognize_drawn)")  # fmt: skip
     add("--push_to_hub", metavar="REPO", help="upload --adapter with the figures in its card")
-    add("--compare", nargs="+", type=Path, metavar="REPORT", help="print these report.json side by side, and do nothing else")  # fmt: skip
+    add("--compare", nargs="+", type=path, metavar="REPORT", help="print these report.json side by side, and do nothing else")  # fmt: skip
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

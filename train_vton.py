@@ -178,6 +178,13 @@ def number(kind: type, allowed: str, fits: Callable[[Any], bool]) -> Callable[[s
     return parse
 
 
+def path(text: str) -> Path:
+    """A `type` for argparse: a shell's variable that is not set is no name for the folder that one stands in."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
 POSITIVE_COUNT = number(int, "a positive whole number", lambda value: value > 0)
 COUNT = number(int, "a whole number from 0", lambda value: value >= 0)
 POSITIVE = number(float, "a positive number", lambda value: value > 0)
@@ -220,8 +227,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pretrained_model_name_or_path", required=True, help="the base: a Hub repository or a folder")
     add("--revision", help="the base's revision on the Hub (default main)")
     add("--vae_name_or_path", help="another VAE for the base, such as SDXL's for fp16 (default: the base's own)")
-    add("--output_dir", type=Path, required=True, help="for adapter, checkpoints, logs and validation pictures")
-    add("--dataset_root", type=Path, help="a folder in VITON-HD's or DressCode's layout")
+    add("--output_dir", type=path, required=True, help="for adapter, checkpoints, logs and validation pictures")
+    add("--dataset_root", type=path, help="a folder in VITON-HD's or DressCode's layout")
     add("--dataset_name", help="or what datasets.load_dataset takes: a Hub repository, a folder of parquet files or pictures")  # fmt: skip
     add("--dataset_config_name", help="its configuration (default: its only one)")
     add("--streaming", action="store_true", help="read --dataset_name as it comes instead of downloading it first")
@@ -238,7 +245,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", type=POSITIVE_COUNT, help="training width in pixels, at the data's aspect")
     add("--resolutions", nargs="+", type=resolution, metavar="HEIGHTxWIDTH", help="train at all of these, a batch at one that is nearest to its persons' aspect; the first that suits most persons is the adapter's own (default: one size)")  # fmt: skip
     add("--augment", nargs="*", default=[], choices=("flip", "crop", "color", "mask"), help="mirror, zoom in, recolour, loosen masks (default none)")  # fmt: skip
-    add("--cache_latents", nargs="?", type=Path, const=True, help="encode once, and keep it in this folder, or without a name in OUTPUT_DIR/latents (default off)")  # fmt: skip
+    add("--cache_latents", nargs="?", type=path, const=True, help="encode once, and keep it in this folder, or without a name in OUTPUT_DIR/latents (default off)")  # fmt: skip
     add("--dataloader_num_workers", type=COUNT, default=2, help="reading processes (default 2)")
 
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,13 @@ from pipeline_vton import (
     PreparedCloth,
     PreparedPerson,
     StableDiffusionVTONPipeline,
+    as_image,
+    check_scheduler,
     is_scheduler,
     load_pipeline,
-    upright,
     whole_file,
 )
-from train_vton import COUNT, POSITIVE_COUNT, read_list
+from train_vton import NOT_NEGATIVE, POSITIVE_COUNT, SEED, path, read_list
 
 
 DEMO_MODEL = Path(__file__).resolve().parent / "demo" / "model"
@@ -58,6 +60,7 @@ WRITTEN = {".png": {}, ".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"qua
 WRITTEN |= {".jpeg": WRITTEN[".jpg"], ".tiff": WRITTEN[".tif"]}
 CLOTHS_KEPT = 8  # encoded, with keys and values: in float16 35 MB each for SD1.5 at 512x384, 138 MB at 1024x768
 SHEET_PAIRS, SHEET_HEIGHT = 48, 256
+SHEET_LARGEST = (2 * SHEET_HEIGHT, SHEET_HEIGHT)  # of a picture
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,27 @@ class Pair:
 # --------------------------------------------------------------------------------------------------------------- pairs
 
 
+def shown_files(folder: Path) -> Iterator[Path]:
+    """The files of a folder that are not hidden: a Mac leaves a ._NAME.jpg beside every NAME.jpg."""
+    return (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+
+
+def passed_over(args: argparse.Namespace) -> Iterator[str]:
+    """A sentence for every folder with files of other kinds, which may be photographs: a telephone's HEIC."""
+    for flag, place in (("--person", args.person), ("--cloth", args.cloth)):
+        if args.pairs is None and place.is_dir():
+            others = sorted(file.name for file in shown_files(place) if file.suffix.lower() not in SUFFIXES)
+            if others:
+                names = ", ".join(others[:3]) + (", ..." if others[3:] else "")
+                yield f"{flag} {place}: {len(others)} files are passed over, of kinds that cannot be read here: {names}"
+
+
 def pictures_in(place: Path, flag: str) -> list[Path]:
     """A file, or the pictures of a folder by name."""
     if place.is_dir():
-        files = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES)
+        files = sorted(file for file in shown_files(place) if file.suffix.lower() in SUFFIXES)
         if not files:
-            raise FileNotFoundError(f"{flag}: there are no pictures in {place}")
+            raise FileNotFoundError(f"{flag}: there are no pictures in {place} of a kind that can be read")
         return files
     if not place.is_file():
         raise FileNotFoundError(f"{flag}: there is no {place}")
@@ -115,6 +133,8 @@ def find_pairs(args: argparse.Namespace) -> list[Pair]:
     """All that is asked for; a few cloths at a time, and of those person by person, so that little is encoded again."""
     if args.pairs is not None:
         pairs = [(args.person / person, args.cloth / cloth) for person, cloth, _ in read_list(args.pairs)]
+        if not pairs:
+            raise ValueError(f"--pairs {args.pairs} names no pairs")
     else:
         people, cloths = pictures_in(args.person, "--person"), pictures_in(args.cloth, "--cloth")
         every = [(person, cloth) for person in people for cloth in cloths]
@@ -151,6 +171,17 @@ def check_outputs(pairs: list[Pair], args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} {file} is a picture that is tried on itself, {same}: write elsewhere")
 
 
+def check_folders(files: list[Path]) -> None:
+    """OSError where the folder of a file that is to be written cannot be made or written to; nothing is left there."""
+    for folder in dict.fromkeys(file.parent for file in files):
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        try:
+            with TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            raise OSError(f"{folder} cannot be written to: {error.strerror}") from error
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
@@ -165,7 +196,7 @@ def open_picture(file: Path) -> Image.Image:
 
 def is_drawn(person: Image.Image) -> bool:
     """Whether neighbouring pixels are often the same, white ones aside, as in the demo's world and not in photographs."""
-    small = np.asarray(upright(person).convert("RGB").resize((96, 128), Image.Resampling.LANCZOS))
+    small = np.asarray(as_image(person, "person").resize((96, 128), Image.Resampling.LANCZOS))
     coloured = (small[:, 1:] < 250).any(axis=-1)
     same = (small[:, 1:] == small[:, :-1]).all(axis=-1)
     return (same & coloured).sum() > 0.25 * max(1, coloured.sum())
@@ -184,9 +215,8 @@ def contact_sheet(pairs: list[Pair]) -> Image.Image:
     """Person, cloth and result of the first pairs, two to a line."""
     rows = []
     for pair in pairs[:SHEET_PAIRS]:
-        shown = [upright(open_picture(file)) for file in (pair.person, pair.cloth, pair.output)]
-        shown = [picture.convert("RGB") for picture in shown]
-        rows.append([ImageOps.scale(p, SHEET_HEIGHT / p.height, Image.Resampling.LANCZOS) for p in shown])
+        shown = [as_image(open_picture(file), "picture") for file in (pair.person, pair.cloth, pair.output)]
+        rows.append([ImageOps.contain(one, SHEET_LARGEST, Image.Resampling.LANCZOS) for one in shown])
     column = max(sum(picture.width for picture in row) for row in rows) + 40
     sheet = Image.new("RGB", (min(2, len(rows)) * column, (len(rows) + 1) // 2 * (SHEET_HEIGHT + 30) + 10), "white")
     draw = ImageDraw.Draw(sheet)
@@ -283,8 +313,17 @@ class TryOn:
             self.failures[f"{pair.output}: the model's safety checker blackened the picture"] = None
         return [None if black else image for image, black in zip(made.images, blackened)]
 
+    def check_settings(self) -> None:
+        """ValueError where the model cannot follow the flags, whatever the pictures are: told once, before the first."""
+        check_scheduler(self.pipe.scheduler)
+        self.pipe.resolve_size(4, 3, self.args.height, self.args.width)
+        if self.sampling:
+            self.pipe.scheduler.set_timesteps(self.sampling["num_inference_steps"])
+
     def __call__(self, pairs: list[Pair], bar: tqdm) -> None:
-        """A batch's pictures are written while the next is made: to compress 24 megapixels takes seconds."""
+        """A batch's pictures are written while the next is made: to compress 24 megapixels takes seconds. Where one cannot be
+        written, as on a full disk, nothing more is made.
+        """
 
         def write(batch: list[tuple[Pair, PreparedPerson, PreparedCloth]], results: list[Image.Image | None]) -> None:
             for (pair, *_), result in zip(batch, results):
@@ -293,14 +332,17 @@ class TryOn:
 
         with ThreadPoolExecutor(1) as writer:
             written = None
-            for batch in self.batches(pairs, bar):
-                results = self.results(batch)
+            try:
+                for batch in self.batches(pairs, bar):
+                    results = self.results(batch)
+                    if written is not None:
+                        written.result()  # no more than one batch waits in memory
+                    written = writer.submit(write, batch, results)
+                    bar.update(len(batch))
                 if written is not None:
-                    written.result()  # no more than one batch waits in memory, and what failed is raised
-                written = writer.submit(write, batch, results)
-                bar.update(len(batch))
-            if written is not None:
-                written.result()
+                    written.result()
+            except OSError as error:
+                self.failures[f"stopped, since a result could not be written: {error}"] = None
 
 
 def warn_of_photographs(pairs: list[Pair]) -> None:
@@ -323,26 +365,37 @@ def warn_of_photographs(pairs: list[Pair]) -> None:
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pictures").add_argument
-    add("--person", type=Path, required=True, metavar="PATH", help="a photograph, or a folder of them")
-    add("--cloth", type=Path, required=True, metavar="PATH", help="a picture of a cloth, or a folder of them")
+    add("--person", type=path, required=True, metavar="PATH", help="a photograph, or a folder of them")
+    add("--cloth", type=path, required=True, metavar="PATH", help="a picture of a cloth, or a folder of them")
     add(
         "--pairs",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="lines of a person's and a cloth's file name in those folders, with their endings",
     )
     add(
         "--output",
-        type=Path,
+        type=path,
         required=True,
         metavar="PATH",
         help="a file for one pair, else a folder: PERSON__CLOTH.EXT, with --one_each PERSON.EXT",
     )
     add("--one_each", action="store_true", help="name results after their persons, in one cloth each: of --pairs, else one that is drawn and has another name; what `train_vton.py --mask_free` trains on")  # fmt: skip
-    add("--mask", type=Path, metavar="PATH", help="white where to repaint: a file, or a folder with the persons' names (default: drawn by the human parser, or none if the adapter is mask-free)")  # fmt: skip
-    add("--pose", type=Path, metavar="PATH", help="skeletons or the like, for an adapter that reads poses: a file, or a folder with the persons' names")  # fmt: skip
+    add("--mask", type=path, metavar="PATH", help="white where to repaint: a file, or a folder with the persons' names (default: drawn by the human parser, or none if the adapter is mask-free)")  # fmt: skip
+    add("--pose", type=path, metavar="PATH", help="skeletons or the like, for an adapter that reads poses: a file, or a folder with the persons' names")  # fmt: skip
     add("--overwrite", action="store_true", help="make results anew that are there already")
-    add("--contact_sheet", type=Path, metavar="FILE", help=f"persons, cloths and results of the first {SHEET_PAIRS} pairs on one picture")  # fmt: skip
+    add("--contact_sheet", type=path, metavar="FILE", help=f"persons, cloths and results of the first {SHEET_PAIRS} pairs on one picture")  # fmt: skip
+
+
+def device(text: str) -> torch.device:
+    """A `type` for argparse: a device that is there."""
+    try:
+        tensor = torch.zeros(1, device=text)
+        tensor.item()  # which has no value on the meta device
+        return tensor.device
+    except (RuntimeError, AssertionError) as error:  # no such name or no such device; no device of its kind
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text}: {reason}") from error
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -353,7 +406,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="the base: a folder or a Hub repository (default: the demo's)",
     )
-    add("--adapter", metavar="NAME", help="folder, file or Hub repository for load_vton_adapter (default: the demo's for the demo's model, else none)")  # fmt: skip
+    add("--adapter", metavar="NAME", help="folder, file or Hub repository for load_vton_adapter (default: the one in the model's folder, if there is one)")  # fmt: skip
     add("--adapter_subfolder", metavar="NAME", help="where in there, such as CatVTON's mix-48k-1024/attention")
     add(
         "--human_parser",
@@ -362,7 +415,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--scheduler", metavar="CLASS", help="a scheduler of diffusers (default: the adapter's, or the model's)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU, else float32")
-    add("--device", help="such as cuda:1 or cpu (default: a GPU where there is one; not with accelerate launch)")
+    add("--device", type=device, help="such as cuda:1 or cpu (default: a GPU where there is one; not with accelerate launch)")  # fmt: skip
 
 
 def add_call_arguments(parser: argparse.ArgumentParser) -> None:
@@ -386,8 +439,8 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="few steps of UniPC, three quarters of them guided, as pipe.fast() has them",
     )
-    add("--guidance_scale", type=float, metavar="X", help="default: the adapter's own")
-    add("--seed", type=COUNT, default=0, metavar="N", help="of the noise, the same for every pair (default 0)")
+    add("--guidance_scale", type=NOT_NEGATIVE, metavar="X", help="default: the adapter's own")
+    add("--seed", type=SEED, default=0, metavar="N", help="of the noise, the same for every pair (default 0)")
     add(
         "--height",
         type=POSITIVE_COUNT,
@@ -410,10 +463,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--fast samples with UniPC: leave out --scheduler, got {args.scheduler}")
     if args.contact_sheet is not None and args.contact_sheet.suffix.lower() not in WRITTEN:
         parser.error(f"--contact_sheet must end in {', '.join(WRITTEN)}, got {args.contact_sheet}")
-    if args.mask is not None and not args.mask.exists():
-        parser.error(f"--mask: there is no {args.mask}")
-    if args.pose is not None and not args.pose.exists():
-        parser.error(f"--pose: there is no {args.pose}")
+    for flag in ("pairs", "mask", "pose"):
+        place = getattr(args, flag)
+        if place is not None and not place.exists():
+            parser.error(f"--{flag}: there is no {place}")
     return args
 
 
@@ -427,9 +480,8 @@ def load(args: argparse.Namespace, device: str | torch.device) -> StableDiffusio
     Raises:
         OSError, ValueError: a name is none of a model, weights do not fit, or the model lacks what the pictures need.
     """
-    adapter = args.adapter or (args.model if is_demo(args) else None)
     dtype = args.dtype and getattr(torch, args.dtype)
-    names = (args.model, adapter, args.human_parser, args.scheduler, dtype, device, args.adapter_subfolder)
+    names = (args.model, args.adapter, args.human_parser, args.scheduler, dtype, device, args.adapter_subfolder)
     pipe = load_pipeline(*names)
     if args.mask is None and pipe.human_parser is None and not pipe.config.mask_free:
         raise ValueError("this model has no human parser: give --human_parser, or --mask")
@@ -440,15 +492,18 @@ def load(args: argparse.Namespace, device: str | torch.device) -> StableDiffusio
 
 def main(args: argparse.Namespace) -> int:
     """The exit status."""
-    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(hours=12))  # for whoever has the longer share
+    state = PartialState(cpu=args.device == torch.device("cpu"), timeout=timedelta(hours=12))  # for whoever has the longer share
     try:
         pairs = find_pairs(args)
         check_outputs(pairs, args)
+        missing = [pair for pair in pairs if args.overwrite or not pair.output.exists()]
+        check_folders([pair.output for pair in missing] + ([args.contact_sheet] if args.contact_sheet else []))
     except (OSError, ValueError) as error:
         print(f"tryon.py: {error}", file=sys.stderr)
         return 2
-    missing = [pair for pair in pairs if args.overwrite or not pair.output.exists()]
     state.wait_for_everyone()  # all have looked before the first is made
+    for sentence in passed_over(args) if state.is_main_process else ():
+        print(sentence, file=sys.stderr)
     if len(missing) < len(pairs) and state.is_main_process:
         print(
             f"{len(pairs) - len(missing)} of {len(pairs)} are there already (--overwrite makes them anew)",
@@ -460,6 +515,7 @@ def main(args: argparse.Namespace) -> int:
             warn_of_photographs(missing)
         try:
             try_on = TryOn(load(args, args.device or state.device), args)
+            try_on.check_settings()
         except (OSError, ValueError) as error:  # diffusers' are of several lines, and every process has its own
             if state.is_main_process:
                 print(f"tryon.py: {' '.join(str(error).split())}", file=sys.stderr)
@@ -487,4 +543,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    try:
+        sys.exit(main(parse_args()))
+    except KeyboardInterrupt:
+        sys.exit("stopped: the same command goes on, without --overwrite")

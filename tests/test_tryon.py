@@ -217,6 +217,95 @@ def test_a_sheet_that_cannot_be_drawn_costs_no_failure_its_sentence(shop, model,
     assert "broken.png cannot be read" in told and "--contact_sheet" in told and "ann__red.png cannot be read" in told
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--output", ""), "argument --output: must not be empty"),
+        (("--guidance_scale", "-3"), "--guidance_scale: must be a number from 0, got -3"),
+        (("--guidance_scale", "nan"), "--guidance_scale: must be a number from 0, got nan"),
+        (("--seed", str(2**70)), "--seed: must be a whole number from 0"),
+        (("--device", "cuda:0/foo"), "--device: must be a device of this machine, got cuda:0/foo"),
+        (("--device", "cuda:77"), "--device: must be a device of this machine, got cuda:77"),
+        (("--device", "meta"), "--device: must be a device of this machine, got meta"),
+        (("--pairs", "nowhere.txt"), "--pairs: there is no nowhere.txt"),
+    ],
+)
+def test_a_flag_that_says_nothing_sensible_is_refused_before_anything_is_loaded(shop, flags, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(shop, shop / "no-model", *flags)
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--height", "31"), "`height` must be a positive multiple of 8, got 31"),
+        (("--steps", "2000"), "2000"),
+        (("--scheduler", "FlowMatchEulerDiscreteScheduler"), "FlowMatchEulerDiscreteScheduler is"),
+    ],
+)
+def test_settings_that_the_model_cannot_follow_are_told_once(shop, model, flags, told, capsys):
+    assert run(shop, model, *flags) == 2
+    said = capsys.readouterr().err
+    (sentence,) = [line for line in said.splitlines() if line.startswith("tryon.py: ")]
+    assert told in sentence and not (shop / "results").exists()
+
+
+def test_where_nothing_can_be_written_is_known_before_the_model_is_loaded(shop, capsys):
+    (shop / "taken").write_text("a file")
+    assert run(shop, shop / "no-model", output="taken/results") == 2
+    assert "taken/results cannot be written to: Not a directory" in capsys.readouterr().err
+    assert run(shop, shop / "no-model", "--contact_sheet", str(shop / "taken/sheet.png")) == 2
+    assert "taken cannot be written to: Not a directory" in capsys.readouterr().err
+
+
+def test_a_list_of_no_pairs_is_an_error(shop, model, capsys):
+    (shop / "list.txt").write_text("\n\n")
+    assert run(shop, model, "--pairs", str(shop / "list.txt")) == 2
+    assert "list.txt names no pairs" in capsys.readouterr().err
+
+
+def test_a_full_disk_stops_the_run_with_a_sentence(shop, model, monkeypatch, capsys):
+    written, write = [], tryon.save_picture
+
+    def fails(*args):
+        written.append(args)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(tryon, "save_picture", fails)
+    assert run(shop, model) == 1
+    said = capsys.readouterr()
+    assert "stopped, since a result could not be written: [Errno 28] No space left" in said.err
+    assert "1 of 4 try-ons" in said.out and len(written) == 2 and len(list((shop / "results").iterdir())) == 1
+
+
+def test_files_of_other_kinds_are_told_of_and_hidden_ones_are_not(shop, model, capsys):
+    for name in ("people/IMG_1.HEIC", "people/._ann.png", "people/.DS_Store", "cloths/list.txt"):
+        (shop / name).write_bytes(b"what a telephone or a Mac leaves")
+    assert run(shop, model) == 0
+    said = capsys.readouterr()
+    assert "people: 1 files are passed over, of kinds that cannot be read here: IMG_1.HEIC\n" in said.err
+    assert "cloths: 1 files are passed over" in said.err and "4 of 4 try-ons" in said.out and ".DS" not in said.err
+
+
+def test_a_sheet_shows_what_the_model_sees(shop, model):
+    """Transparency on white, sixteen bits, and no picture so wide that the others are lost beside it."""
+    clear = Image.new("RGBA", (24, 32), (0, 0, 0, 0))
+    save(clear, shop / "cloths/red.png")
+    save(Image.fromarray(np.full((32, 24), 65535, np.uint16)), shop / "cloths/tee.png")
+    save(picture(5, 32, 640), shop / "cloths/wide.png")
+    assert run(shop, model, "--contact_sheet", str(shop / "sheet.png"), person="people/ann.png") == 0
+    sheet = Image.open(shop / "sheet.png")
+    assert sheet.width < 2 * (192 + 512 + 192 + 40) + 1
+    cloths = [file.name for file in sorted((shop / "cloths").iterdir())]
+    assert cloths == ["red.png", "tee.png", "wide.png"]
+    column, rows = sheet.width // 2, [(0, 24), (1, 24)]
+    for place, top in rows:
+        assert sheet.getpixel((place * column + 10 + 192 + 10 + 96, top + 128)) == (255, 255, 255)
+
+
 def test_a_base_without_an_adapter_is_told_of(model, tmp_path, recwarn):
     beside = load_pipeline(ROOT / "demo/model", device="cpu")  # the adapter lies beside the base
     assert beside.config.trained_steps
@@ -273,15 +362,6 @@ def test_fast_is_the_pipelines_own(shop, model, monkeypatch, flags, rows):
     places = [str(shop / word) if i % 2 else word for i, word in enumerate(places)]
     line = [*places, "--model", str(model), "--device", "cpu", *steps, *flags]
     assert main(parse_args(line)) == 0 and sum(computed) == rows
-
-
-def test_a_result_that_cannot_be_written_ends_the_run(shop, model, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tryon, "save_picture", full)
-    with pytest.raises(OSError, match="No space left"):
-        run(shop, model, person="people/ann.png", cloth="cloths/red.png")
 
 
 def test_bad_files_are_named_at_the_end_and_all_else_is_done(shop, model, capsys):
@@ -520,7 +600,7 @@ def test_wrong_flags_are_one_sentence(shop, model, capsys):
             ["--fast", "--scheduler", "DDIMScheduler"],
             "--fast samples with UniPC: leave out --scheduler, got DDIMScheduler",
         ),
-        (["--seed", "-1"], "--seed: must be a whole number from 0, got -1"),
+        (["--seed", "-1"], "--seed: must be a whole number from 0 to 4294967295, got -1"),
     ):
         with pytest.raises(SystemExit):
             parse_args([*places, *flags])
