@@ -65,9 +65,11 @@ from pipeline_vton import (
     whole_file,
 )
 from train_vton import (
-    COUNT,
     DRESS_CODE_FOLDERS,
+    NOT_NEGATIVE,
     POSITIVE_COUNT,
+    SEED,
+    SHARE,
     RowPairs,
     TreePairs,
     check_sizes,
@@ -78,6 +80,7 @@ from train_vton import (
     is_cloth,
     load_rows,
     open_picture,
+    path,
     write_text,
 )
 
@@ -159,12 +162,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="few steps of UniPC, three quarters of them guided, as pipe.fast() has them",
     )
-    add("--guidance_scale", type=float, help="default: the adapter's own")
+    add("--guidance_scale", type=NOT_NEGATIVE, help="default: the adapter's own")
     add("--scheduler", help="a scheduler class of diffusers (default: the pipeline's own)")
-    add("--eta", type=float, help="for DDIM (default: the pipeline's own)")
+    add("--eta", type=SHARE, help="for DDIM (default: the pipeline's own)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU, else float32")
     add("--batch_size", type=POSITIVE_COUNT, default=4, help="pictures read, and written, side by side (default 4); the UNet sees one at a time, since batches round otherwise")  # fmt: skip
-    add("--seed", type=COUNT, default=0, help="with a line's name it seeds the line's noise (default 0)")
+    add("--seed", type=SEED, default=0, help="with a line's name it seeds the line's noise (default 0)")
     add(
         "--seeds",
         type=POSITIVE_COUNT,
@@ -188,7 +191,7 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     add("--inception_weights", type=path, help="torch-fidelity's file (default: downloaded)")
     add("--recognizer", help="MODULE:FUNCTION, from lists of PIL pictures and of their masks (white everywhere without masks) to a dict of attributes for each: the share that equals the truth's is reported (the drawn world's: demo.recognition:recognize_drawn)")  # fmt: skip
     add("--push_to_hub", metavar="REPO", help="upload --adapter with the figures in its card")
-    add("--compare", nargs="+", type=path, metavar="REPORT", help="print these report.json side by side, and do nothing else")  # fmt: skip
+    add("--compare", nargs="+", type=path, metavar="REPORT", help="print these report.json, or those of these folders, side by side, and do nothing else")  # fmt: skip
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -196,6 +199,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.compare is not None:
         if len(args.compare) < 2:
             parser.error(f"--compare needs at least two reports, got {len(args.compare)}")
+        args.compare = [file / "report.json" if file.is_dir() else file for file in args.compare]
+        for file in args.compare:
+            if not file.is_file():
+                parser.error(f"--compare: there is no {file}")
         return
     if args.output_dir is None:
         parser.error("--output_dir must be given")
@@ -226,6 +233,12 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--pred_composited speaks of --pred_dir's pictures, and is checked with the masks")
     if args.recognizer is not None and ":" not in args.recognizer:
         parser.error(f"--recognizer must be MODULE:FUNCTION, got {args.recognizer}")
+    for flag in ("dataset_root", "pred_dir", "train_root"):
+        if (folder := getattr(args, flag)) is not None and not folder.is_dir():
+            parser.error(f"--{flag} must be a folder, got {folder}")
+    for flag in ("lpips_weights", "inception_weights"):
+        if (file := getattr(args, flag)) is not None and not file.is_file():
+            parser.error(f"--{flag} must be a file, got {file}")
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -575,6 +588,7 @@ class RowSource:
         return {k: v for k, v in kept.items() if k not in roles} | {k: v for k, v in worn.items() if k in roles}
 
     def files(self, line: Line) -> dict[str, Path]:
+        """Nothing: rows have no files, and neither factors nor attributes."""
         return {}
 
     factors = attributes = files
@@ -711,6 +725,7 @@ class Model:
         self.pipe.set_progress_bar_config(disable=True)
         steps = {} if args.num_inference_steps is None else {"num_inference_steps": args.num_inference_steps}
         self.sampling = self.pipe.fast(**steps) if args.fast else {"num_inference_steps": 50} | steps
+        self.pipe.check_settings(args.height, args.width, self.sampling["num_inference_steps"])
         self.mask_free, self.posed = self.pipe.config.mask_free, self.pipe.config.pose == "painted"
 
     def working_size(self, person: Image.Image) -> tuple[int, int]:
@@ -1218,7 +1233,13 @@ def plot_distributions(
 
 def compare(files: Sequence[Path]) -> str:
     """Reports of one protocol side by side; ≈ stands where the intervals of a figure and the first report's overlap."""
-    reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    reports = []
+    for file in files:
+        try:
+            reports.append(json.loads(file.read_text(encoding="utf-8")))
+            reports[-1]["figures"], reports[-1]["protocol"], reports[-1]["failures"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--compare: {file} is no report of evaluate_vton.py: {error!r}") from error
     for file, report in zip(files, reports):
         if not report["figures"]:
             raise ValueError(f"{file} has no figures: {len(report['failures'])} of its lines failed")
@@ -1632,7 +1653,10 @@ def versions() -> dict[str, str]:
 
 def load_recognizer(name: str) -> Recognizer:
     module, function = name.split(":")
-    return getattr(importlib.import_module(module), function)
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--recognizer {name}: {error}") from error
 
 
 def main(args: argparse.Namespace, inception: torch.nn.Module | None = None) -> None:

@@ -2584,6 +2584,19 @@ class VTONInputsMixin:
             area = math.prod(size if isinstance(size, (list, tuple)) else (size, size)) * self.vae_scale_factor**2
         return fit_size(person_height, person_width, height, width, area=area, multiple=self.size_multiple)
 
+    def check_settings(
+        self, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None
+    ) -> None:
+        """ValueError where this model cannot work so, whatever the pictures are: for who would know before reading many.
+
+        Args:
+            height, width, num_inference_steps: as in a call; None is not looked at.
+        """
+        self._check_components()
+        self.resolve_size(1, 1, height, width)
+        if num_inference_steps is not None:
+            self.scheduler.set_timesteps(num_inference_steps)
+
     def check_inputs(
         self,
         person_image: PictureInput | PreparedPerson | list[PreparedPerson],

@@ -46,7 +46,6 @@ from pipeline_vton import (
     PreparedPerson,
     StableDiffusionVTONPipeline,
     as_image,
-    check_scheduler,
     is_scheduler,
     load_pipeline,
     whole_file,
@@ -239,6 +238,7 @@ class TryOn:
         self.pipe, self.args = pipe, args
         steps = {} if args.steps is None else {"num_inference_steps": args.steps}
         self.sampling = pipe.fast(**steps) if args.fast else steps
+        pipe.check_settings(args.height, args.width, self.sampling.get("num_inference_steps"))
         if args.batch_size > 1:
             pipe.vae.enable_slicing()  # a decoder's activations are larger than all that a batch else needs
         self.person = lru_cache(1)(self.prepare_person)
@@ -312,13 +312,6 @@ class TryOn:
         for pair in itertools.compress(listed, blackened):
             self.failures[f"{pair.output}: the model's safety checker blackened the picture"] = None
         return [None if black else image for image, black in zip(made.images, blackened)]
-
-    def check_settings(self) -> None:
-        """ValueError where the model cannot follow the flags, whatever the pictures are: told once, before the first."""
-        check_scheduler(self.pipe.scheduler)
-        self.pipe.resolve_size(4, 3, self.args.height, self.args.width)
-        if self.sampling:
-            self.pipe.scheduler.set_timesteps(self.sampling["num_inference_steps"])
 
     def __call__(self, pairs: list[Pair], bar: tqdm) -> None:
         """A batch's pictures are written while the next is made: to compress 24 megapixels takes seconds. Where one cannot be
@@ -492,7 +485,8 @@ def load(args: argparse.Namespace, device: str | torch.device) -> StableDiffusio
 
 def main(args: argparse.Namespace) -> int:
     """The exit status."""
-    state = PartialState(cpu=args.device == torch.device("cpu"), timeout=timedelta(hours=12))  # for whoever has the longer share
+    patience = timedelta(hours=12)  # for whoever has the longer share
+    state = PartialState(cpu=args.device == torch.device("cpu"), timeout=patience)
     try:
         pairs = find_pairs(args)
         check_outputs(pairs, args)
@@ -515,7 +509,6 @@ def main(args: argparse.Namespace) -> int:
             warn_of_photographs(missing)
         try:
             try_on = TryOn(load(args, args.device or state.device), args)
-            try_on.check_settings()
         except (OSError, ValueError) as error:  # diffusers' are of several lines, and every process has its own
             if state.is_main_process:
                 print(f"tryon.py: {' '.join(str(error).split())}", file=sys.stderr)

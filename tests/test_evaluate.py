@@ -45,6 +45,7 @@ from evaluate_vton import (
     frechet_distance,
     kernel_distance,
     load_lpips,
+    load_recognizer,
     main,
     metric_library,
     parse_args,
@@ -957,7 +958,7 @@ def test_reports_side_by_side(tree, tmp_path, capsys):
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / name / file.name)
         evaluate(tmp_path / f"{name}_out", tree, pred_dir=tmp_path / name, **PREDICTED)
     reports = [tmp_path / f"{name}_out/report.json" for name in ("near", "nearer", "far")]
-    main(parse_args(["--compare", *map(str, reports)]))
+    main(parse_args(["--compare", str(reports[0].parent), *map(str, reports[1:])]))  # folders are their reports
     table = capsys.readouterr().out.splitlines()
     (psnr,) = [line for line in table if "| unpaired | bare | all | PSNR in the mask ↑ |" in line]
     near = json.loads(reports[0].read_text())
@@ -973,6 +974,21 @@ def test_reports_side_by_side(tree, tmp_path, capsys):
         (tmp_path / "other.json").write_text(json.dumps(other))
         with pytest.raises(ValueError, match=f"measured differently: {name} is {near['protocol'][name]} and another"):
             compare([reports[0], tmp_path / "other.json"])
+    for text in ("no JSON", "[]", "{}"):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match="--compare: .*other.json is no report of evaluate_vton.py"):
+            compare([reports[0], tmp_path / "other.json"])
+
+
+@pytest.mark.parametrize("name", ["nowhere:function", "test_evaluate:nothing", ":function"])
+def test_a_recognizer_that_is_not_there_is_told_by_its_flag(name):
+    with pytest.raises(ValueError, match=f"--recognizer {name}: "):
+        load_recognizer(name)
+
+
+def test_steps_that_the_model_cannot_take_are_told_before_the_first_picture(tree, model, tmp_path):
+    with pytest.raises(ValueError, match="2000"):
+        evaluate(tmp_path, tree, model, num_inference_steps=2000)
 
 
 def test_unpaired_figures_of_other_persons_do_not_stand_side_by_side(own_tree, tmp_path):
@@ -1045,7 +1061,14 @@ def test_figures_stand_in_the_adapters_card(finished, tree, model, tmp_path, hub
         (["--output_dir", "o", "--dataset_root", "d", "--pred_dir", "p", "--seeds", "2"], "--pred_dir has one seed"),
         (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--eval_width", "8"], "go together, got None and 8"),
         (["--output_dir", "o", "--dataset_name", "d", "--model", "m", "--train_root", "t"], "--train_root goes with --dataset_root"),
-        (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--seed", "-1"], "--seed: must be a whole number from 0, got -1"),
+        (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--seed", "-1"], "--seed: must be a whole number from 0 to 4294967295, got -1"),
+        (["--output_dir", "o", "--dataset_root", "d", "--model", "m"], "--dataset_root must be a folder, got d"),
+        (["--output_dir", "o", "--dataset_root", ".", "--pred_dir", "p"], "--pred_dir must be a folder, got p"),
+        (["--output_dir", "o", "--dataset_root", ".", "--model", "m", "--lpips_weights", "w"], "--lpips_weights must be a file, got w"),
+        (["--output_dir", "o", "--dataset_root", ".", "--model", "m", "--guidance_scale", "-1"], "--guidance_scale: must be a number from 0, got -1"),
+        (["--output_dir", "o", "--dataset_root", ".", "--model", "m", "--eta", "7"], "--eta: must be at least 0 and at most 1, got 7"),
+        (["--compare", "one", "other"], "--compare: there is no one"),
+        (["--compare", "tests", "other"], "--compare: there is no tests/report.json"),
         (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--scheduler", "None"], "--scheduler must be the name of a scheduler"),
         (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--push_to_hub", "r"], "--push_to_hub r needs --adapter"),
         (["--compare", "one"], "--compare needs at least two reports, got 1"),
