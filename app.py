@@ -43,7 +43,8 @@ except ImportError:
 try:
     import gradio as gr
 except ImportError as error:
-    raise ImportError("the page needs gradio: pip install -r requirements-app.txt") from error
+    needed = "the page needs gradio: pip install -r requirements-app.txt"
+    raise (SystemExit if __name__ == "__main__" else ImportError)(needed) from error
 import numpy as np
 import torch
 from gradio.components import Component

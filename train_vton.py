@@ -21,6 +21,7 @@ import codecs
 import contextlib
 import hashlib
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -34,6 +35,7 @@ import signal
 import tempfile
 import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +115,7 @@ from pipeline_vton import (
     hub_repository,
     is_lora,
     markdown_table,
+    naming,
     overflows,
     read_adapter,
     read_safetensors,
@@ -535,6 +538,23 @@ def check_sizes(sizes: dict[str, tuple[int, int]], where: str) -> None:
             raise ValueError(f"{where}: the {role} has size {sizes[role]}, its person {sizes['person']}")
 
 
+def fault_or(work: Callable, *arguments: Any) -> Any:
+    """What the work returns, or the OSError or ValueError that it raises."""
+    try:
+        return work(*arguments)
+    except (OSError, ValueError) as error:
+        return error
+
+
+def raise_together(found: Sequence[Any]) -> None:
+    """The errors that are in `found` as one, if there are any: the first few and how many more."""
+    errors = [each for each in found if isinstance(each, Exception)]
+    if errors:
+        told = "; ".join(dict.fromkeys(map(str, errors[:FAULTS_TOLD])))
+        more = f"; and {len(errors) - FAULTS_TOLD} more" if len(errors) > FAULTS_TOLD else ""
+        raise type(errors[0])(f"{told}{more}") from errors[0]
+
+
 def evenly(items: Sequence, count: int) -> list:
     """At most `count` of the items, evenly spread."""
     count = min(count, len(items))
@@ -575,6 +595,7 @@ def read_list(file: Path) -> list[tuple[str, str, str]]:
 
 DRESS_CODE_FOLDERS = ("upper_body", "lower_body", "dresses")
 SHUFFLED_FROM = 100  # lines
+FAULTS_TOLD = 5  # of a dataset's
 
 
 class TreePairs:
@@ -718,11 +739,15 @@ class TreePairs:
         """Every file is there and can be read, the masks are masks; those known already are not opened again."""
         looked_at = [(role, file, where) for _, where, files in self.pairs for role, file in files.items()]
         with ThreadPoolExecutor() as readers:
-            learnt = readers.map(lambda one: self.look_at(*one), looked_at)
+            learnt = readers.map(lambda one: fault_or(self.look_at, *one), looked_at)
             learnt = list(tqdm(learnt, desc="check the files", total=len(looked_at), delay=3))
+        raise_together(learnt)
         self.learnt = {(role, str(file)): facts for (role, file, _), facts in zip(looked_at, learnt)}
-        for _, where, files in self.pairs:
-            check_sizes({role: tuple(self.learnt[role, str(file)][2:]) for role, file in files.items()}, where)
+        sizes = [
+            ({role: tuple(self.learnt[role, str(file)][2:]) for role, file in files.items()}, where)
+            for _, where, files in self.pairs
+        ]
+        raise_together([fault_or(check_sizes, *one) for one in sizes])
 
     def look_at(self, role: str, file: Path, where: str) -> list[int]:
         if not file.is_file():
@@ -1500,6 +1525,10 @@ class Trainer:
             kwargs_handlers=[DistributedDataParallelKwargs(), PATIENCE],
         )
         refuse_sharding(self.accelerator.distributed_type)
+        if args.report_to != "none" and not self.accelerator.log_with:  # accelerate would train on without
+            raise ImportError(
+                f"--report_to {args.report_to} needs a library that is not here: pip install {args.report_to}"
+            )
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise ValueError("--mixed_precision fp16 needs a GPU: take bf16 or no on the CPU")
         if self.accelerator.is_main_process:
@@ -1534,7 +1563,11 @@ class Trainer:
     def load(self, cls: type, subfolder: str | None, **instead: Any) -> torch.nn.Module:
         """A frozen model of the base, in the mixed precision's dtype; or with other arguments of `from_pretrained`."""
         options = {**self.base, "subfolder": subfolder, "dtype": self.dtype} | instead
-        model = from_safetensors(cls.from_pretrained, **options)
+        place = options["pretrained_model_name_or_path"]
+        with naming(
+            "vae_name_or_path" if place == self.args.vae_name_or_path else "pretrained_model_name_or_path", place
+        ):
+            model = from_safetensors(cls.from_pretrained, **options)
         return model.to(self.accelerator.device).eval().requires_grad_(False)
 
     def load_vae(self) -> AutoencoderKL:
@@ -2240,6 +2273,7 @@ class Validation:
             known = self.trainer.settings.guidance_scale
             logger.info("no test persons in their own cloths: guidance %g is recommended", known)
             return known
+        logger.info("which guidance suits: %d test persons at %d scales", len(self.paired), len(GUIDANCE_SCALES))
         errors, masked = dict.fromkeys(GUIDANCE_SCALES, 0.0), 0.0
         size = {"height": self.trainer.height, "width": self.trainer.width}
         bar = tqdm(total=len(errors) * len(self.paired), desc="guidance")
@@ -2270,6 +2304,7 @@ class Checkpoints:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         self.folder, self.resumed = trainer.args.output_dir, None
+        self.uploaded: bool | None = None  # whether the last upload of this process went well
         wanted = self.args.resume_from_checkpoint
         if wanted is not None:
             self.resumed = (
@@ -2413,9 +2448,12 @@ class Checkpoints:
 
     def push(self, attempts: int) -> None:
         """Upload; what fails is logged and tried again, since neither training nor what is on disk depends on it."""
+        self.uploaded = False
         for attempt in range(1, attempts + 1):
             try:
-                return self.upload(self.args.hub_model_id or self.folder.resolve().name)
+                self.upload(self.args.hub_model_id or self.folder.resolve().name)
+                self.uploaded = True
+                return
             except Exception as error:  # of many libraries; whatever it is, the run goes on
                 there = self.folder
                 logger.warning("upload %d of %d failed, all is still in %s: %s", attempt, attempts, there, error)
@@ -2538,21 +2576,37 @@ def discard(path: Path) -> None:
     shutil.rmtree(leaving)
 
 
+def is_told(error: Exception) -> bool:
+    """Whether a sentence of this project's says all of an error; of what a library raises by itself the way there is shown."""
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    return isinstance(error, OSError) or Path(last) in {Path(__file__), Path(inspect.getfile(AdapterSettings))}
+
+
 def main(args: argparse.Namespace) -> None:
     shape = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(format=shape, datefmt="%H:%M:%S", level=logging.INFO)
     if args.init_adapter is not None and Path(args.init_adapter).exists():  # told wherever it is read from
         args.init_adapter = str(Path(args.init_adapter).resolve())
-    trainer = Trainer(args)
+    try:
+        trainer = Trainer(args)
+    except (ImportError, OSError, ValueError) as error:
+        if not is_told(error):
+            raise
+        raise SystemExit(f"train_vton.py: {error}") from error
     if trainer.accelerator.is_main_process:
         config = {name: str(v) if isinstance(v, (Path, list)) else v for name, v in vars(args).items()}
         write_text(args.output_dir / "training_args.json", json.dumps(config, indent=2) + "\n")
         trainer.accelerator.init_trackers("train_vton", {k: v for k, v in config.items() if v is not None})
-    finished = trainer.run()
+    try:
+        finished = trainer.run()
+    except KeyboardInterrupt:  # not during an update: the last checkpoint is whole
+        finished = False
     with forgiven("the end of tracking"):
         trainer.accelerator.end_training()
     if not finished:
         raise SystemExit(f"stopped at step {trainer.step}: go on with --resume_from_checkpoint latest")
+    if trainer.checkpoints.uploaded is False:
+        raise SystemExit(f"trained to the end, and not uploaded, as told above: all is in {args.output_dir}")
 
 
 if __name__ == "__main__":

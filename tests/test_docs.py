@@ -1,7 +1,9 @@
-"""docs/pipeline.md names all that there is."""
+"""What the documents say, and what the page says where its library is missing."""
 
 import inspect
 import re
+import subprocess
+import sys
 from dataclasses import fields
 
 from tiny import ROOT
@@ -35,3 +37,10 @@ def test_every_method_that_is_named_is_there():
     table = text[text.index("## Methods") : text.index("## Settings")]
     for method in first_column(table):
         assert callable(getattr(StableDiffusionVTONPipeline, method)), method
+
+
+def test_the_page_without_gradio_says_what_to_install():
+    code = "import runpy, sys; sys.modules['gradio'] = None; runpy.run_path('app.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "the page needs gradio: pip install -r requirements-app.txt\n"

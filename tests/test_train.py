@@ -1617,6 +1617,64 @@ def test_bad_data(own_data, what, message):
         tree(own_data)[0]
 
 
+def test_all_bad_files_are_told_of_at_once(own_data):
+    for name in ("00000_00", "00003_00"):
+        (own_data / f"train/image/{name}.png").write_bytes(b"no picture")
+    (own_data / "train/cloth/00005_00.png").unlink()
+    with pytest.raises(ValueError) as caught:
+        tree(own_data)
+    said = str(caught.value)
+    assert all(
+        name in said for name in ("00000_00.png cannot be", "00003_00.png cannot be", "no train/cloth/00005_00.png")
+    )
+    for file in (own_data / "train/cloth").iterdir():
+        file.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="; and [0-9]+ more$") as caught:
+        tree(own_data)
+    assert str(caught.value).count("; ") == train_vton.FAULTS_TOLD
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"report_to": "wandb"}, "--report_to wandb needs a library that is not here: pip install wandb"),
+        ({"train_batch_size": 11}, "a step takes 11 pairs, and --dataset_root has 10"),
+        (
+            {"pretrained_model_name_or_path": "runs/no/base"},
+            "`pretrained_model_name_or_path` runs/no/base: there is no",
+        ),
+        ({"vae_name_or_path": "runs/no/vae"}, "`vae_name_or_path` runs/no/vae: there is no file or folder"),
+        ({"init_adapter": "runs/no/adapter"}, "there is no file or folder runs/no/adapter"),
+    ],
+)
+def test_a_run_that_cannot_begin_ends_with_a_sentence(bases, data, tmp_path, changed, message):
+    with pytest.raises(SystemExit, match=f"^train_vton.py: .*{message}"):
+        main(parse_args(flags(bases[9], data, tmp_path, **changed)))
+
+
+def test_what_a_library_raises_is_shown_with_the_way_there(bases, data, tmp_path, monkeypatch):
+    """A researcher's own change, say."""
+    monkeypatch.setattr(train_vton.Trainer, "prepare_losses", lambda self: np.zeros(2).reshape(3))
+    with pytest.raises(ValueError, match="cannot reshape"):
+        main(parse_args(flags(bases[9], data, tmp_path)))
+
+
+def test_ctrl_c_while_guidance_is_chosen_leaves_a_run_that_goes_on(bases, tested, tmp_path, monkeypatch):
+    def interrupted(validation):
+        raise KeyboardInterrupt
+
+    line, choose = flags(bases[9], tested, tmp_path, guidance_scale=None), train_vton.Validation.best_guidance
+    monkeypatch.setattr(train_vton.Validation, "best_guidance", interrupted)
+    with pytest.raises(SystemExit, match="stopped at step 2: go on with --resume_from_checkpoint latest"):
+        main(parse_args(line))
+    assert not (tmp_path / ADAPTER_NAME).exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(train_vton.Validation, "best_guidance", choose)
+    monkeypatch.setattr(train_vton, "GUIDANCE_STEPS", 2)
+    main(parse_args([*line, "--resume_from_checkpoint", "latest"]))
+    assert (tmp_path / ADAPTER_NAME).exists()
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [
@@ -1941,7 +1999,8 @@ def test_a_failed_upload_is_tried_again_and_harms_nothing(bases, data, tmp_path,
         "checkpointing_steps": 1,
     }
     monkeypatch.setenv("HF_TOKEN", "hf_nobody")
-    main(parse_args(flags(bases[9], data, tmp_path / "refused", **options)))
+    with pytest.raises(SystemExit, match=f"trained to the end, and not uploaded, .* in {tmp_path}/refused"):
+        main(parse_args(flags(bases[9], data, tmp_path / "refused", **options)))
     assert "models/me/kept-out" not in hub.repositories
     assert caplog.text.count("upload 1 of 1 failed") == 1 and "upload 3 of 3 failed" in caplog.text
     AcceleratorState._reset_state(reset_partial_state=True)
