@@ -403,6 +403,8 @@ def _opened(picture: Image.Image, name: str, background: str) -> Image.Image | n
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         low, high = picture.getchannel("A").getextrema()
+        if background == "white" and high == 0:
+            raise ValueError(f"`{name}` must show something, got a picture that is transparent everywhere")
         if background == "white" or low != high or high == 0:  # one thickness all over says nothing of where a mask is
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
     if space in PROFILE_SPACES:  # the result, an RGB picture, could not carry it

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image, ImageDraw
 from tiny import box_mask, picture, run, tiny_pipe
 
+from pipeline_vton import as_tensors
+
 
 PHOTOS = Path(__file__).parent / "photos"
 
@@ -80,6 +82,15 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     assert turned.getexif()[0x0112] == orientation
     pipe = tiny_pipe(9)
     assert (run(pipe, turned, turned) == run(pipe, upright, upright)).all()
+
+
+def test_a_picture_of_nothing_is_refused():
+    nothing = Image.new("RGBA", (24, 32), (200, 0, 0, 0))
+    for name in ("person_image", "cloth_image"):
+        with pytest.raises(
+            ValueError, match=f"`{name}` must show something, got a picture that is transparent everywhere"
+        ):
+            as_tensors([picture(1), nothing], name)
 
 
 def test_transparency_lies_on_white():

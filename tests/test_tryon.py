@@ -293,6 +293,7 @@ def test_files_of_other_kinds_are_told_of_and_hidden_ones_are_not(shop, model, c
 def test_a_sheet_shows_what_the_model_sees(shop, model):
     """Transparency on white, sixteen bits, and no picture so wide that the others are lost beside it."""
     clear = Image.new("RGBA", (24, 32), (0, 0, 0, 0))
+    clear.putpixel((0, 0), (255, 255, 255, 255))
     save(clear, shop / "cloths/red.png")
     save(Image.fromarray(np.full((32, 24), 65535, np.uint16)), shop / "cloths/tee.png")
     save(picture(5, 32, 640), shop / "cloths/wide.png")
