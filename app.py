@@ -24,6 +24,7 @@ import os
 import queue
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -784,7 +785,12 @@ def main() -> None:
         return
     demo = serves_demo()
     examples = os.environ.get("VTON_EXAMPLES") or (DEMO_EXAMPLES if demo else None)
-    page = build_page(load_from_environment(), examples and Path(examples), DEMO_NOTE if demo else "")
+    try:
+        page = build_page(load_from_environment(), examples and Path(examples), DEMO_NOTE if demo else "")
+    except (OSError, ValueError) as error:
+        sys.exit(
+            f"app.py: VTON_MODEL, VTON_ADAPTER, VTON_HUMAN_PARSER or VTON_EXAMPLES names what cannot be loaded: {error}"
+        )
     launch(page)
 
 

@@ -320,6 +320,13 @@ def test_the_environment_names_the_weights(tmp_path, monkeypatch):
     assert pipe.human_parser.config.id2label == {0: "top"} and not app.serves_demo()
 
 
+def test_a_model_that_is_not_there_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("VTON_MODEL", "runs/no/model")
+    monkeypatch.setattr("sys.argv", ["app.py"])
+    with pytest.raises(SystemExit, match="app.py: VTON_MODEL, .* `model` runs/no/model: there is no file or folder"):
+        app.main()
+
+
 def test_what_ghostscript_would_run_is_no_picture(tmp_path, monkeypatch):
     """PIL hands EPS to it, whatever a file is called."""
     picture(1).save(tmp_path / "photo.png", "EPS")
