@@ -85,8 +85,8 @@ def passed_over(args: argparse.Namespace) -> Iterator[str]:
         if args.pairs is None and place.is_dir():
             others = sorted(file.name for file in shown_files(place) if file.suffix.lower() not in SUFFIXES)
             if others:
-                names = ", ".join(others[:3]) + (", ..." if others[3:] else "")
-                yield f"{flag} {place}: {len(others)} files are passed over, of kinds that cannot be read here: {names}"
+                names = ", ".join(others[:3]) + (f", ... ({len(others)} in all)" if others[3:] else "")
+                yield f"{flag} {place}: passed over, of kinds that cannot be read here: {names}"
 
 
 def pictures_in(place: Path, flag: str) -> list[Path]:
