@@ -160,7 +160,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--fast",
         action="store_true",
-        help="few steps of UniPC, three quarters of them guided, as pipe.fast() has them",
+        help="few ancestral Euler steps, three quarters of them guided, as pipe.fast() has them",
     )
     add("--guidance_scale", type=NOT_NEGATIVE, help="default: the adapter's own")
     add("--scheduler", help="a scheduler class of diffusers (default: the pipeline's own)")
@@ -222,7 +222,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.scheduler is not None and not is_scheduler(args.scheduler):
         parser.error(f"--scheduler must be the name of a scheduler class of diffusers, got {args.scheduler}")
     if args.fast and (args.scheduler is not None or args.pred_dir is not None):
-        parser.error("--fast goes with --model, and samples with UniPC: leave out --scheduler")
+        parser.error("--fast goes with --model, and has a sampler of its own: leave out --scheduler")
     if args.pred_dir is not None and (args.seeds > 1 or args.push_to_hub or args.masks == "parser"):
         parser.error("--pred_dir has one seed, no adapter to push and no human parser")
     if args.push_to_hub and not args.adapter:

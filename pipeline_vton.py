@@ -181,7 +181,7 @@ def as_tensors(pictures: PictureInput, name: str) -> list[torch.Tensor]:
 
 
 def as_pictures(pictures: PictureInput, name: str) -> list[torch.Tensor]:
-    """As `as_tensors`, but pictures of eight bits stay uint8: a photograph takes a quarter of the memory."""
+    """As `as_tensors`, (3, H, W) each, but pictures of eight bits stay uint8: a photograph takes a quarter of the memory."""
     return [_as_picture(picture, name, "white") for picture in _listed(pictures, name)]
 
 
@@ -451,10 +451,13 @@ def convert_profile(picture: torch.Tensor, before: bytes | None, after: bytes | 
     """
     if before == after:
         return picture
-    profiles = [
-        ImageCms.createProfile("sRGB") if profile is None else ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        for profile in (before, after)
-    ]
+    try:
+        profiles = [
+            ImageCms.createProfile("sRGB") if profile is None else ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            for profile in (before, after)
+        ]
+    except (TypeError, OSError, ImageCms.PyCMSError) as error:
+        raise ValueError(f"`profile` must be an ICC profile's bytes or None: {error}") from error
     intent = {"renderingIntent": ImageCms.Intent.RELATIVE_COLORIMETRIC}
     converted = _change_profile(as_pil(picture), *profiles, "person_image` or `cloth_image", **intent)
     return as_tensors(converted, "image")[0]
@@ -483,7 +486,7 @@ def _cut(picture: torch.Tensor, region: tuple[int, int, int, int]) -> torch.Tens
 
 
 def fit_cloth(cloth: Image.Image, height: int, width: int) -> Image.Image:
-    """The whole cloth, centred on white, at height x width; ValueError for one of which not a line would be left."""
+    """The whole cloth, centred on white, at height x width (pixels); ValueError for one of which not a line would be left."""
     if min(cloth.size) * min(height / cloth.height, width / cloth.width) <= 0.5:
         raise ValueError(
             f"`cloth_image` of {cloth.height}x{cloth.width} (height x width) is too thin to be seen at {height}x{width}"
@@ -582,6 +585,9 @@ def composite_result(
         mask: (1, H, W), 0 or 1; None takes the result everywhere, in [0, 1].
         region: (left, top, right, bottom) in the photograph.
 
+    Returns:
+        (3, H, W), in the photograph's dtype; without a mask (3, bottom - top, right - left), floats in [0, 1].
+
     The seam lies inside the mask, over about 1/128 of the region's larger side, less where the mask is thin (`feather`).
     """
     left, top, right, bottom = region
@@ -603,7 +609,7 @@ def composite_result(
 def enlarged_part(
     picture: torch.Tensor, height: int, width: int, part: tuple[int, int, int, int]
 ) -> tuple[tuple[int, int, int, int], torch.Tensor]:
-    """What `resize` makes of a picture, where only a part (top, bottom, left, right) of it is needed: which part came out,
+    """What `resize` makes of a picture (3, h, w), where only a part (top, bottom, left, right) of it is needed: which part came out,
     and that: uint8 where it was resized.
 
     It is a little larger than the part, as far as LANCZOS reaches, so that its edges change nothing in there.
@@ -620,6 +626,13 @@ def enlarged_part(
     size, corners = (right - left, bottom - top), (box[1][0], box[0][0], box[1][1], box[0][1])
     resized = as_pil(picture).resize(size, Image.Resampling.LANCZOS, box=corners)
     return (top, bottom, left, right), as_pictures(resized, "image")[0]
+
+
+def _cut_enlarged(picture: torch.Tensor, height: int, width: int, region: tuple[int, int, int, int]) -> torch.Tensor:
+    """The region (left, top, right, bottom) of what `resize` makes of a picture."""
+    left, top, right, bottom = region
+    part, picture = enlarged_part(picture, height, width, (top, bottom, left, right))
+    return _cut(picture, (left - part[2], top - part[0], right - part[2], bottom - part[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------- the mask
@@ -694,7 +707,7 @@ def agnostic_mask(parsed: torch.Tensor, roles: dict[int, str], cloth_types: list
 
 
 def extent(region: torch.Tensor) -> tuple[int, int, int, int]:
-    """First and last row, first and last column, the last ones exclusive."""
+    """First and last row, first and last column of a region (H, W) of which something is true, the last ones exclusive."""
     array = region.cpu().numpy()  # torch's own `any` is twenty times as slow
     (rows,), (columns,) = array.any(axis=1).nonzero(), array.any(axis=0).nonzero()
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
@@ -777,8 +790,8 @@ class VTONMaskMixin:
 
         Args:
             pretrained_model_name_or_path: a Hub repository or a folder, such as `fashn-ai/fashn-human-parser`.
-            subfolder, revision, token, cache_dir, force_download, local_files_only: as in `from_pretrained`.
-            dtype: of the parser's weights; "auto" is the file's.
+            subfolder, revision, token, cache_dir, force_download, local_files_only: as in `from_pretrained`, with its defaults.
+            dtype: of the parser's weights; "auto", the default, is the file's.
 
         Raises:
             ValueError: it is no Segformer with a trained head, or its labels are unknown. Nothing has changed then.
@@ -814,16 +827,16 @@ class VTONMaskMixin:
 
         Args:
             person_image: one or N photographs, as a call takes them.
-            cloth_type: `"upper"`, `"lower"` or `"dress"`; the regions of a list are united. A dress over other cloths frees
+            cloth_type: `"upper"` (the default), `"lower"` or `"dress"`; the regions of a list are united. A dress over other cloths frees
                 them and the legs, an upper cloth over a dress the whole dress.
-            looseness: how much of the worn cloth's cut the mask tells. `"tight"` is the region, grown; `"loose"` its convex
+            looseness: how much of the worn cloth's cut the mask tells, `"loose"` by default. `"tight"` is the region, grown; `"loose"` its convex
                 hull, blurred and grown, so that neither sleeve length nor hem show; `"box"` a box around it.
 
         Returns:
             A PIL image (mode L) of the person's size, or a list of them for a list or a batch.
 
         Raises:
-            ValueError: there is no parser, its labels are unknown, or it sees nothing of the kind.
+            ValueError, TypeError: there is no parser, its labels are unknown, it sees nothing of the kind, or an argument is wrong.
         """
         cloth_types = as_cloth_types(cloth_type)
         if not isinstance(looseness, str) or looseness not in LOOSENESS:
@@ -894,7 +907,8 @@ class TryOnLatents:
         dtype: torch.dtype | None,
     ) -> dict[str, torch.Tensor]:
         """`person` (B, 4, h, w) and `mask` (B, 1, h, w) of the latents, from person and pose (B, 3, H, W) in [-1, 1] and the binary
-        mask (B, 1, H, W); the hole that the mask leaves shows the pose, or grey."""
+        mask (B, 1, H, W); the hole that the mask leaves shows the pose, or grey. Both in `dtype`; the person is scaled by the VAE's
+        factor where `condition_latents` is `"scaled"`."""
         kept = person if mask_free else person * (mask < 0.5)
         if pose is not None:
             kept = torch.where(mask < 0.5, person, pose)
@@ -906,7 +920,8 @@ class TryOnLatents:
     def encode_cloth(
         vae: AutoencoderKL, cloth: torch.Tensor, *, condition_latents: str, dtype: torch.dtype | None
     ) -> dict[str, torch.Tensor]:
-        """`cloth` and `cloth_condition` (C, 4, h, w) of the latents, from cloths (C, 3, H, W) in [-1, 1]."""
+        """`cloth` and `cloth_condition` (C, 4, h, w) of the latents, from cloths (C, 3, H, W) in [-1, 1]. Both in `dtype`; `cloth` is
+        always scaled by the VAE's factor."""
         latents, scale = encode_latents(vae, cloth).to(dtype), vae.config.scaling_factor
         scaled = latents * scale
         return {"cloth": scaled, "cloth_condition": scaled if condition_latents == "scaled" else latents}
@@ -975,7 +990,8 @@ class ClothAttnProcessor:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, N, heads, head_dim), of as many tokens as the queries have; `attn_mask` (B, keys) is false for keys to leave out."""
+        """(B, N, heads, head_dim), of as many tokens as the queries have; `attn_mask` (B, keys) is false for keys to leave out,
+        None for none."""
         return dispatch_attention_fn(
             query, key, value, attn_mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
@@ -1150,8 +1166,8 @@ def in_turn(call: Callable) -> Callable:
     @functools.wraps(call)
     def waiting(self: "StableDiffusionVTONPipeline", *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as turns:
-            for part in (unwrap_module(self.unet), self.scheduler):
-                if part is None:
+            for name in ("unet", "scheduler"):  # a scheduler may be put in while the UNet is waited for
+                if (part := unwrap_module(getattr(self, name))) is None:
                     continue
                 turn = TURNS.setdefault(part, Turn())
                 turns.enter_context(turn.lock)
@@ -1213,7 +1229,7 @@ def _text(value: Any) -> str:
 
 def is_scheduler(name: str) -> bool:
     scheduler = getattr(diffusers, name, None)
-    return isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)
+    return isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin) and scheduler is not SchedulerMixin
 
 
 def scheduler_like(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
@@ -1602,6 +1618,9 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         new = [identity for identity, name in layers.items() if name and identity not in self._layers_sampled]
         if self.scheduler is None or layers.keys() == self._layers_sampled:
             return
+        turn = TURNS.get(self.scheduler)
+        if turn is not None and any(held is self for held in turn.held):  # a callback's doing: after the call
+            return
         self._layers_sampled.clear()  # in place: to set it would ask for `config`, and come here again
         self._layers_sampled.update(layers)
         scheduler = self.scheduler
@@ -1634,13 +1653,14 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         Args:
             pretrained_model_name_or_path: a Hub repository, a folder or a file.
             weight_name: the file's name; None tries `vton_adapter.safetensors`, then `model.safetensors`.
-            subfolder, revision, token, cache_dir, force_download, local_files_only: as in `from_pretrained`.
+            subfolder, revision, token, cache_dir, force_download, local_files_only: as in `from_pretrained`, with its defaults.
             mask_free: which kind CatVTON's weights are, where the repository's name does not tell (`CatVTON-MaskFree` is
-                mask-free, another `CatVTON` is not; with neither in the name, a base with 8 channels means mask-free).
+                mask-free, another `CatVTON` is not; with neither in the name, a base with 8 channels means mask-free); None by default.
 
         Raises:
             ValueError: the file is damaged, of another format or a later version, or does not fit this UNet.
             OSError: there is no such file.
+            RuntimeError: a callback of a running call asks for it.
         """
         values = (subfolder, revision, token, cache_dir, force_download, local_files_only)
         options = dict(zip(HUB_OPTIONS, values, strict=True))
@@ -1655,6 +1675,11 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
             if mask_free not in {None, settings.mask_free}:
                 raise ValueError(f"`mask_free`={mask_free} is not what the adapter {file} says: {settings.mask_free}")
         self._check_adapter(file, weights, settings)
+        self._check_scheduler_class(settings)
+        if settings.base_in_channels == 4 and self.unet.conv_in.weight.element_size() == 1:
+            raise ValueError(
+                "the UNet keeps its weights in float8, in which `conv_in` is not widened: load the adapter before enable_layerwise_casting"
+            )
         self._refuse_lora_on_conv_in(widened=settings.base_in_channels == 4)
         stack = self._stack
         if stack["adapter"] is not None:
@@ -1675,7 +1700,12 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
 
     @between_calls
     def unload_vton_adapter(self) -> None:
-        """Put the base's weights back, bit for bit, and the settings that lie below the adapter's."""
+        """Put the base's weights back, bit for bit, and the settings that lie below the adapter's.
+
+        Raises:
+            ValueError: there is no adapter, or the UNet's weights are offloaded, quantised or fused.
+            RuntimeError: a callback of a running call asks for it.
+        """
         adapter = self._stack["adapter"]
         if adapter is None:
             raise ValueError(
@@ -1695,15 +1725,25 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         self._stack["adapter"] = None
 
     def save_vton_adapter(self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-        """Write `vton_adapter.safetensors`: the trainable weights, in the UNet's dtype or `dtype`, and the settings.
+        """Write `vton_adapter.safetensors`: the trainable weights and the settings.
 
         LoRAs that are loaded and not fused are no part of it, neither their weights nor their settings.
+
+        Args:
+            save_directory: the folder, made where there is none.
+            dtype: of the weights in the file, floating point of 16 bits at least; None, the default, is the UNet's.
+
+        Raises:
+            ValueError: the UNet has 4 channels, its weights are offloaded, quantised, fused or in float8, or `dtype` is none of
+                those.
         """
         self._require("unet")
         if self.unet.config.in_channels == 4:
             raise ValueError(
                 "save_vton_adapter: this UNet has 4 input channels and no adapter; load or train one first"
             )
+        if dtype not in {None, torch.float16, torch.bfloat16, torch.float32, torch.float64}:
+            raise ValueError(f"`dtype` must be None, or floating point of 16 bits at least, got {shown(dtype)}")
         self._refuse_changed_unet()
         self._write_adapter(Path(save_directory), dtype, self._settings(loras=False))
 
@@ -1740,6 +1780,8 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
         """
         brought = self._find_lora_settings(pretrained_model_name_or_path_or_dict, **kwargs)
         brought = brought if settings is None else AdapterSettings(**settings)
+        if brought is not None:
+            self._check_scheduler_class(brought)
         before = set(getattr(self.unet, "peft_config", {}))
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
         for name in set(getattr(self.unet, "peft_config", {})) - before or {adapter_name}:
@@ -1802,6 +1844,16 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 f"the LoRA {file} is for a UNet with {settings.base_in_channels} input channels, this one has {self.unet.config.in_channels}"
             )
         return settings
+
+    def _check_scheduler_class(self, settings: AdapterSettings) -> None:
+        """ValueError where what is loaded asks for a scheduler that cannot be made of the pipeline's, or not step latents."""
+        if settings.scheduler_class is not None and self.scheduler is not None:
+            try:
+                check_scheduler(scheduler_like(self.scheduler, settings.scheduler_class))
+            except (TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"`scheduler_class` {settings.scheduler_class} cannot be made here: {error}"
+                ) from error
 
     def _refuse_changed_unet(self) -> None:
         """ValueError where the adapter's weights are not there as numbers, or are mixed with others'."""
@@ -2014,12 +2066,17 @@ class VTONHubMixin:
 
         Args:
             save_directory: the folder; a README.md of your own in it is kept.
-            variant, max_shard_size: as in diffusers.
+            variant, max_shard_size: as in diffusers, None by default.
             safe_serialization, push_to_hub, kwargs: True, False and nothing: there is no other way.
-            license: of the weights, for the card; None takes what is known of the base.
+            license: of the weights, for the card; None, the default, takes what is known of the base.
             human_parser_license: of the human parser, which is saved too where it is given; its weights have a licence of
                 their own, so None leaves it out.
-            eval_results: what was measured, for the card.
+            eval_results: what was measured, for the card; None by default.
+
+        Raises:
+            ValueError: a pickle or an upload is asked for, a component is missing, or the UNet's weights are offloaded, quantised,
+                fused or under a LoRA. Nothing is written then.
+            TypeError: there are `kwargs`.
         """
         if not safe_serialization:
             raise ValueError(
@@ -2075,6 +2132,7 @@ class VTONHubMixin:
         private: bool | None = None,
         token: str | None = None,
         create_pr: bool = False,
+        *,
         variant: str | None = None,
         adapter_only: bool = False,
         license: str | None = None,
@@ -2084,13 +2142,16 @@ class VTONHubMixin:
         """Upload a complete repository, as `save_pretrained` writes it, or the adapter with its code and card alone.
 
         Args:
-            repo_id, commit_message, private, token, create_pr, variant: as in diffusers.
-            adapter_only: upload no components: about 100 MB for SD1.5, loaded onto the base by
+            repo_id, commit_message, private, token, create_pr, variant: as in diffusers, with its defaults.
+            adapter_only: False by default; True uploads no components: about 100 MB for SD1.5, loaded onto the base by
                 `from_pretrained(BASE, custom_pipeline=repo_id)` and `load_vton_adapter(repo_id)`.
             license, human_parser_license, eval_results: as in `save_pretrained`. A card of your own on the Hub is kept.
 
         Returns:
             The commit's address.
+
+        Raises:
+            ValueError: as `save_pretrained`. What the Hub raises is raised.
         """
         if adapter_only:
             self._refuse_changed_unet()
@@ -2552,13 +2613,23 @@ def _joined(prepared: list[PreparedPerson] | list[PreparedCloth]) -> dict[str, t
     return {name: torch.cat([one.latents[name] for one in prepared]) for name in prepared[0].latents}
 
 
+def resident_parameters(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """A model's parameters; those that accelerate took out, for sequential offloading, from where it keeps them."""
+    for module in model.modules():
+        outer = getattr(module, "_hf_hook", None)
+        maps = (getattr(hook, "weights_map", None) for hook in getattr(outer, "hooks", [outer]))
+        kept = next((one for one in maps if one is not None), None)
+        for name, parameter in module.named_parameters(recurse=False):
+            yield kept[name] if parameter.device.type == "meta" else parameter
+
+
 def weights_mark(model: torch.nn.Module) -> tuple:
     """What tells a model's weights, and the LoRAs on them, from others: a hash of every parameter's first row, dtype and scales.
 
     The numbers themselves: a sum would depend on its order, and thereby on threads and device. Asks a GPU once.
     """
     rows: dict[torch.device, list[torch.Tensor]] = {}
-    for parameter in (one.detach() for one in model.parameters() if one.device.type != "meta"):
+    for parameter in map(torch.Tensor.detach, resident_parameters(model)):
         row = (parameter[0] if parameter.dim() > 1 else parameter).dequantize()  # to float32, torchao's eight bits too
         rows.setdefault(parameter.device, []).append(row.flatten())
     digest = hashlib.sha256()
@@ -2578,11 +2649,13 @@ class VTONInputsMixin:
     def resolve_size(
         self, person_height: int, person_width: int, height: int | None, width: int | None
     ) -> tuple[int, int]:
-        """The size to work at: as given; else the person's aspect, at about the adapter's area, or the UNet's."""
+        """The height and width to work at, in pixels: as given; else the person's aspect, at about the adapter's area, or the UNet's.
+        ValueError for a given side that is no positive multiple of `size_multiple`.
+        """
         if self.config.height and self.config.width:
             area = self.config.height * self.config.width
         else:
-            size = self.unet.config.sample_size
+            size = self.unet.config.sample_size or 64
             area = math.prod(size if isinstance(size, (list, tuple)) else (size, size)) * self.vae_scale_factor**2
         return fit_size(person_height, person_width, height, width, area=area, multiple=self.size_multiple)
 
@@ -2592,12 +2665,14 @@ class VTONInputsMixin:
         """ValueError where this model cannot work so, whatever the pictures are: for who would know before reading many.
 
         Args:
-            height, width, num_inference_steps: as in a call; None is not looked at.
+            height, width, num_inference_steps: as in a call; None is not looked at. The pipeline's scheduler stays as it is.
         """
         self._check_components()
         self.resolve_size(1, 1, height, width)
         if num_inference_steps is not None:
-            self.scheduler.set_timesteps(num_inference_steps)
+            train_timesteps = self.scheduler.config.num_train_timesteps
+            check_sampling(train_timesteps, guidance_scale=1.0, num_inference_steps=num_inference_steps)
+            copy.deepcopy(self.scheduler).set_timesteps(int(num_inference_steps))  # a call may be running with it
 
     def check_inputs(
         self,
@@ -2622,6 +2697,7 @@ class VTONInputsMixin:
         guidance_scale: float = 1.0,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = [],
+        text: bool = True,
         **sampling: Any,
     ) -> TryOnInputs:
         """Check everything that a call was asked for, before any model runs; returns what the rest of the call uses.
@@ -2701,7 +2777,9 @@ class VTONInputsMixin:
             noise_shape=self._check_noise(results, height, width, latents, generator),
             prompts=self._check_prompts(
                 len(persons), guidance_scale > 1, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
-            ),
+            )
+            if text
+            else None,
             prepared_persons=prepared_persons,
             prepared_cloths=prepared_cloths,
             num_cloths=num_cloths,
@@ -2849,10 +2927,15 @@ class VTONInputsMixin:
 
     def _made_with(self, kind: type) -> tuple:
         """The weights and settings that a prepared person or cloth depends on."""
-        settings = (self.config.mask_free, self.config.condition_latents, self.unet.dtype, self._execution_device)
+        settings = (
+            self.config.mask_free, self.config.condition_latents, self.vae.config.scaling_factor, self.unet.dtype,
+            self._execution_device,
+        )  # fmt: skip
         if kind is PreparedPerson:
             return (weights_mark(self.vae), *settings, self.config.pose)
         attention = (self.config.cloth_conditioning, self.config.cross_attention, self.unet.config.in_channels)
+        freeu = [getattr(block, name, None) for block in self.unet.up_blocks for name in ("s1", "s2", "b1", "b2")]
+        attention += tuple(freeu)
         return (weights_mark(self.vae), weights_mark(self.unet), *settings, *attention)
 
     @in_turn
@@ -2870,16 +2953,21 @@ class VTONInputsMixin:
         """Encode persons once, for many calls: what comes back is given to a call as `person_image`.
 
         Args:
-            person_image, mask_image, cloth_type, height, width, padding_mask_crop, pose_image: as in a call, which then takes
-                none of the last six (a height and a width must be these).
+            person_image, mask_image, cloth_type, height, width, padding_mask_crop, pose_image: as in a call, with its
+                defaults; the call then takes none of the last six (a height and a width must be these).
 
         Returns:
             One, or a list of them for a list or a batch. It holds for this VAE and these settings; a call says where not.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong; the sentence names it and its value.
+            RuntimeError: a callback of the same pipeline's call asks for it.
         """
         nothing = Image.new("RGB", (1, 1))
         inputs = self.check_inputs(
-            person_image, nothing, mask_image, cloth_type, height, width, padding_mask_crop, pose_image=pose_image
-        )
+            person_image, nothing, mask_image, cloth_type, height, width, padding_mask_crop, pose_image=pose_image,
+            text=False,
+        )  # fmt: skip
         inputs = self.draw_masks(inputs, cloth_type)
         latents, made_with = self._encode_persons(inputs), self._made_with(PreparedPerson)
         prepared = [
@@ -2914,14 +3002,20 @@ class VTONInputsMixin:
 
         Args:
             cloth_image: one or N cloths, as a call takes them.
-            height, width: the size that the calls work at, such as a prepared person's.
-            profile: the ICC profile of the persons (`PreparedPerson.profile`); None is sRGB.
+            height, width: the size that the calls work at, in pixels, multiples of 64 for SD1.5: a prepared person's, say. Both.
+            profile: the ICC profile of the persons (`PreparedPerson.profile`); None, the default, is sRGB.
 
         Returns:
             One, or a list of them for a list or a batch. It holds for these weights and settings; a call says where not.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong; the sentence names it.
+            RuntimeError: a callback of the same pipeline's call asks for it.
         """
         self._check_components()
-        height, width = self.resolve_size(height or 1, width or 1, height, width)
+        if height is None or width is None:
+            raise ValueError(f"`height` and `width` must both be given, got {shown(height)} and {shown(width)}")
+        height, width = self.resolve_size(1, 1, height, width)
         cloths = [
             convert_profile(cloth, before, profile)
             for cloth, before in zip(as_pictures(cloth_image, "cloth_image"), colour_profiles(cloth_image))
@@ -2985,7 +3079,8 @@ class VTONInputsMixin:
             raise ValueError(
                 "`prompt_embeds` must be given: this adapter uses text, and there is no `text_encoder` and `tokenizer`"
             )
-        if guided and prompt_embeds is not None and negative_prompt_embeds is None:
+        encodes = self.text_encoder is not None and self.tokenizer is not None
+        if guided and prompt_embeds is not None and negative_prompt_embeds is None and not encodes:
             raise ValueError(
                 "`negative_prompt_embeds` must be given with `prompt_embeds` where guidance_scale > 1, got None"
             )
@@ -3097,7 +3192,8 @@ class StableDiffusionVTONPipeline(
 
     @between_calls
     def fast(self, num_inference_steps: int = FAST_STEPS) -> dict[str, Any]:
-        """Sample in few steps: put UniPC (arXiv:2302.04867) in as the scheduler, and return what calls are then to be given.
+        """Sample in few steps: put Euler's ancestral sampler in as the scheduler, which adds noise between steps as the default
+        DDPM does, and return what calls are then to be given.
 
             result = pipe(person, cloth, mask, **pipe.fast())
 
@@ -3121,13 +3217,15 @@ class StableDiffusionVTONPipeline(
         check_sampling(
             self.scheduler.config.num_train_timesteps, guidance_scale=1.0, num_inference_steps=num_inference_steps
         )
-        self.scheduler = scheduler_like(self.scheduler, "UniPCMultistepScheduler")
+        self.scheduler = scheduler_like(self.scheduler, "EulerAncestralDiscreteScheduler")
         return {"num_inference_steps": int(num_inference_steps), "guidance_interval": (0.0, FAST_GUIDED)}
 
     # ---- the way through the model
 
     def draw_masks(self, inputs: TryOnInputs, cloth_type: str | list[str]) -> TryOnInputs:
-        """The inputs with the human parser's masks, where there are none, the adapter needs them and there is a parser."""
+        """The inputs with the human parser's masks, where there are none, the adapter needs them and there is a parser;
+        ValueError where that sees nothing of the kind.
+        """
         given = inputs.masks[0] is not None or inputs.prepared_persons
         if given or self.config.mask_free or self.human_parser is None:
             return inputs
@@ -3137,7 +3235,9 @@ class StableDiffusionVTONPipeline(
         return replace(inputs, masks=[drawn[id(person)] for person in inputs.persons])
 
     def encode_pictures(self, inputs: TryOnInputs) -> TryOnLatents:
-        """Stretch persons and masks to height x width, fit the cloths on white, and encode all that is not encoded yet."""
+        """Stretch persons and masks to height x width, fit the cloths on white, and encode all that is not encoded yet; ValueError
+        where what the VAE says is not finite.
+        """
         persons, cloths = inputs.prepared_persons, inputs.prepared_cloths
         cloth = _joined(cloths) if cloths else self._encode_cloths(inputs.cloths, inputs.height, inputs.width)
         return TryOnLatents(
@@ -3158,9 +3258,13 @@ class StableDiffusionVTONPipeline(
             mask = self.mask_processor.preprocess(masks, **size)
         pose = None
         if inputs.poses is not None:
-            scales = [pose.shape[1] / person.shape[1] for pose, person in zip(inputs.poses, inputs.persons)]
-            regions = [tuple(round(edge * scale) for edge in region) for region, scale in zip(inputs.regions, scales)]
-            poses = [as_pil(_cut(pose, region)) for pose, region in zip(inputs.poses, regions)]
+            poses = inputs.poses
+            if inputs.padding is not None:  # as large as their persons before they are cut, as far as that is seen
+                poses = [
+                    _cut_enlarged(pose, *person.shape[1:], region)
+                    for pose, person, region in zip(poses, inputs.persons, inputs.regions)
+                ]
+            poses = [as_pil(pose) for pose in poses]
             pose = self.image_processor.preprocess(poses, **size).to(device)
         with within_range(self.vae, self.unet):
             encoded = TryOnLatents.encode_person(
@@ -3194,7 +3298,7 @@ class StableDiffusionVTONPipeline(
         latents: torch.Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """The first noise, (B, 4, h, w) or a whole canvas, at the scheduler's initial scale."""
+        """The first noise, (B, 4, h, w) or a whole canvas, in the UNet's dtype, at the scheduler's initial scale (after `set_timesteps`)."""
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         return latents.to(self._execution_device, self.unet.dtype) * self.scheduler.init_noise_sigma
@@ -3248,6 +3352,14 @@ class StableDiffusionVTONPipeline(
         """The noise in latents that the scheduler has scaled; where `guided`, pushed away from what the UNet says without the cloth.
 
         Source: classifier-free guidance, arXiv:2207.12598, with the cloth as the condition.
+
+        Args:
+            noisy: (B, 4, h, w), or whole canvases.
+            t: the timestep, a tensor of one number.
+            prompt_embeds, negative_prompt_embeds: (B, tokens, C), or None.
+
+        Returns:
+            As `noisy`.
         """
         if self.config.cloth_conditioning == "reference":
             rows = conditioning.person_rows(noisy)
@@ -3270,7 +3382,7 @@ class StableDiffusionVTONPipeline(
         return rescale_noise_cfg(noise_pred, cond, self.guidance_rescale) if self.guidance_rescale > 0 else noise_pred
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, 4, h, w) to pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
+        """(B, 4, h, w) to pictures (B, 3, H, W) in [0, 1], float32 on the CPU; ValueError where they are not finite."""
         with within_range(self.vae, self.unet):
             unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
             decoded = self.vae.decode(unscaled, return_dict=False)[0]
@@ -3278,6 +3390,7 @@ class StableDiffusionVTONPipeline(
         return self.image_processor.postprocess(decoded, output_type="pt").float().cpu()
 
     def check_safety(self, images: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[bool] | None]:
+        """Pictures (3, H, W) as they may be shown, flagged ones black, and the flags; as they are, and None, without a checker."""
         if self.safety_checker is None:
             return images, None
         checked, flags = [], []
@@ -3357,38 +3470,48 @@ class StableDiffusionVTONPipeline(
                 draws it with the human parser; a mask-free adapter needs none, and gets none drawn.
             pose_image: one or N, each of its person's aspect and aligned with them: a skeleton, DensePose or a parse map, painted
                 into the hole that the mask leaves. For adapters that were trained so (setting `pose`); None leaves it grey.
-            cloth_type: `"upper"`, `"lower"`, `"dress"` or a list of them, for the human parser.
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as in `StableDiffusionPipeline`; used by adapters
-                with `cross_attention="prompt"`, which may bring a prompt for calls that give none.
-            height, width: the size to work at, multiples of 64 for SD1.5. None keeps the person's aspect at about the native
-                area; one alone takes the other from the aspect.
-            num_inference_steps: denoising steps, 50 by default.
-            timesteps: the very timesteps, for schedulers that take them.
-            guidance_scale: how far to push from "no cloth" to "this cloth". None takes the adapter's own; at 1 or less the
-                unconditional branch is not run.
-            guidance_rescale: 0 to 1, arXiv:2305.08891.
-            guidance_interval: [start, end) in fractions of the steps; outside it the conditional branch runs alone
-                (arXiv:2404.07724).
-            num_images_per_prompt: results for every person.
-            eta: noise that DDIM adds again at every step, 0 to 1 (arXiv:2010.02502); None takes the adapter's own.
-            cross_attention_kwargs: `{"scale": ...}` of a LoRA.
-            generator: one, or a list with one for every result.
-            latents: the first noise (N * num_images_per_prompt, 4, h, w), before the scheduler's scale; the whole canvas in
-                joint mode.
-            padding_mask_crop: work on the mask's surroundings alone, with so many pixels around it.
-            composite: lay the result into the photograph, at its own size and untouched outside the mask; False returns the
-                bare decode at height x width.
-            output_type: `"pil"`, `"np"` (N, H, W, 3), `"pt"` (N, 3, H, W), both in [0, 1], or `"latent"` (N, 4, h, w).
-            return_dict: False returns `(images, nsfw_content_detected)`.
-            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after every step; what it returns
-                replaces the tensors.
-            callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds`, `negative_prompt_embeds` it gets.
+            cloth_type: `"upper"` (the default), `"lower"`, `"dress"` or a list of them, for the human parser.
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as in `StableDiffusionPipeline`, one text or N,
+                embeddings (N, tokens, C), None by default; used by adapters with `cross_attention="prompt"`, which may bring a
+                prompt for calls that give none.
+            height, width: the size to work at, in pixels, multiples of 64 for SD1.5. None, the default, keeps the person's aspect
+                at about the native area; one alone takes the other from the aspect.
+            num_inference_steps: denoising steps, 50 by default; schedulers of second order, such as Heun, evaluate the UNet nearly
+                twice a step.
+            timesteps: the very timesteps, falling whole numbers from 999 to 0 for SD1.5, in the place of `num_inference_steps`, for
+                schedulers that take them; None by default.
+            guidance_scale: how far to push from "no cloth" to "this cloth", any finite number. None, the default, takes the
+                adapter's own; at 1 or less the unconditional branch is not run.
+            guidance_rescale: 0 (the default) to 1, arXiv:2305.08891.
+            guidance_interval: [start, end) in fractions of the steps, 0 <= start <= end <= 1, (0, 1) by default; outside it the
+                conditional branch runs alone (arXiv:2404.07724).
+            num_images_per_prompt: results for every person, which stand together; 1 by default.
+            eta: noise that DDIM adds again at every step, 0 to 1 (arXiv:2010.02502); None, the default, takes the adapter's own,
+                or 0.
+            cross_attention_kwargs: `{"scale": ...}` of a LoRA; None by default.
+            generator: one, or a list with one for every result; None, the default, is torch's own.
+            latents: the first noise, floats (N * num_images_per_prompt, 4, h, w), before the scheduler's scale; the whole canvas in
+                joint mode. None, the default, draws it.
+            padding_mask_crop: work on the mask's surroundings alone, with so many of the photograph's pixels around it, from 0;
+                None, the default, works on all of it.
+            composite: True, the default, lays the result into the photograph, at its own size and untouched outside the mask; False
+                returns the bare decode at height x width.
+            output_type: `"pil"` (the default), `"np"` (B, H, W, 3), `"pt"` (B, 3, H, W), both float32 in [0, 1] on the CPU, or
+                `"latent"` (B, 4, h, w), scaled by the VAE's factor, on the device; B is N * num_images_per_prompt.
+            return_dict: True by default; False returns `(images, nsfw_content_detected)`.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after every step; the dictionary that it
+                returns, if any, replaces the tensors, whose shapes must stay. It may set `pipe._interrupt = True`, and not change
+                the model.
+            callback_on_step_end_tensor_inputs: which of `latents` (canvases in joint mode; the default), `prompt_embeds`,
+                `negative_prompt_embeds` it gets.
 
         Returns:
-            `StableDiffusionPipelineOutput`: `images`, and `nsfw_content_detected` of the safety checker (None without one).
+            `StableDiffusionPipelineOutput`: `images`, and `nsfw_content_detected` of the safety checker (None without one, and for
+            `"latent"`).
 
         Raises:
-            ValueError, TypeError: an argument is wrong; the sentence names it and its value.
+            ValueError, TypeError: an argument is wrong, and the sentence names it and its value; or a model's result is not finite.
+            RuntimeError: a callback calls its own pipeline, or one with its scheduler.
         """
         # 1. Check, and learn what there is to do; what was not said is as the adapter says
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -3409,7 +3532,7 @@ class StableDiffusionVTONPipeline(
         )  # fmt: skip
         num_images_per_prompt = int(num_images_per_prompt)
         timesteps = None if timesteps is None else [int(t) for t in timesteps]
-        timesteps, num_inference_steps = retrieve_timesteps(
+        timesteps, _ = retrieve_timesteps(
             self.scheduler, int(num_inference_steps) if timesteps is None else None, "cpu", timesteps
         )  # on the host: a scheduler that looks at them needn't wait for a GPU
         accepted = inspect.signature(self.scheduler.step).parameters

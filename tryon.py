@@ -430,7 +430,7 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--fast",
         action="store_true",
-        help="few steps of UniPC, three quarters of them guided, as pipe.fast() has them",
+        help="few ancestral Euler steps, three quarters of them guided, as pipe.fast() has them",
     )
     add("--guidance_scale", type=NOT_NEGATIVE, metavar="X", help="default: the adapter's own")
     add("--seed", type=SEED, default=0, metavar="N", help="of the noise, the same for every pair (default 0)")
@@ -453,7 +453,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.scheduler is not None and not is_scheduler(args.scheduler):
         parser.error(f"--scheduler must be the name of a diffusers scheduler, got {args.scheduler}")
     if args.fast and args.scheduler is not None:
-        parser.error(f"--fast samples with UniPC: leave out --scheduler, got {args.scheduler}")
+        parser.error(f"--fast has a sampler of its own: leave out --scheduler, got {args.scheduler}")
     if args.contact_sheet is not None and args.contact_sheet.suffix.lower() not in WRITTEN:
         parser.error(f"--contact_sheet must end in {', '.join(WRITTEN)}, got {args.contact_sheet}")
     for flag in ("pairs", "mask", "pose"):

@@ -232,7 +232,7 @@ class Acceptance:
         on_host = {"generator": torch.Generator().manual_seed(0)}  # its noise is copied
         self.report.check("synchronisations a step, noise drawn on the CPU", lambda: waits_a_step(**on_host))
         pipe.fast()
-        self.report.check("synchronisations a step, UniPC", waits_a_step)
+        self.report.check("synchronisations a step, pipe.fast()", waits_a_step)
 
     def memory(self) -> None:
         if not self.gpu:

@@ -30,6 +30,7 @@ SCHEDULERS = {
     "DDIM": "DDIMScheduler",
     "UniPC": "UniPCMultistepScheduler",
     "DPM++ 2M": "DPMSolverMultistepScheduler",
+    "Euler a": "EulerAncestralDiscreteScheduler",
 }
 INTERVALS = ((0.0, 1.0), (0.0, 0.75), (0.0, 0.5), (0.25, 1.0))
 
@@ -50,7 +51,7 @@ class Setting:
 
 
 DEFAULT = Setting("DDPM", 50)
-FAST = Setting("UniPC", FAST_STEPS, interval=(0.0, FAST_GUIDED))  # what `pipe.fast()` gives
+FAST = Setting("Euler a", FAST_STEPS, interval=(0.0, FAST_GUIDED))  # what `pipe.fast()` gives
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add_lines_arguments(add)
     add("--output_dir", type=Path, default=Path("runs/fewer-steps"), help="default runs/fewer-steps")
-    add("--schedulers", nargs="+", choices=SCHEDULERS, default=list(SCHEDULERS), help="default: all four")
+    add("--schedulers", nargs="+", choices=SCHEDULERS, default=list(SCHEDULERS), help="default: all five")
     add("--steps", type=int, nargs="+", default=[2, 4, 8, 15, 25, 50], help="default 2 4 8 15 25 50")
     add("--guidance_scale", type=float, nargs="+", default=[1, 1.5, 2.5, 5, 7.5], help="of the best three (default 1 1.5 2.5 5 7.5)")  # fmt: skip
     add("--psnr", type=float, default=0.2, help="dB that may be lost against the default (default 0.2)")

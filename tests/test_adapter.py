@@ -449,6 +449,36 @@ def test_quantised_weights_are_not_exchanged(tmp_path, kind, in_channels):
     assert pipe.unet.config.in_channels == in_channels
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "float16"])
+def test_an_adapter_is_not_saved_as_numbers_that_no_one_can_load(tmp_path, dtype):
+    with pytest.raises(ValueError, match="`dtype` must be None, or floating point of 16 bits at least, got"):
+        tiny_pipe(9).save_vton_adapter(tmp_path, dtype)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scheduler", ["AmusedScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_an_adapter_whose_scheduler_cannot_be_made_changes_nothing(tmp_path, scheduler):
+    tiny_pipe(9, seed=3, scheduler_class=scheduler).save_vton_adapter(tmp_path)
+    pipe = tiny_pipe(9)
+    before = run(pipe)
+    with pytest.raises(ValueError, match=scheduler):
+        pipe.load_vton_adapter(tmp_path)
+    assert (run(pipe) == before).all()
+
+
+def test_an_adapter_that_widens_is_not_loaded_into_float8_and_the_one_before_stays(tmp_path):
+    source = tiny_pipe(4, seed=3)
+    widen_conv_in(source.unet)
+    source.save_vton_adapter(tmp_path)
+    pipe = tiny_pipe(4)
+    pipe.load_vton_adapter(tmp_path)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    before = run(pipe)
+    with pytest.raises(ValueError, match="float8, in which `conv_in` is not widened"):
+        pipe.load_vton_adapter(tmp_path)
+    assert (run(pipe) == before).all()
+
+
 def test_weights_that_are_kept_in_float8_are_not_published(tmp_path):
     saved_adapter(tmp_path / "adapter")
     pipe = tiny_pipe(9)

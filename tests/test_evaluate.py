@@ -324,7 +324,7 @@ def test_the_fast_recipe_is_evaluated_as_it_is(tree, model, tmp_path):
     expected = pipe(*pictures, mask, height=32, width=24, generator=noise, **pipe.fast(4)).images[0]
     assert np.array_equal(Image.open(found), expected)
     said = json.dumps(report)
-    assert '"UniPCMultistepScheduler"' in said and '"guidance_interval": [0.0, 0.75]' in said
+    assert '"EulerAncestralDiscreteScheduler"' in said and '"guidance_interval": [0.0, 0.75]' in said
 
 
 @pytest.mark.parametrize("named", ["folder", "file"])

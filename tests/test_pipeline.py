@@ -704,7 +704,6 @@ BAD_PROMPTS = {
     "features": ({"prompt": "a", "negative_prompt_embeds": torch.zeros(1, 77, 8)}, r"`negative_prompt_embeds`.*32"),
     "tokens": ({"prompt": "a", "negative_prompt_embeds": torch.zeros(1, 9, 32)}, "`negative_prompt_embeds`.*77.*9"),
     "flat": ({"prompt_embeds": torch.zeros(77, 32)}, "`prompt_embeds`"),
-    "no negative": ({"prompt_embeds": torch.zeros(1, 77, 32)}, "`negative_prompt_embeds`.*None"),
 }
 
 
@@ -715,6 +714,34 @@ def test_a_bad_prompt_is_one_clear_error_before_any_model_runs(options, message)
     with pytest.raises(ValueError, match=message):
         run(pipe, **options)
     assert not ran
+
+
+@pytest.mark.parametrize("negative", [None, "a coat"])
+def test_embeddings_go_with_a_negative_text_and_without_one_as_in_stable_diffusions_pipeline(negative):
+    pipe = tiny_pipe(9, text=True, cross_attention="prompt")
+    embeddings = pipe.encode_prompt("a shirt", "cpu", 1, False)[0]
+    expected = run(pipe, prompt="a shirt", negative_prompt=negative)
+    assert (run(pipe, prompt_embeds=embeddings, negative_prompt=negative) == expected).all()
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    with pytest.raises(ValueError, match="`negative_prompt_embeds`.*None|`negative_prompt`"):
+        run(pipe, prompt_embeds=embeddings, negative_prompt=negative)
+
+
+def test_settings_are_checked_without_a_call():
+    pipe = tiny_pipe(9)
+
+    def look(pipe, step, t, tensors):
+        pipe.check_settings(40, 24, 3)  # the call goes on with its own steps
+        return {}
+
+    assert (run(pipe, num_inference_steps=4, callback_on_step_end=look) == run(pipe, num_inference_steps=4)).all()
+    for steps in (0, -1, 2.5, "a", True, 5000):
+        with pytest.raises(ValueError, match=f"num_inference_steps.*{steps}"):
+            pipe.check_settings(num_inference_steps=steps)
+    with pytest.raises(ValueError, match="`width` must be a positive multiple of 8, got 25"):
+        pipe.check_settings(40, 25)
+    pipe.unet.register_to_config(sample_size=None)  # diffusers' own default
+    assert pipe.resolve_size(64, 48, 40, 24) == (40, 24) and pipe.resolve_size(64, 64, None, None) == (64 * pipe.vae_scale_factor,) * 2
 
 
 def test_bad_latents_are_an_error_before_the_parser_and_the_text_encoder_run():

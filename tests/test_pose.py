@@ -151,6 +151,20 @@ def test_a_pose_at_another_scale_is_the_same_pose():
         assert (painted[0] - painted[2]).abs().max() > 0.2
 
 
+def test_a_small_pose_is_cut_where_its_person_is():
+    """At a scale at which the crop is less than a pixel of it."""
+    pipe, pose, mask = tiny_pipe(9, pose="painted"), picture(3, 64, 48), Image.new("L", (960, 1280))
+    mask.paste(255, (500, 500, 508, 508))
+    painted = [
+        pipe.encode_pictures(
+            pipe.check_inputs(picture(1, 1280, 960), picture(2), mask, "upper", 32, 24, 0, pose_image=shown)
+        ).person
+        for shown in (pose, pose.resize((960, 1280), Image.Resampling.LANCZOS), None)
+    ]
+    torch.testing.assert_close(painted[0], painted[1], atol=0.02, rtol=0)
+    assert abs(painted[0] - painted[2]).max() > 0.1
+
+
 def test_half_size_poses_are_trained_with(base, own, tmp_path):
     for file in (own / "train/openpose_img").iterdir():
         Image.open(file).resize((24, 32)).save(file)

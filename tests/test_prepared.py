@@ -5,6 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from test_pictures import LINEAR
 from tiny import box_mask, picture, run, seeded, tiny_parser, tiny_pipe
@@ -195,6 +196,42 @@ def test_other_settings_make_stale():
             call(pipe, *given, mask_image=None if given[0] is person else box_mask())
 
 
+def test_what_reads_or_encodes_otherwise_makes_stale():
+    pipe = tiny_pipe(9)
+    person, cloth = prepared(pipe)
+    pipe.enable_freeu(s1=0.5, s2=0.5, b1=1.8, b2=1.8)
+    with pytest.raises(ValueError, match="`cloth_image` was prepared with other weights, settings"):
+        call(pipe, person, cloth)
+    pipe.disable_freeu()
+    assert (call(pipe, person, cloth) == run(pipe)).all()
+    pipe.vae.register_to_config(scaling_factor=0.1)
+    with pytest.raises(ValueError, match="`person_image` was prepared with other weights, settings"):
+        call(pipe, person, picture(2))
+
+
+def test_another_models_cloth_is_told_from_ones_own_when_the_weights_are_offloaded():
+    """Sequentially: accelerate leaves parameters without values."""
+    pipe, other = tiny_pipe(9), tiny_pipe(9, seed=5)
+    marks = [weights_mark(one.unet) for one in (pipe, other)]
+    for one in (pipe, other):
+        for module in (one.unet, one.vae):
+            cpu_offload(module, torch.device("cpu"))
+    assert [weights_mark(one.unet) for one in (pipe, other)] == marks
+    cloth = pipe.prepare_cloth(picture(2), 40, 24)
+    assert (run(pipe, cloth=cloth) == run(pipe)).all()
+    with pytest.raises(ValueError, match="`cloth_image` was prepared with other weights"):
+        run(other, cloth=cloth)
+
+
+def test_a_person_is_prepared_without_the_text_that_calls_bring():
+    pipe = tiny_pipe(9, cross_attention="prompt", text=True)
+    texts = pipe.encode_prompt("a shirt", "cpu", 1, True)
+    options = {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    person = pipe.prepare_person(picture(1), box_mask())
+    assert (call(pipe, person, picture(2), **options) == run(pipe, **options)).all()
+
+
 def test_a_lora_scale_reads_the_cloth_again():
     pipe = tiny_pipe(9)
     person, cloth = prepared(pipe)
@@ -230,6 +267,11 @@ def test_what_does_not_fit_is_one_sentence():
         TypeError, match="`cloth_image` must be pictures, or PreparedCloths alone, got PreparedPerson too"
     ):
         call(pipe, person, person)
+    for size in ((40, None), (None, 24), (None, None)):
+        with pytest.raises(ValueError, match="`height` and `width` must both be given, got"):
+            pipe.prepare_cloth(picture(2), *size)
+    with pytest.raises(ValueError, match="`profile` must be an ICC profile's bytes or None"):
+        pipe.prepare_cloth(picture(2), 40, 24, profile=b"junk")
     with pytest.raises(ValueError, match="`height` must be a positive multiple of 8, got 30"):
         pipe.prepare_cloth(picture(2), 30, 24)
     with pytest.raises(ValueError, match="needs 8 or 9"):

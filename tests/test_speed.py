@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from tiny import ROOT, run, tiny_pipe
 
@@ -140,8 +140,8 @@ def test_fast_is_one_scheduler_and_the_options_of_calls():
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     options = pipe.fast()
     assert options == {"num_inference_steps": 8, "guidance_interval": (0.0, 0.75)}
-    assert isinstance(pipe.scheduler, UniPCMultistepScheduler)
-    assert rows_computed(pipe, **options) == Setting("UniPC", 8, None, (0.0, 0.75)).rows(2.0) == 1 + 14
+    assert isinstance(pipe.scheduler, EulerAncestralDiscreteScheduler)
+    assert rows_computed(pipe, **options) == Setting("Euler a", 8, None, (0.0, 0.75)).rows(2.0) == 1 + 14
     assert pipe.fast(4)["num_inference_steps"] == 4 and pipe.config.guidance_scale == 2
 
 
@@ -172,8 +172,8 @@ def test_a_settings_work_is_the_rows_that_the_unet_computes(guidance, interval):
 def test_the_fast_recipe_is_the_one_that_is_measured():
     pipe = tiny_pipe()
     options = pipe.fast()
-    measured = Setting("UniPC", options["num_inference_steps"], interval=options["guidance_interval"])
-    assert measured == fewer_steps.FAST and type(pipe.scheduler).__name__ == fewer_steps.SCHEDULERS["UniPC"]
+    measured = Setting("Euler a", options["num_inference_steps"], interval=options["guidance_interval"])
+    assert measured == fewer_steps.FAST and type(pipe.scheduler).__name__ == fewer_steps.SCHEDULERS["Euler a"]
 
 
 def test_the_front_and_the_recipe():
@@ -212,7 +212,7 @@ def test_settings_are_swept_once(tmp_path, capsys, monkeypatch):
     fewer_steps.main(fewer_steps.parse_args([*line, "--model", str(ROOT / "demo" / "model")]))
     printed = capsys.readouterr().out
     assert "| UniPC | 1 | " in printed and (tmp_path / "pareto.png").is_file()
-    assert "| UniPC | 2 | the adapter's | 0 to 0.75 | 5 | " in printed.split("`pipe.fast()`")[1].split("All")[0]
+    assert "| Euler a | 2 | the adapter's | 0 to 0.75 | 5 | " in printed.split("`pipe.fast()`")[1].split("All")[0]
     monkeypatch.setattr(fewer_steps, "try_on", None)  # nothing is computed again, wherever the model lies
     (tmp_path / "moved").symlink_to(ROOT / "demo" / "model")
     fewer_steps.main(fewer_steps.parse_args([*line, "--model", str(tmp_path / "moved")]))

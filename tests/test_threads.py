@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
+from test_settings import save_lora
 from tiny import picture, run, seeded, tiny_parser, tiny_pipe
 
 from pipeline_vton import TURNS, StableDiffusionVTONPipeline
@@ -213,6 +215,46 @@ def test_a_callback_does_not_change_the_model_of_its_own_call(tmp_path):
     assert (run(pipe) == before).all()
     pipe.load_vton_adapter(tmp_path)
     assert (run(pipe) != before).any()
+
+
+def test_the_scheduler_is_the_one_that_there_is_when_ones_turn_comes():
+    """Another thread may put one in while a call waits for the UNet."""
+    pipe = tiny_pipe(9)
+    waiting, seen, begun = around(pipe), [], threading.Event()
+    swapped = DDIMScheduler.from_config(pipe.scheduler.config)
+
+    def swap(pipe, step, t, tensors):
+        if step == 0:
+            calls.append(pool.submit(run, waiting, callback_on_step_end=look))
+            time.sleep(0.5)  # it waits by now
+            waiting.scheduler = swapped
+            begun.set()
+        return {}
+
+    def look(pipe, step, t, tensors):
+        seen.append(any(held is waiting for held in TURNS[swapped].held))
+        return {}
+
+    with ThreadPoolExecutor(1) as pool:
+        calls = []
+        run(pipe, callback_on_step_end=swap)
+        calls[0].result(timeout=60)
+    assert begun.is_set() and seen and all(seen)
+
+
+def test_a_lora_that_is_turned_off_in_a_callback_keeps_its_scheduler_to_the_calls_end(tmp_path):
+    pipe = tiny_pipe(9)
+    save_lora(tmp_path, 2.0, scheduler_class="DDIMScheduler")
+    before = type(pipe.scheduler)
+    pipe.load_lora_weights(tmp_path)
+
+    def switch(pipe, step, t, tensors):
+        pipe.unet.disable_lora()
+        assert pipe.config.guidance_scale and type(pipe.scheduler) is DDIMScheduler
+        return {}
+
+    run(pipe, callback_on_step_end=switch)
+    assert pipe.config and type(pipe.scheduler) is before
 
 
 def test_without_a_unet_there_is_no_call_to_wait_for():

@@ -599,7 +599,7 @@ def test_wrong_flags_are_one_sentence(shop, model, capsys):
         (["--contact_sheet", "sheet.gif"], "--contact_sheet must end in .png"),
         (
             ["--fast", "--scheduler", "DDIMScheduler"],
-            "--fast samples with UniPC: leave out --scheduler, got DDIMScheduler",
+            "--fast has a sampler of its own: leave out --scheduler, got DDIMScheduler",
         ),
         (["--seed", "-1"], "--seed: must be a whole number from 0 to 4294967295, got -1"),
     ):
