@@ -21,6 +21,7 @@ import argparse
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -954,22 +955,29 @@ class Scorer:
         return self.inception(pixels[None].to(self.device))[0].cpu().double().numpy()
 
 
-def save_picture(file: Path, picture: Image.Image, seconds: float | None = None) -> None:
-    """Without loss, and under a temporary name first; the seconds that it took go with it."""
+def save_picture(file: Path, picture: Image.Image, told: dict[str, str] = {}) -> None:
+    """Without loss, and under a temporary name first; what is `told` of it goes with it."""
     text = PngInfo()
-    if seconds is not None:
-        text.add_text("seconds", f"{seconds:.3f}")
+    for name, value in told.items():
+        text.add_text(name, value)
     with whole_file(file) as temporary:
         picture.save(temporary, format="PNG", pnginfo=text)
 
 
-def read_seconds(file: Path) -> float:
+def read_text(file: Path) -> dict[str, str]:
+    """What `save_picture` wrote beside a picture."""
     with Image.open(file) as picture:
-        return float(picture.text["seconds"])
+        return picture.text
 
 
 def digest_of(picture: Image.Image) -> str:
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+
+
+def digest_of_all(pictures: dict[str, Image.Image]) -> str:
+    """Of all pictures by role but the truth, of which no result is made."""
+    digests = [f"{role} {digest_of(pictures[role])}" for role in sorted(pictures.keys() - {"truth"})]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -1336,6 +1344,14 @@ class Evaluation:
         truths = compared and any(x.setting == "paired" or "truth" in self.source.files(x) for x in self.lines)
         if scorer.inception is None and not truths:
             raise ValueError(f"--metrics {metrics} need truths, which unpaired lines have none of: add fid or kid")
+        if scorer.inception is None and any(
+            x.setting == "unpaired" and "truth" not in self.source.files(x) for x in self.lines
+        ):
+            logger.warning(
+                "--metrics %s measure nothing of unpaired lines without a truth, which are tried on all the same: add fid or kid, "
+                "or give --setting paired",
+                metrics,
+            )
         persons = max(Counter(setting for setting, _ in {(line.setting, line.person) for line in self.lines}).values())
         if scorer.inception is not None and persons < FEWEST_PERSONS:
             need = f"FID and KID need {FEWEST_PERSONS} persons, got {persons}"
@@ -1370,8 +1386,9 @@ class Evaluation:
         pictures = self.source.pictures(line)
         if self.masks == "parser":
             file = self.args.output_dir / "masks" / f"{Path(line.person).with_suffix('')}.png"
-            if not file.is_file():
-                save_picture(file, self.model.draw_mask(line, pictures["person"]))
+            made_of = digest_of(pictures["person"])
+            if not file.is_file() or read_text(file).get("made_of") != made_of:
+                save_picture(file, self.model.draw_mask(line, pictures["person"]), {"made_of": made_of})
             pictures["mask"] = read_picture(file, "mask")
         return pictures
 
@@ -1402,8 +1419,11 @@ class Evaluation:
         try:
             return work(line, *rest)
         except (OSError, ValueError) as error:
-            self.failures.append({"line": str(line).replace("\t", " "), "error": str(error)})
+            self.fail(line, str(error))
             return None
+
+    def fail(self, line: Line, error: str) -> None:
+        self.failures.append({"line": str(line).replace("\t", " "), "error": error})
 
     def try_on(self, line: Line, pictures: dict[str, Image.Image], seed: int) -> list[tuple]:
         """The files to save, each with its picture and seconds."""
@@ -1417,7 +1437,8 @@ class Evaluation:
         seconds = time.perf_counter() - started
         missing = [name for name in made if not self.is_made(seed, line, name)]
         profile = pictures["person"].info.get("icc_profile")
-        return [(self.file(seed, line, name), as_pil(made[name], profile), seconds) for name in missing]
+        told = {"made_of": digest_of_all(pictures), "seconds": f"{seconds:.3f}"}
+        return [(self.file(seed, line, name), as_pil(made[name], profile), told) for name in missing]
 
     # ---- scoring
 
@@ -1443,7 +1464,12 @@ class Evaluation:
             file = self.file(seed, line, compositing)
             result = read_result(file, person)
             if compositing != self.given:
-                seconds = read_seconds(file)
+                told = read_text(file)
+                if told.get("made_of") != digest_of_all(pictures):
+                    raise ValueError(
+                        f"{file} was made of other pictures than there are now: delete it, or take another --output_dir"
+                    )
+                seconds = float(told["seconds"])
             if compositing == "composited":
                 check_untouched(result, pictures.get("condition", person), mask)
             elif result.size not in self.bare_sizes(person):
@@ -1486,7 +1512,11 @@ class Evaluation:
             self.refuse_other_pictures(described)
             self.list_hash = write_list(args.output_dir / "list.txt", self.lines, args.list)
         self.accelerator.wait_for_everyone()
-        self.make()
+        for line in self.lines:  # told of now, not when all others are drawn
+            for file in itertools.filterfalse(Path.is_file, self.source.files(line).values()):
+                self.fail(line, f"there is no {file}")
+        if not self.failures:
+            self.make()
         self.accelerator.wait_for_everyone()
         failures = gather_object(self.failures)
         rows = []
@@ -1645,9 +1675,9 @@ def versions() -> dict[str, str]:
         "torch-fidelity",
         "torchvision",
         "numpy",
-        "Pillow",
+        "pillow",
     )
-    there = {package.name for package in importlib.metadata.distributions()}
+    there = {package.name.lower() for package in importlib.metadata.distributions()}
     return {name: importlib.metadata.version(name) for name in libraries if name in there}
 
 

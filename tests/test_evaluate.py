@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL
 import pytest
 import scipy.linalg
 import torch
@@ -284,6 +285,7 @@ def test_the_report_is_what_the_pictures_say(finished, tree, model):
     assert report["made"]["seeds"] == [0] and report["made"]["revision"] is None
     assert report["cost"]["seconds_a_picture"] > 0 and 0.1 < report["cost"]["peak_memory_gib"] < 100
     assert report["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
+    assert report["versions"]["pillow"] == PIL.__version__
     text = (out / "report.md").read_text()
     shown = figure(report, "paired", "composited", "ssim")
     assert f"{shown['value']:.4f} [{shown['low']:.4f}, {shown['high']:.4f}]" in text and "FID (clean)" in text
@@ -984,6 +986,37 @@ def test_reports_side_by_side(tree, tmp_path, capsys):
 def test_a_recognizer_that_is_not_there_is_told_by_its_flag(name):
     with pytest.raises(ValueError, match=f"--recognizer {name}: "):
         load_recognizer(name)
+
+
+def test_pictures_of_other_inputs_are_not_measured_with_the_new_ones(own_tree, model, tmp_path):
+    """Masks that were mended, say."""
+    options = {"metrics": ["psnr"], "setting": "paired"}
+    evaluate(tmp_path / "out", own_tree, model, **options)
+    Image.new("L", (WIDTH, HEIGHT), 255).save(own_tree / "test/agnostic-mask/01_mask.png")
+    save(picture(7, HEIGHT, WIDTH), own_tree / "test/cloth/02.png")
+    failures = fails(tmp_path / "out", own_tree, model, **options)
+    assert [failure["line"] for failure in failures] == ["paired 01.png 01.png", "paired 02.png 02.png"]
+    assert all("was made of other pictures than there are now" in failure["error"] for failure in failures)
+    for failure in failures:
+        Path(failure["error"].split(" was made")[0]).unlink()
+    for file in (tmp_path / "out").rglob("0[12]__*.png"):
+        file.unlink()
+    assert evaluate(tmp_path / "out", own_tree, model, **options)["figures"]
+
+
+def test_a_missing_file_is_told_of_before_anything_is_drawn(own_tree, model, tmp_path):
+    (own_tree / "test/cloth/03.png").unlink()
+    failures = fails(tmp_path / "out", own_tree, model, metrics=["psnr"])
+    assert {failure["error"] for failure in failures} == {f"there is no {own_tree}/test/cloth/03.png"}
+    assert not list((tmp_path / "out").glob("seed-*"))
+
+
+def test_lines_of_which_nothing_can_be_measured_are_told_of(own_tree, model, tmp_path, caplog):
+    evaluate(tmp_path / "all", own_tree, model, metrics=["psnr"])
+    assert "measure nothing of unpaired lines" not in caplog.text
+    shutil.rmtree(own_tree / "test/tryon")
+    evaluate(tmp_path / "some", own_tree, model, metrics=["psnr"])
+    assert "--metrics psnr measure nothing of unpaired lines without a truth" in caplog.text
 
 
 def test_steps_that_the_model_cannot_take_are_told_before_the_first_picture(tree, model, tmp_path):

@@ -741,7 +741,10 @@ def test_settings_are_checked_without_a_call():
     with pytest.raises(ValueError, match="`width` must be a positive multiple of 8, got 25"):
         pipe.check_settings(40, 25)
     pipe.unet.register_to_config(sample_size=None)  # diffusers' own default
-    assert pipe.resolve_size(64, 48, 40, 24) == (40, 24) and pipe.resolve_size(64, 64, None, None) == (64 * pipe.vae_scale_factor,) * 2
+    assert (
+        pipe.resolve_size(64, 48, 40, 24) == (40, 24)
+        and pipe.resolve_size(64, 64, None, None) == (64 * pipe.vae_scale_factor,) * 2
+    )
 
 
 def test_bad_latents_are_an_error_before_the_parser_and_the_text_encoder_run():
