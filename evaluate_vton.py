@@ -76,6 +76,7 @@ from train_vton import (
     check_sizes,
     cloth_roles,
     column_of,
+    filled,
     fingerprint,
     in_persons_colours,
     is_cloth,
@@ -129,7 +130,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--condition_column", default="condition", help="paired and mask-free: column, or folder beside the persons', of the person in another cloth (default condition)")  # fmt: skip
     add("--pose_column", default="pose", help="of an adapter that reads poses: their column (default pose)")
     add("--pose_folder", help="of an adapter that reads poses: their folder beside the persons' (default: openpose_img, DressCode's skeletons)")  # fmt: skip
-    parser.set_defaults(caption_column=None)  # which load_rows asks for
+    add("--caption_column", help="with --dataset_name, for an adapter that reads text: a text for every pair (default: the adapter's prompt)")  # fmt: skip
     add("--split", default="test", help="whose pairs are taken (default test)")
     add("--setting", choices=(*SETTINGS, "both"), default="both", help="own cloths, other cloths, or both (default)")
     add("--category", choices=(*DRESS_CODE_FOLDERS, "all"), default="all", help="of DressCode's layout (default all, pooled and each)")  # fmt: skip
@@ -212,8 +213,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"give --{one} or --{other}, got {getattr(args, one)} and {getattr(args, other)}")
     if (args.eval_height is None) != (args.eval_width is None):
         parser.error(f"--eval_height and --eval_width go together, got {args.eval_height} and {args.eval_width}")
-    if args.streaming and args.dataset_name is None:
-        parser.error("--streaming needs --dataset_name")
+    for flag in ("streaming", "caption_column"):
+        if getattr(args, flag) and args.dataset_name is None:
+            parser.error(f"--{flag} needs --dataset_name")
     if args.list is not None and (args.dataset_root is None or not args.list.is_file()):
         parser.error(f"--list must be a file, and goes with --dataset_root, got {args.list} and {args.dataset_root}")
     if args.train_root is not None and args.dataset_root is None:
@@ -534,6 +536,9 @@ class TreeSource:
         truth = files["person"].parent.parent / "tryon" / f"{Path(line.name).name}.png"
         return files | ({"truth": truth} if line.setting == "unpaired" and truth.is_file() else {})
 
+    def caption(self, line: Line) -> str | None:
+        return None
+
     def pictures(self, line: Line) -> dict[str, Image.Image]:
         pairs, index = self.places[line]
         pictures, files = pairs.pictures(index), self.files(line)
@@ -579,6 +584,11 @@ class RowSource:
         self.lines = [
             Line(s, f"row-{i}", f"row-{(i + step[s]) % count}") for s in settings_of(args) for i in range(count)
         ]
+
+    def caption(self, line: Line) -> str | None:
+        """That of the cloth's row."""
+        column, row = self.args.caption_column, int(line.cloth.removeprefix("row-"))
+        return filled(self.pairs.rows[row][column], f"{self.pairs.name(row)}: the caption") if column else None
 
     def pictures(self, line: Line) -> dict[str, Image.Image]:
         person, cloth = (int(name.removeprefix("row-")) for name in (line.person, line.cloth))
@@ -719,6 +729,8 @@ class Model:
             raise ValueError(f"--push_to_hub uploads adapters, not LoRAs such as {args.adapter}")
         if args.masks == "parser" and self.pipe.human_parser is None:
             raise ValueError(f"--masks parser: {args.model} holds no human parser, name one with --human_parser")
+        if args.caption_column and self.pipe.config.cross_attention != "prompt":
+            raise ValueError(f"--caption_column {args.caption_column}: this model's adapter reads no text")
         if args.masks == "none" and not self.pipe.config.mask_free:
             raise ValueError(
                 "--masks none goes with mask-free adapters and --pred_dir: this model's adapter needs masks"
@@ -737,6 +749,7 @@ class Model:
         args, pipe = self.args, self.pipe
         said = {} if args.eta is None else {"eta": args.eta}
         said |= {"num_cloths": args.num_cloths} if args.num_cloths > 1 else {}
+        said |= {"caption_column": args.caption_column} if args.caption_column else {}
         if self.posed:
             said["poses"] = args.pose_folder or ("the layout's own" if args.dataset_root else args.pose_column)
         return {
@@ -760,7 +773,14 @@ class Model:
         kind = CLOTH_TYPES.get(line.category, self.args.cloth_type)
         return self.pipe.predict_mask(person, kind, self.args.looseness)
 
-    def bare(self, line: Line, pictures: dict[str, Image.Image], seed: int, size: tuple[int, int]) -> Tensor:
+    def bare(
+        self,
+        line: Line,
+        pictures: dict[str, Image.Image],
+        seed: int,
+        size: tuple[int, int],
+        caption: str | None = None,
+    ) -> Tensor:
         """The bare decode (3, H, W) in [0, 1] at the working size."""
         args = self.args
         options = {} if args.eta is None else {"eta": args.eta}
@@ -770,6 +790,7 @@ class Model:
             [outfit],
             pictures.get("mask"),
             pictures.get("pose"),
+            prompt=caption,
             height=size[0],
             width=size[1],
             guidance_scale=args.guidance_scale,
@@ -810,7 +831,14 @@ class Predictions:
         person = [] if self.both and folder != of_setting else [folder / Path(line.person).with_suffix("")]
         return [folder / line.name, *person]
 
-    def bare(self, line: Line, pictures: dict[str, Image.Image], seed: int, size: tuple[int, int]) -> Tensor:
+    def bare(
+        self,
+        line: Line,
+        pictures: dict[str, Image.Image],
+        seed: int,
+        size: tuple[int, int],
+        caption: str | None = None,
+    ) -> Tensor:
         """The picture as it was given, (3, H, W) in [0, 1]."""
         return as_tensors(read_result(self.file(line), pictures["person"]), "result")[0]
 
@@ -1428,7 +1456,7 @@ class Evaluation:
     def try_on(self, line: Line, pictures: dict[str, Image.Image], seed: int) -> list[tuple]:
         """The files to save, each with its picture and seconds."""
         started = time.perf_counter()
-        bare = self.model.bare(line, pictures, seed, self.working_size)
+        bare = self.model.bare(line, pictures, seed, self.working_size, self.source.caption(line))
         made = {"bare": bare}
         if "mask" in pictures:
             person = as_tensors(pictures.get("condition", pictures["person"]), "person_image")[0]

@@ -755,10 +755,7 @@ class TreePairs:
         stat, known = file.stat(), self.learnt.get((role, str(file)), [])
         if known[:2] == [stat.st_size, stat.st_mtime_ns]:
             return known
-        if role in {"mask", "pose"}:
-            size = open_picture(partial(Image.open, file), f"{where}: {file}", role).size
-        else:
-            size = picture_size(file, where)
+        size = open_picture(partial(Image.open, file), f"{where}: {file}", role).size
         return [stat.st_size, stat.st_mtime_ns, *size]
 
     def read_index(self, index: Path) -> None:
@@ -1583,6 +1580,7 @@ class Trainer:
     def load_base(self) -> None:
         args = self.args
         self.base = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision")}
+        self.refuse_trained_pipeline()
         whole = torch.float32 if args.init_adapter else self.dtype  # so that the adapter's weights are not rounded
         self.unet = self.load(UNet2DConditionModel, "unet", dtype=whole)
         self.vae = self.load_vae()
@@ -1614,6 +1612,18 @@ class Trainer:
             self.text_encoder = self.load(CLIPTextModel, "text_encoder")
             self.pipe.register_modules(tokenizer=self.tokenizer, text_encoder=self.text_encoder)
             self.prompt_embeds, self.empty_embeds = self.embed([args.prompt]), self.embed([""])
+
+    def refuse_trained_pipeline(self) -> None:
+        """The weights of what `save_pretrained` wrote have learnt with settings that a base does not have."""
+        try:
+            index = StableDiffusionVTONPipeline.load_config(**self.base)
+        except OSError:
+            return  # parts without an index are a base too; one that is nowhere is told of when they are loaded
+        if index.get("trained_steps") is not None:
+            whole = self.args.pretrained_model_name_or_path
+            raise ValueError(
+                f"--pretrained_model_name_or_path {whole} is a try-on pipeline that has learnt: give its base there, and {whole} to --init_adapter"
+            )
 
     def load_init_adapter(self) -> AdapterSettings:
         """Put the weights to begin from into the UNet; their settings, which hold from now on."""
@@ -2059,6 +2069,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end, or until asked to stop; returns whether it came to the end."""
         self.checkpoints.resume()
+        self.introduce()
         hidden = not self.accelerator.is_local_main_process
         bar = tqdm(total=self.total_steps, initial=self.step, desc="train", disable=hidden)
         with vton_attention(self.unet, self.self_attention, self.args.cross_attention):
@@ -2072,6 +2083,24 @@ class Trainer:
             if self.step >= self.total_steps:
                 self.finish()
         return self.step >= self.total_steps
+
+    def introduce(self) -> None:
+        """Say what the run is."""
+        args, weights = self.args, sum(parameter.numel() for parameter in self.trained)
+        pairs = "a stream of pairs" if args.streaming else f"{len(self.pairs)} pairs"
+        update = " x ".join(
+            map(str, (self.accelerator.num_processes, args.gradient_accumulation_steps, args.train_batch_size))
+        )
+        logger.info(
+            "%s at %dx%d, %s an update (processes x batches x pairs), %d updates, %.2f million weights learn on %s",
+            pairs, self.height, self.width, update, self.total_steps, weights / 1e6, self.accelerator.device,
+        )  # fmt: skip
+        if self.step >= self.total_steps:
+            logger.warning(
+                "step %d of %d: nothing is left to train, what it came to is published anew",
+                self.step,
+                self.total_steps,
+            )
 
     def after_update(self, bar: tqdm, losses: list[float], seconds: float) -> None:
         """Save, validate and report as often as asked; save at the end, and when asked to stop."""
@@ -2125,8 +2154,10 @@ class Validation:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         pairs, self.tryons = self.test_rows() if self.args.dataset_name is not None else self.test_tree()
-        paired = PairDataset(pairs, replace(trainer.prepare, augment=()))
+        texts = [row[self.args.caption_column] for row in pairs.rows] if self.args.caption_column and pairs else None
+        paired = PairDataset(pairs, replace(trainer.prepare, augment=()), texts)
         self.paired = Subset(paired, range(min(PROBED_PAIRS, len(pairs))))
+        self.captions: list[str] = []  # of the probes, where there are any
         self.probes = self.encode_probes()
         self.guidance_errors: dict[float, float] = {}
 
@@ -2161,7 +2192,8 @@ class Validation:
             own, other = (pairs.pictures(index % len(pairs)) for index in (i, i + 1))
             person = {role: picture for role, picture in own.items() if not is_cloth(role)}
             cloths = {role: picture for role, picture in other.items() if is_cloth(role)}
-            tryons.append((pairs.name(i), person | cloths))
+            text = {"caption": pairs.rows[(i + 1) % len(pairs)][args.caption_column]} if args.caption_column else {}
+            tryons.append((pairs.name(i), person | cloths | text))
         return pairs, tryons
 
     def batches(self) -> Iterator[dict[str, Any]]:
@@ -2186,6 +2218,7 @@ class Validation:
                 names = ", ".join(name for name, gone in zip(batch["name"], vanished) if gone)
                 logger.info("not probed, since the mask vanishes at the latents' size: %s", names)
             encoded.append({name: tensor.cpu()[~vanished] for name, tensor in latents.items()})
+            self.captions += itertools.compress(batch.get("caption", ()), (~vanished).tolist())
         if sum(len(latents["seed"]) for latents in encoded) < 2:
             return None
         return {name: torch.cat([latents[name] for latents in encoded]) for name in encoded[0]}
@@ -2199,6 +2232,7 @@ class Validation:
         trainer, scheduler, errors, masked = self.trainer, self.trainer.noise_scheduler, defaultdict(float), 0.0
         of_cloths = {*CLOTH_LATENTS, "worn"} & self.probes.keys()
         others = {name: self.probes[name].roll(1, 0) for name in of_cloths}
+        texts = {"none": None, "right": self.captions, "wrong": self.captions[-1:] + self.captions[:-1]}
         for rows in torch.arange(len(self.probes["seed"])).split(self.args.train_batch_size):
             batch = {name: tensor[rows] for name, tensor in self.probes.items()}
             conditioning, mean, _ = trainer.latents(batch)
@@ -2210,7 +2244,9 @@ class Validation:
             for t, (name, shown, visible) in itertools.product(PROBED_TIMESTEPS, cloths):
                 timesteps = torch.full((len(mean),), t, device=mean.device)
                 clean, noise = trainer.on_canvas(shown, mean, drawn)
-                predicted = trainer.predict(shown, scheduler.add_noise(clean, noise, timesteps), timesteps, visible)
+                captions = [texts[name][row] for row in rows.tolist()] if texts[name] else None
+                noisy = scheduler.add_noise(clean, noise, timesteps)
+                predicted = trainer.predict(shown, noisy, timesteps, visible, captions)
                 error = (predicted - unet_target(scheduler, clean, noise, timesteps)).square()
                 error = error if self.args.cloth_conditioning == "reference" else conditioning.person_part(error)
                 errors[f"probe/t{t}_{name}"] += (error * conditioning.mask).sum().item()
@@ -2243,6 +2279,7 @@ class Validation:
             generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed)
             with forgiven(f"trying on {name}"):
                 options = {"pose_image": pictures.get("pose"), "generator": generator}
+                options["prompt"] = pictures.get("caption")
                 (result,) = self.try_on(person, [cloths], pictures.get("mask"), **options)
                 cloths += [Image.new("RGB", person.size, "white")] * (len(roles) - len(cloths))
                 shown = (person, *(fit_cloth(cloth, **size) for cloth in cloths), result)
@@ -2271,7 +2308,10 @@ class Validation:
         """The scale with which test persons in their own cloths come out nearest to their photographs, inside the mask."""
         if not len(self.paired):
             known = self.trainer.settings.guidance_scale
-            logger.info("no test persons in their own cloths: guidance %g is recommended", known)
+            logger.warning(
+                "guidance %g is recommended untried: there are no test persons with all that they would be tried on with",
+                known,
+            )
             return known
         logger.info("which guidance suits: %d test persons at %d scales", len(self.paired), len(GUIDANCE_SCALES))
         errors, masked = dict.fromkeys(GUIDANCE_SCALES, 0.0), 0.0
@@ -2286,7 +2326,7 @@ class Validation:
                 for scale in errors:
                     generators = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
                     options = {"num_inference_steps": GUIDANCE_STEPS, "composite": False, "output_type": "pt"}
-                    options["pose_image"] = pose
+                    options |= {"pose_image": pose, "prompt": batch.get("caption")}
                     result = self.try_on(*shown, guidance_scale=scale, generator=generators, **size, **options)
                     errors[scale] += ((result - truth).square() * mask).sum().item()
                     bar.update(len(truth))
@@ -2593,6 +2633,8 @@ def main(args: argparse.Namespace) -> None:
         if not is_told(error):
             raise
         raise SystemExit(f"train_vton.py: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("stopped before the first update: the same command begins again") from None
     if trainer.accelerator.is_main_process:
         config = {name: str(v) if isinstance(v, (Path, list)) else v for name, v in vars(args).items()}
         write_text(args.output_dir / "training_args.json", json.dumps(config, indent=2) + "\n")

@@ -299,6 +299,7 @@ class TryOn:
             made = self.pipe(
                 persons,
                 cloths,
+                prompt=self.args.prompt,
                 guidance_scale=self.args.guidance_scale,
                 **self.sampling,
                 generator=[torch.Generator().manual_seed(self.args.seed) for _ in batch],
@@ -432,6 +433,7 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="few ancestral Euler steps, three quarters of them guided, as pipe.fast() has them",
     )
+    add("--prompt", metavar="TEXT", help="for an adapter that reads text (default: its own)")
     add("--guidance_scale", type=NOT_NEGATIVE, metavar="X", help="default: the adapter's own")
     add("--seed", type=SEED, default=0, metavar="N", help="of the noise, the same for every pair (default 0)")
     add(
@@ -480,6 +482,8 @@ def load(args: argparse.Namespace, device: str | torch.device) -> StableDiffusio
         raise ValueError("this model has no human parser: give --human_parser, or --mask")
     if args.pose is not None and pipe.config.pose == "none":
         raise ValueError("this model's adapter has learnt without poses: leave out --pose")
+    if args.prompt is not None and pipe.config.cross_attention != "prompt":
+        raise ValueError(f"this model's adapter reads no text: leave out --prompt {args.prompt}")
     return pipe
 
 

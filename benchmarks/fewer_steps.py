@@ -168,7 +168,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, default=Path("runs/fewer-steps"), help="default runs/fewer-steps")
     add("--schedulers", nargs="+", choices=SCHEDULERS, default=list(SCHEDULERS), help="default: all five")
     add("--steps", type=int, nargs="+", default=[2, 4, 8, 15, 25, 50], help="default 2 4 8 15 25 50")
-    add("--guidance_scale", type=float, nargs="+", default=[1, 1.5, 2.5, 5, 7.5], help="of the best three (default 1 1.5 2.5 5 7.5)")  # fmt: skip
+    add("--guidance_scale", type=float, nargs="*", default=[1, 1.5, 2.5, 5, 7.5], help="of the best three (default 1 1.5 2.5 5 7.5; none leaves them, and other intervals, out)")  # fmt: skip
     add("--psnr", type=float, default=0.2, help="dB that may be lost against the default (default 0.2)")
     add("--recognition", type=float, default=0.02, help="share of attributes that may be lost (default 0.02)")
     args = parser.parse_args(input_args)
@@ -222,7 +222,7 @@ def main(args: argparse.Namespace) -> None:
     refined = [
         replace(setting, guidance=scale, interval=interval)
         for setting in best_three([r for r in results if r.setting != FAST], args)
-        for scale in (None, *args.guidance_scale)
+        for scale in (None, *args.guidance_scale) * bool(args.guidance_scale)
         for interval in (INTERVALS if scale is None or scale > 1 else INTERVALS[:1])
     ]
     results = results_of(list(dict.fromkeys([*grid, *refined])))

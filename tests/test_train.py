@@ -1652,6 +1652,40 @@ def test_a_run_that_cannot_begin_ends_with_a_sentence(bases, data, tmp_path, cha
         main(parse_args(flags(bases[9], data, tmp_path, **changed)))
 
 
+def test_a_pipeline_that_has_learnt_is_no_base(bases, data, tmp_path):
+    """With an adapter's settings that training would not ask for."""
+    tiny_pipe(9, trained_steps=5).save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="whole is a try-on pipeline that has learnt: give its base"):
+        trainer_of(tmp_path / "whole", data, tmp_path / "out")
+
+
+def test_a_cut_off_photograph_is_found_before_training(own_data):
+    file = own_data / "train/image/00003_00.png"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="train_pairs.txt, line 4: .*00003_00.png.*cannot be read"):
+        tree(own_data)
+
+
+def test_ctrl_c_before_the_first_update_is_a_sentence(bases, data, tmp_path, monkeypatch):
+    def interrupted(trainer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "load_data", interrupted)
+    with pytest.raises(SystemExit, match="stopped before the first update"):
+        main(parse_args(flags(bases[9], data, tmp_path)))
+
+
+def test_a_run_says_what_it_is_and_when_nothing_is_left(bases, data, tmp_path, caplog):
+    line = flags(bases[9], data, tmp_path)
+    with caplog.at_level("INFO"):
+        main(parse_args(line))
+    assert "10 pairs at 32x24, 1 x 1 x 2 an update (processes x batches x pairs), 2 updates, " in caplog.text
+    assert "nothing is left to train" not in caplog.text
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(parse_args([*line, "--resume_from_checkpoint", "latest"]))
+    assert "step 2 of 2: nothing is left to train" in caplog.text
+
+
 def test_what_a_library_raises_is_shown_with_the_way_there(bases, data, tmp_path, monkeypatch):
     """A researcher's own change, say."""
     monkeypatch.setattr(train_vton.Trainer, "prepare_losses", lambda self: np.zeros(2).reshape(3))
@@ -1944,6 +1978,38 @@ def test_bad_rows(bases, tested, tmp_path, changed, options, message, streaming)
     folder = rows_of(tested, tmp_path, **changed)
     with pytest.raises(ValueError, match=message):
         next(trainer_of(bases[9], None, tmp_path, dataset_name=folder, streaming=streaming, **options).batches())
+
+
+def test_validation_shows_each_pair_with_its_own_text(bases, parquet, tmp_path, monkeypatch):
+    """As training does: in probes, while guidance is chosen and on the grid."""
+    texts = [f"shirt {letter}" for letter in TEXTS[:4]]  # of the test rows
+    predict, call, predicted, called = Trainer.predict, train_vton.StableDiffusionVTONPipeline.__call__, [], []
+
+    def predicts(trainer, conditioning, noisy, timesteps, seen, captions=None):
+        predicted.append(captions)
+        return predict(trainer, conditioning, noisy, timesteps, seen, captions)
+
+    def calls(*args, **options):
+        called.append(options["prompt"])
+        return call(*args, **options)
+
+    monkeypatch.setattr(Trainer, "predict", predicts)
+    monkeypatch.setattr(train_vton.StableDiffusionVTONPipeline, "__call__", calls)
+    monkeypatch.setattr(train_vton, "GUIDANCE_STEPS", 1)
+    options = {
+        "caption_column": "text",
+        "cross_attention": "prompt",
+        "num_validation_pairs": 2,
+        "guidance_scale": None,
+    }
+    main(parse_args(flags(bases[9], None, tmp_path, dataset_name=parquet, max_train_steps=1, **options)))
+    seven = len(train_vton.GUIDANCE_SCALES)
+    assert (
+        called == [texts[:2]] * seven + [texts[2:]] * seven + texts[1:3]
+    )  # a grid's person wears the next one's cloth
+    timesteps = len(train_vton.PROBED_TIMESTEPS)
+    first, second = [None, texts[:2], [texts[3], texts[0]]], [None, texts[2:], texts[1:3]]
+    assert predicted[1:] == first * timesteps + second * timesteps
 
 
 def test_a_stream_that_names_no_columns(bases, tmp_path):
