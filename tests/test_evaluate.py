@@ -781,6 +781,32 @@ def test_rows_are_measured_as_a_tree(finished, tree, model, tmp_path, streaming)
     )
 
 
+def test_each_row_is_tried_on_with_its_cloths_text(tree, model, tmp_path, monkeypatch):
+    names = [f"{i:02d}" for i in range(3)]
+    rows = {
+        "image": [str(tree / f"test/image/{name}.png") for name in names],
+        "cloth": [str(tree / f"test/cloth/{name}.png") for name in names],
+        "mask": [str(tree / f"test/agnostic-mask/{name}_mask.png") for name in names],
+    }
+    kinds = {column: datasets.Image() for column in rows} | {"text": datasets.Value("string")}
+    rows["text"] = [f"shirt {name}" for name in names]
+    datasets.Dataset.from_dict(rows, datasets.Features(kinds)).to_parquet(tmp_path / "test.parquet")
+    reader = tiny_pipe(9, text=True, cross_attention="prompt", height=32, width=24)
+    reader.save_pretrained(tmp_path / "reader")
+    call, prompts = type(reader).__call__, []
+
+    def calls(*args, **options):
+        prompts.append(options["prompt"])
+        return call(*args, **options)
+
+    monkeypatch.setattr(type(reader), "__call__", calls)
+    options = {"dataset_name": tmp_path, "caption_column": "text", "metrics": ["psnr"]}
+    evaluate(tmp_path / "out", None, tmp_path / "reader", **options)
+    assert prompts == ["shirt 00", "shirt 01", "shirt 02", "shirt 01", "shirt 02", "shirt 00"]
+    with pytest.raises(ValueError, match="--caption_column text: this model's adapter reads no text"):
+        evaluate(tmp_path / "other", None, model, **options)
+
+
 def renamed(rows: Path, folder: Path) -> Path:
     """Results of rows under the names of the tree's persons."""
     folder.mkdir()
@@ -1101,6 +1127,7 @@ def test_figures_stand_in_the_adapters_card(finished, tree, model, tmp_path, hub
         (["--output_dir", "o", "--dataset_root", ".", "--model", "m", "--guidance_scale", "-1"], "--guidance_scale: must be a number from 0, got -1"),
         (["--output_dir", "o", "--dataset_root", ".", "--model", "m", "--eta", "7"], "--eta: must be at least 0 and at most 1, got 7"),
         (["--compare", "one", "other"], "--compare: there is no one"),
+        (["--output_dir", "o", "--dataset_root", ".", "--model", "m", "--caption_column", "t"], "--caption_column needs --dataset_name"),
         (["--compare", "tests", "other"], "--compare: there is no tests/report.json"),
         (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--scheduler", "None"], "--scheduler must be the name of a scheduler"),
         (["--output_dir", "o", "--dataset_root", "d", "--model", "m", "--push_to_hub", "r"], "--push_to_hub r needs --adapter"),

@@ -259,6 +259,17 @@ def test_where_nothing_can_be_written_is_known_before_the_model_is_loaded(shop, 
     assert "taken cannot be written to: Not a directory" in capsys.readouterr().err
 
 
+def test_an_adapter_that_reads_text_is_given_one(shop, model, tmp_path, capsys):
+    pipe = tiny_pipe(9, text=True, cross_attention="prompt")
+    pipe.save_pretrained(tmp_path / "reader")
+    one = {"person": "people/ann.png", "cloth": "cloths/red.png", "output": "out.png"}
+    assert run(shop, tmp_path / "reader", "--prompt", "a red shirt", **one) == 0
+    made = expected(tmp_path / "reader", picture(1), picture(2), mask_image=box_mask(), prompt="a red shirt")
+    assert (np.asarray(Image.open(shop / "out.png")) == np.asarray(made)).all()
+    assert run(shop, model, "--overwrite", "--prompt", "a red shirt", **one) == 2
+    assert "this model's adapter reads no text: leave out --prompt a red shirt" in capsys.readouterr().err
+
+
 def test_a_list_of_no_pairs_is_an_error(shop, model, capsys):
     (shop / "list.txt").write_text("\n\n")
     assert run(shop, model, "--pairs", str(shop / "list.txt")) == 2
