@@ -2704,6 +2704,7 @@ class VTONInputsMixin:
 
         Args:
             person_image, ..., sampling: the call's, those that it takes from the adapter resolved.
+            text: False leaves out what is said of prompts.
 
         Raises:
             ValueError, TypeError: one is wrong; the sentence names it and its value.
