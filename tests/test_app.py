@@ -388,6 +388,7 @@ def test_a_transparent_person_is_shown_as_the_model_sees_them():
     """On white, in their colours' profile, and upright."""
     person = picture(1, 64, 48).convert("RGBA")
     person.putalpha(0)
+    person.putpixel((0, 0), (255, 255, 255, 255))
     assert np.array_equal(app.shown(person), Image.new("RGB", (48, 64), "white"))
     turned = picture(1, 64, 48)
     turned.getexif()[0x0112] = 6  # a quarter turn
