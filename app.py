@@ -563,7 +563,8 @@ class Page:
             person, mask = read_editor(editor)
             settings = Settings(cloth_type, looseness, steps, guidance_scale, seed, height or None)
             yield {self.progress: status("Reading the pictures", 0, steps)}
-            before, before_file = shown(person), None
+            with errors_in_words():
+                before, before_file = shown(person), None
             for at in self.studio.try_on(person, open_picture(cloth, "cloth"), mask, settings):
                 if stopped.is_set():
                     return
