@@ -1488,12 +1488,13 @@ class Evaluation:
         values, features, seconds = {}, {}, None
         reference, name = (person, "person") if truth is None else (truth, "truth")
         check_truth(pictures, reference, name)
+        made_of = digest_of_all(pictures)
         for compositing in self.compositings:
             file = self.file(seed, line, compositing)
             result = read_result(file, person)
             if compositing != self.given:
                 told = read_text(file)
-                if told.get("made_of") != digest_of_all(pictures):
+                if told.get("made_of") != made_of:
                     raise ValueError(
                         f"{file} was made of other pictures than there are now: delete it, or take another --output_dir"
                     )

@@ -219,10 +219,11 @@ def main(args: argparse.Namespace) -> None:
 
     grid = dict.fromkeys([DEFAULT, FAST, *(Setting(s, n) for s in args.schedulers for n in args.steps)])
     results = results_of(list(grid))
+    scales = (None, *args.guidance_scale) if args.guidance_scale else ()
     refined = [
         replace(setting, guidance=scale, interval=interval)
         for setting in best_three([r for r in results if r.setting != FAST], args)
-        for scale in (None, *args.guidance_scale) * bool(args.guidance_scale)
+        for scale in scales
         for interval in (INTERVALS if scale is None or scale > 1 else INTERVALS[:1])
     ]
     results = results_of(list(dict.fromkeys([*grid, *refined])))
