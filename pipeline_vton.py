@@ -223,7 +223,7 @@ def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
                 raise ValueError(
                     f"`{name}` must be a black and white mask, got a picture of which {coloured:.1%} is coloured"
                 )
-            luma = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601, as PIL's "L"
+            luma = mask.new_tensor([0.299, 0.587, 0.114])  # ITU-R 601, as PIL's "L"
             mask = torch.tensordot(luma, mask, 1)[None]
         mask = mask[:1]
         # the luma of one half is one half, rounding aside; bytes stay bytes: a photograph's mask has millions
@@ -680,7 +680,7 @@ def agnostic_mask(parsed: torch.Tensor, roles: dict[int, str], cloth_types: list
     """
 
     def shows(*wanted: str) -> torch.Tensor:
-        return torch.isin(parsed, torch.tensor([i for i, role in roles.items() if role in wanted], dtype=parsed.dtype))
+        return torch.isin(parsed, parsed.new_tensor([i for i, role in roles.items() if role in wanted]))
 
     repainted = set().union(*(REPAINTED[cloth_type] for cloth_type in cloth_types))
     region = shows(*repainted)
@@ -729,7 +729,7 @@ def _above_hips(head: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
     if head.any() and not head[0].any():
         crown, chin, _, _ = extent(head)
         hips = crown + 4 * (chin - crown)
-    return torch.arange(len(head))[:, None] < hips
+    return torch.arange(len(head), device=head.device)[:, None] < hips
 
 
 def convex_hull(region: torch.Tensor) -> Image.Image:
@@ -3253,7 +3253,7 @@ class StableDiffusionVTONPipeline(
         size, device = {"height": inputs.height, "width": inputs.width}, self._execution_device
         persons = [as_pil(_cut(person, region)) for person, region in zip(inputs.persons, inputs.regions)]
         if inputs.masks[0] is None or self.config.mask_free:  # which has learnt with nothing but ones
-            mask = torch.ones(len(persons), 1, inputs.height, inputs.width)
+            mask = torch.ones(len(persons), 1, inputs.height, inputs.width, device=device)
         else:
             masks = [as_pil(_cut(mask, region)) for mask, region in zip(inputs.masks, inputs.regions)]
             mask = self.mask_processor.preprocess(masks, **size)

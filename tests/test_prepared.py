@@ -23,8 +23,8 @@ KINDS = {
 }
 
 
-def prepared(pipe, persons=None, cloths=None, mask=None):
-    person = pipe.prepare_person(picture(1) if persons is None else persons, box_mask() if mask is None else mask)
+def prepared(pipe, persons=None, cloths=None, **options):
+    person = pipe.prepare_person(picture(1) if persons is None else persons, **{"mask_image": box_mask()} | options)
     size = person[0] if isinstance(person, list) else person
     return person, pipe.prepare_cloth(picture(2) if cloths is None else cloths, size.height, size.width)
 
@@ -117,6 +117,20 @@ def test_the_parser_draws_a_prepared_persons_mask():
     parser, processor = tiny_parser(labels)
     pipe.register_modules(human_parser=parser, human_parser_processor=processor)
     assert (call(pipe, pipe.prepare_person(picture(1)), picture(2)) == call(pipe, picture(1), picture(2))).all()
+
+
+@pytest.mark.parametrize("mask", ["drawn", "coloured", "none"])
+def test_pictures_are_where_they_are_whatever_the_default_device(mask):
+    """`torch.set_default_device("cuda")` stands in many a notebook; there is no such device here, and meta, whose tensors hold
+    nothing, tells as much.
+    """
+    pipe = tiny_pipe(9, mask_free=mask == "none")
+    parser, processor = tiny_parser("background top legs face".split())
+    pipe.register_modules(human_parser=parser, human_parser_processor=processor)
+    given = box_mask().convert("RGB") if mask == "coloured" else None
+    with torch.device("meta"):
+        person, cloth = prepared(pipe, mask_image=given)
+    assert (call(pipe, person, cloth) == call(pipe, picture(1), picture(2), mask_image=given)).all()
 
 
 def test_a_mask_free_adapter_asks_no_parser_and_its_mask_slot_is_ones_whatever_is_given():
