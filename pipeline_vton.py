@@ -2371,6 +2371,18 @@ def check_sampling(
         )
 
 
+def check_output(num_images_per_prompt: int, composite: bool, output_type: str) -> None:
+    """ValueError or TypeError where a call could not return what it was asked for."""
+    if not isinstance(output_type, str) or output_type not in {"pil", "np", "pt", "latent"}:
+        raise ValueError(f"`output_type` must be pil, np, pt or latent, got {shown(output_type)}")
+    if not isinstance(composite, (bool, np.bool_)):
+        raise TypeError(f"`composite` must be True or False, got {shown(composite)}")
+    if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
+        raise ValueError(
+            f"`num_images_per_prompt` must be a positive whole number, got {shown(num_images_per_prompt)}"
+        )
+
+
 def check_callback(callback: Callable | None, names: list[str], known: list[str]) -> None:
     """TypeError or ValueError where `callback_on_step_end` is no callback, or asks for what is not known here."""
     if callback is not None and not callable(callback):
@@ -2713,10 +2725,6 @@ class VTONInputsMixin:
         if self.safety_checker is not None and self.feature_extractor is None:
             raise ValueError("`feature_extractor` must be given with a `safety_checker`, got None")
         as_cloth_types(cloth_type)
-        if padding_mask_crop is not None and (not is_whole(padding_mask_crop) or padding_mask_crop < 0):
-            raise ValueError(
-                f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {shown(padding_mask_crop)}"
-            )
         cloth_image, num_cloths = as_outfits(cloth_image)
         if num_cloths > 1 and self.config.cloth_conditioning == "joint":
             raise ValueError(
@@ -2724,38 +2732,10 @@ class VTONInputsMixin:
             )
         prepared_persons = self._prepared(person_image, PreparedPerson, "person_image")
         prepared_cloths = self._prepared(cloth_image, PreparedCloth, "cloth_image")
-        if prepared_persons:
-            brought = {"mask_image": mask_image, "pose_image": pose_image, "padding_mask_crop": padding_mask_crop}
-            for name, value in brought.items():
-                if value is not None:
-                    raise ValueError(
-                        f"`{name}` must be None with a prepared person, which brings its own, got {shown(value)}"
-                    )
-        if not isinstance(output_type, str) or output_type not in {"pil", "np", "pt", "latent"}:
-            raise ValueError(f"`output_type` must be pil, np, pt or latent, got {shown(output_type)}")
-        if not isinstance(composite, (bool, np.bool_)):
-            raise TypeError(f"`composite` must be True or False, got {shown(composite)}")
-        if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
-            raise ValueError(
-                f"`num_images_per_prompt` must be a positive whole number, got {shown(num_images_per_prompt)}"
-            )
+        self._check_beside_person(mask_image, pose_image, padding_mask_crop, is_prepared=bool(prepared_persons))
+        check_output(num_images_per_prompt, composite, output_type)
         check_sampling(self.scheduler.config.num_train_timesteps, guidance_scale=guidance_scale, **sampling)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        drawn = self.human_parser is not None and not self.config.mask_free
-        if mask_image is None and not drawn and not prepared_persons:
-            if not self.config.mask_free:
-                raise ValueError(
-                    "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
-                )
-            if padding_mask_crop is not None:
-                raise ValueError(
-                    f"`padding_mask_crop` needs a `mask_image`, got {shown(padding_mask_crop)} without one"
-                )
-        if pose_image is not None and self.config.pose == "none":
-            raise ValueError(
-                "`pose_image` must be None with an adapter that has learnt without poses (its setting `pose` is none), got "
-                f"{shown(pose_image)}"
-            )
         persons, cloths, masks, poses, profiles, prepared_persons = self._check_pictures(
             person_image, cloth_image, mask_image, pose_image, prepared_persons, prepared_cloths, num_cloths
         )
@@ -2785,6 +2765,41 @@ class VTONInputsMixin:
             prepared_cloths=prepared_cloths,
             num_cloths=num_cloths,
         )
+
+    def _check_beside_person(
+        self,
+        mask_image: PictureInput | None,
+        pose_image: PictureInput | None,
+        padding_mask_crop: int | None,
+        is_prepared: bool,
+    ) -> None:
+        """ValueError where what goes with a person is missing, or is given where it has no use."""
+        if padding_mask_crop is not None and (not is_whole(padding_mask_crop) or padding_mask_crop < 0):
+            raise ValueError(
+                f"`padding_mask_crop` must be None or a whole number of pixels from 0, got {shown(padding_mask_crop)}"
+            )
+        if is_prepared:
+            brought = {"mask_image": mask_image, "pose_image": pose_image, "padding_mask_crop": padding_mask_crop}
+            for name, value in brought.items():
+                if value is not None:
+                    raise ValueError(
+                        f"`{name}` must be None with a prepared person, which brings its own, got {shown(value)}"
+                    )
+        drawn = self.human_parser is not None and not self.config.mask_free
+        if mask_image is None and not drawn and not is_prepared:
+            if not self.config.mask_free:
+                raise ValueError(
+                    "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
+                )
+            if padding_mask_crop is not None:
+                raise ValueError(
+                    f"`padding_mask_crop` needs a `mask_image`, got {shown(padding_mask_crop)} without one"
+                )
+        if pose_image is not None and self.config.pose == "none":
+            raise ValueError(
+                "`pose_image` must be None with an adapter that has learnt without poses (its setting `pose` is none), got "
+                f"{shown(pose_image)}"
+            )
 
     def _check_pictures(
         self,
