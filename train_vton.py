@@ -159,7 +159,7 @@ ADAPTER_FLAGS = {  # what an adapter says that training begins from, and what ho
 NEEDS = {  # flags that say nothing without others
     "init_subfolder": ["init_adapter"], "perceptual_weight": ["perceptual_loss"], "perceptual_max_timestep": ["perceptual_loss"],
     "adversarial_start_step": ["adversarial_weight"], "hub_model_id": ["push_to_hub"], "hub_strategy": ["push_to_hub"],
-    "hub_private_repo": ["push_to_hub"], "pose_folder": ["pose", "dataset_root"], "pose_column": ["pose", "dataset_name"],
+    "hub_private_repo": ["push_to_hub"], "hub_license": ["push_to_hub"], "pose_folder": ["pose", "dataset_root"], "pose_column": ["pose", "dataset_name"],
     "pose_dropout": ["pose"], "condition_column": ["mask_free"], "person_column": ["dataset_name"],
     "cloth_column": ["dataset_name"], "mask_column": ["dataset_name"], "dataset_config_name": ["dataset_name"],
 }  # fmt: skip
@@ -315,6 +315,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hub_model_id", help="the repository (default: named as the output folder)")
     add("--hub_strategy", choices=("end", "every_save"), default="end", help="when to upload (default end)")
     add("--hub_private_repo", action="store_true", help="make it a private repository")
+    add("--hub_license", metavar="ID", help="of the weights, for the card, such as cc-by-nc-4.0 (default: what is known of --init_adapter's, or of the base's)")  # fmt: skip
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -2502,7 +2503,7 @@ class Checkpoints:
     def upload(self, repo_id: str) -> None:
         """The published weights as the pipeline uploads them, and on the card how they were trained."""
         trainer, private, parent = self.trainer, self.args.hub_private_repo or None, self.args.init_adapter
-        licence = None if parent is None else parent_licence(parent)
+        licence = self.args.hub_license or (None if parent is None else parent_licence(parent))
         base = hub_repository(trainer.settings.base_model)
         trainer.pipe.register_to_config(trained_steps=trainer.step)
         with trainer.published_weights():
@@ -2543,8 +2544,8 @@ def training_card(
 
 
 def parent_licence(adapter: str) -> str | None:
-    """What the card of an adapter that training begins from says of its licence; a run's folder without a card has its own
-    parent's, and None without one.
+    """What the card of an adapter that training begins from says of its licence; a run's folder without a card has the one that
+    the run was given, or its own parent's, and None without one.
     """
     repository, place = hub_repository(adapter), Path(adapter)
     if repository is None and not place.exists():
@@ -2554,8 +2555,9 @@ def parent_licence(adapter: str) -> str | None:
         card, run = folder / "README.md", folder / "training_args.json"
         if card.is_file():
             return ModelCard.load(card).data.license
-        parent = json.loads(run.read_text(encoding="utf-8")).get("init_adapter") if run.is_file() else None
-        return None if parent is None else parent_licence(parent)
+        told = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+        parent = told.get("init_adapter")
+        return told.get("hub_license") or (None if parent is None else parent_licence(parent))
     try:
         return ModelCard.load(repository).data.license or "unknown"
     except (EntryNotFoundError, RepositoryNotFoundError):  # no card; not on the Hub

@@ -21,7 +21,16 @@ import yaml
 
 LFS_SUFFIXES = (".safetensors", ".bin")
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-LICENSES = {"apache-2.0", "mit", "creativeml-openrail-m", "openrail++", "cc-by-nc-sa-4.0", "other", "unknown"}
+LICENSES = {
+    "apache-2.0",
+    "mit",
+    "creativeml-openrail-m",
+    "openrail++",
+    "cc-by-nc-4.0",
+    "cc-by-nc-sa-4.0",
+    "other",
+    "unknown",
+}
 PIPELINE_TAGS = {"image-to-image", "text-to-image"}
 
 

@@ -63,6 +63,7 @@ from train_vton import (
     loosen,
     main,
     open_picture,
+    parent_licence,
     parse_args,
     refuse_sharding,
     row_pictures,
@@ -2028,6 +2029,7 @@ def test_uploads_every_checkpoint_with_a_card(bases, tested, tmp_path, hub, monk
         "hub_model_id": "me/trained",
         "hub_strategy": "every_save",
         "hub_private_repo": True,
+        "hub_license": "cc-by-nc-4.0",
         "prompt": "a | b\nc",
         "cross_attention": "prompt",
         "guidance_scale": None,
@@ -2041,6 +2043,8 @@ def test_uploads_every_checkpoint_with_a_card(bases, tested, tmp_path, hub, monk
     assert equal(load_file(tmp_path / "uploaded.safetensors"), load_file(out / ADAPTER_NAME))
     assert files["validation/step-000002.png"] == (out / "validation" / "step-000002.png").read_bytes()
     card = files["README.md"].decode()
+    assert "\nlicense: cc-by-nc-4.0\n" in card and "(here: `cc-by-nc-4.0`)" in card
+    assert parent_licence(str(out)) == "cc-by-nc-4.0"  # for a run that begins from this one's folder
     assert card.count("## Training") == 1 and "validation/step-000002.png" in card
     assert r"| prompt | a \| b c |" in card and "| guidance | squared error in the mask |\n|---|---|\n| 1 | " in card
     assert "| pretrained_model_name_or_path | a local folder |" in card
