@@ -2139,6 +2139,11 @@ class Trainer:
             if self.args.push_to_hub:
                 self.checkpoints.push(attempts=3)
 
+    def start_trackers(self, config: dict[str, Any]) -> None:
+        """TensorBoard forgets what a killed run logged after the checkpoint that is gone on from."""
+        done = 0 if self.checkpoints.resumed is None else self.checkpoints.progress()["step"]
+        self.accelerator.init_trackers("train_vton", config, {"tensorboard": {"purge_step": done + 1}})
+
     def track(self, logs: dict[str, float]) -> None:
         with forgiven("the tracker"):
             self.accelerator.log(logs, step=self.step)
@@ -2640,7 +2645,7 @@ def main(args: argparse.Namespace) -> None:
     if trainer.accelerator.is_main_process:
         config = {name: str(v) if isinstance(v, (Path, list)) else v for name, v in vars(args).items()}
         write_text(args.output_dir / "training_args.json", json.dumps(config, indent=2) + "\n")
-        trainer.accelerator.init_trackers("train_vton", {k: v for k, v in config.items() if v is not None})
+        trainer.start_trackers({k: v for k, v in config.items() if v is not None})
     try:
         finished = trainer.run()
     except KeyboardInterrupt:  # not during an update: the last checkpoint is whole

@@ -210,7 +210,6 @@ class Stage:
         accelerator = Accelerator(
             cpu=on_cpu, mixed_precision=self.args.mixed_precision, kwargs_handlers=[uncached], **logs
         )
-        accelerator.init_trackers(f"logs-{self.name}")
         torch.manual_seed(self.args.seed)
         optimizer = torch.optim.AdamW(
             self.trained, lr=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.99), fused=True
@@ -224,6 +223,8 @@ class Stage:
         accelerator.register_for_checkpointing(ema)
         done = self.resume(accelerator)
         ema.to(accelerator.device)  # what accelerate restores of it lies on the CPU
+        repeated = {"tensorboard": {"purge_step": done + 1}}  # what a killed run logged after its last checkpoint
+        accelerator.init_trackers(f"logs-{self.name}", init_kwargs=repeated)
 
         def descend(*drawn: torch.Tensor) -> torch.Tensor:
             optimizer.zero_grad(set_to_none=False)

@@ -255,6 +255,18 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(finished, bases, dat
     assert same_end(finished, tmp_path)
 
 
+def test_tensorboard_shows_every_step_once(bases, data, tmp_path):
+    """Also those that a run had made and logged after its last checkpoint, as one that was killed had."""
+    line = flags(bases[9], data, tmp_path, **LONG | {"report_to": "tensorboard", "checkpoints_total_limit": 0})
+    main(parse_args(line))
+    for later in ("checkpoint-8", "checkpoint-6"):
+        shutil.rmtree(tmp_path / later)
+    main(parse_args([*line, "--resume_from_checkpoint", "latest"]))
+    events = EventAccumulator(str(tmp_path / "logs" / "train_vton"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
+
+
 def test_a_signal_leaves_a_checkpoint_and_goes_on_from_it(bases, data, tmp_path):
     """Ctrl-C at a moment that nobody chose; the run stops after the update in work."""
 
