@@ -2382,6 +2382,9 @@ class Checkpoints:
         if changed:
             was, is_now = (", ".join(f"{name} {run[name]}" for name in changed) for run in (before, now))
             raise ValueError(f"--resume_from_checkpoint: {self.resumed} was trained with {was}, not with {is_now}")
+        if self.progress().get("pairs") != self.pairs_mark():
+            said = "--resume_from_checkpoint: %s has learnt from other pairs, and goes on with these"
+            logger.warning(said, self.resumed)
 
     def resumed_flags(self) -> dict[str, Any]:
         """What no adapter says of itself and does not change either, as JSON has it."""
@@ -2396,6 +2399,14 @@ class Checkpoints:
         }
         kept_apart = {"adversarial_loss": args.adversarial_weight, "fp16_scaler": self.accelerator.scaler}
         return flags | {name: True if state else None for name, state in kept_apart.items()}
+
+    def pairs_mark(self) -> str | None:
+        """What stands for the names of the pairs, in their order; nothing does for a stream's."""
+        pairs = self.trainer.pairs
+        if self.args.streaming:
+            return None
+        names = "\n".join(map(pairs.name, range(len(pairs))))
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
 
     def progress(self) -> dict[str, Any]:
         return json.loads((self.resumed / "progress.json").read_text(encoding="utf-8"))
@@ -2458,7 +2469,8 @@ class Checkpoints:
         places = gather_object([self.trainer.place])
         if self.accelerator.is_main_process:
             trainer = self.trainer
-            progress = {"step": trainer.step, "losses": trainer.losses, **self.resumed_flags()}
+            progress = {"step": trainer.step, "losses": trainer.losses, "pairs": self.pairs_mark()}
+            progress |= self.resumed_flags()
             progress |= {"places": places} if self.args.streaming else {}
             write_text(unfinished / "progress.json", json.dumps(progress))
             unfinished.rename(final)

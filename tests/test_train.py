@@ -376,6 +376,15 @@ def test_a_run_goes_on_as_what_it_is(finished, bases, data, tmp_path, changed, m
         trainer_of(bases[9], data, tmp_path, resume_from_checkpoint=begun, **changed)
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_a_run_that_goes_on_with_other_pairs_says_so(finished, bases, own_data, tmp_path, caplog, other):
+    if other:
+        listed = (own_data / "train_pairs.txt").read_text().splitlines()
+        (own_data / "train_pairs.txt").write_text("\n".join(listed[1:]))
+    trainer_of(bases[9], own_data, tmp_path / "out", resume_from_checkpoint=finished / "checkpoint-8")
+    assert ("checkpoint-8 has learnt from other pairs, and goes on with these" in caplog.text) == other
+
+
 def test_a_lora_goes_on_at_its_rank(bases, data, tmp_path):
     main(parse_args(flags(bases[9], data, tmp_path / "whole", lora_rank=2)))
     begun = tmp_path / "whole" / "checkpoint-2"
