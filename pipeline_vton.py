@@ -1446,11 +1446,16 @@ def read_adapter(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Adap
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """A temporary name beside `file`, whose folder is made, to write to; renamed at the end: never half a file."""
+    """A temporary name beside `file`, whose folder is made, to write to; renamed at the end: never half a file, and read by
+    whom new files are for, which safetensors' own are not.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

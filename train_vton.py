@@ -58,6 +58,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    LoggerType,
     ProjectConfiguration,
     gather_object,
     send_to_device,
@@ -74,7 +75,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -143,6 +144,9 @@ SIZED_ROWS = 16  # of a table, whose persons' sizes are looked at
 HOST_VALUES = ("seed", "place")  # of an item
 CLOTH_LATENTS = ("cloth", "cloth_condition")
 LATENTS = ("person", "mask", *CLOTH_LATENTS)  # the tensors of `TryOnLatents`
+TRAINED_NAME = (
+    "trained_weights.safetensors"  # of a checkpoint: what learns, as it is, beside the adapter that it makes
+)
 GUIDANCE_SCALES, GUIDANCE_STEPS = (1, 1.5, 2, 2.5, 3.5, 5, 7.5), 25
 LOCAL_FLAGS = {"dataset_root", "output_dir", "cache_latents", "resume_from_checkpoint"}  # folders of this machine
 RESUMED_SETTINGS = (  # what a checkpoint's weights have learnt with
@@ -151,6 +155,7 @@ RESUMED_SETTINGS = (  # what a checkpoint's weights have learnt with
 )  # fmt: skip
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process looks at files or draws
 SCHEDULES = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]  # that one needs rules
+TRACKERS = [*map(str, LoggerType), "none"]
 WARMUP_EPOCHS, WARMUP_START, FINAL_RATE = 5, 0.1, 1e-6
 ADAPTER_FLAGS = {  # what an adapter says that training begins from, and what holds where neither it nor a flag does
     "cloth_conditioning": "reference", "cross_attention": "skip", "condition_latents": None, "mask_free": False,
@@ -310,7 +315,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite_output_dir", action="store_true", help="discard what an earlier run left in --output_dir")
     add("--validation_steps", type=POSITIVE_COUNT, default=500, help="updates between validations (default 500)")
     add("--num_validation_pairs", type=COUNT, default=4, help="unpaired test lines drawn at a validation (default 4)")
-    add("--report_to", default="tensorboard", help="tensorboard (default), wandb, trackio, another of accelerate's, or none")  # fmt: skip
+    add("--report_to", choices=TRACKERS, default="tensorboard", metavar="NAME", help="tensorboard (default), wandb, trackio, another of accelerate's, or none")  # fmt: skip
     add("--push_to_hub", action="store_true", help="upload the adapter with its code and a card")
     add("--hub_model_id", help="the repository (default: named as the output folder)")
     add("--hub_strategy", choices=("end", "every_save"), default="end", help="when to upload (default end)")
@@ -1484,8 +1489,8 @@ def training_size(
 class StopRequest:
     """Ctrl-C or SIGTERM, however often, only asks for a stop while the context lasts; Ctrl-\\ still stops at once.
 
-    torchrun repeats a Ctrl-C that its workers have had, and reading processes get one too: neither may break a save. Signals
-    reach the main thread alone: in another one nothing is listened to.
+    torchrun repeats a Ctrl-C that its workers have had, which may not break a save. Signals reach the main thread alone: in
+    another one nothing is listened to.
     """
 
     def __init__(self) -> None:
@@ -1497,11 +1502,30 @@ class StopRequest:
         return self
 
     def make(self, number: int, frame: FrameType | None) -> None:
+        if not self.made:  # past the buffers, of which one may be at work
+            os.write(2, b"\nstopping after this update, with a checkpoint\n")
         self.made = True
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def heed_the_trainer_alone(worker: int) -> None:
+    """Of a reading process: signals to all of a run's processes, such as Ctrl-C, ask the one that trains for a stop, and it goes on
+    reading until that one ends it. (macOS and Windows do not tell who sends a SIGTERM.)
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Trainer:
@@ -1531,6 +1555,9 @@ class Trainer:
             raise ValueError("--mixed_precision fp16 needs a GPU: take bf16 or no on the CPU")
         if self.accelerator.is_main_process:
             check_output_dir(args)
+            for kind in ("unfinished-checkpoint-*", "leaving-checkpoint-*"):  # of a run that was killed
+                for part in args.output_dir.glob(kind):
+                    shutil.rmtree(part)
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         set_seed(args.seed)
@@ -1538,6 +1565,8 @@ class Trainer:
         self.pending: list[tuple[Tensor, list[str]]] = []  # the losses, and the names, of an update's batches so far
         self.place = (0, 0)  # of the stream
         self.stop, self.stopping = StopRequest(), False  # of this process; as all processes know
+        self.batch: dict[str, Any] | None = None  # the last one
+        self.unread: str | None = None  # what was wrong with the pair that could not be read
         self.load_base()
         shown = ["condition" if args.mask_free else "mask", *(["pose"] if args.pose else [])]
         self.roles = ("person", *cloth_roles(args.num_cloths), *shown)
@@ -1582,8 +1611,8 @@ class Trainer:
         args = self.args
         self.base = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision")}
         self.refuse_trained_pipeline()
-        whole = torch.float32 if args.init_adapter else self.dtype  # so that the adapter's weights are not rounded
-        self.unet = self.load(UNet2DConditionModel, "unet", dtype=whole)
+        self.unet = self.load(UNet2DConditionModel, "unet", dtype=torch.float32)  # so that what learns is not rounded
+        self.base_weights = fingerprint(weight.flatten()[:64].half() for weight in self.unet.state_dict().values())
         self.vae = self.load_vae()
         self.noise_scheduler = DDPMScheduler.from_pretrained(**self.base, subfolder="scheduler", clip_sample=False)
         kind = self.noise_scheduler.config.prediction_type
@@ -1740,7 +1769,12 @@ class Trainer:
     def reading(self, workers: int) -> dict[str, Any]:
         """How training is fed: by processes that outlast an epoch, from memory that a GPU copies without waiting."""
         pinned = self.accelerator.device.type == "cuda"
-        return {"collate_fn": collate, "persistent_workers": workers > 0, "pin_memory": pinned}
+        return {
+            "collate_fn": collate,
+            "persistent_workers": workers > 0,
+            "pin_memory": pinned,
+            "worker_init_fn": heed_the_trainer_alone,
+        }
 
     def prepare_losses(self) -> None:
         """What is added to the noise's error."""
@@ -1770,7 +1804,7 @@ class Trainer:
         self.teacher = [p.detach().clone() for p in self.trained] if args.guidance_distillation else None
         for parameter in self.unet.parameters():
             if not parameter.requires_grad:
-                parameter.data = parameter.data.to(self.dtype)  # an adapter to begin from was loaded onto float32
+                parameter.data = parameter.data.to(self.dtype)
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.unet.train()
@@ -2061,6 +2095,21 @@ class Trainer:
         """Also of a stream's loader, which accelerate does not prepare: bytes travel, a quarter of what their values would be."""
         return to_values(send_to_device(batch, self.accelerator.device, non_blocking=True))
 
+    def next_batch(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """The next; where a pair of it cannot be read, the last one again, and the run stops after this update, which the other
+        processes are at as well.
+        """
+        if self.unread is None:
+            try:
+                self.batch = next(batches)
+            except (OSError, ValueError) as error:
+                last = str(error).splitlines()[-1]  # a reading process sends the way there too
+                self.unread = last.removeprefix(f"{type(error).__name__}: ")
+                self.stop.made = True
+        if self.batch is None:
+            raise SystemExit(f"train_vton.py: {self.unread}")
+        return self.batch
+
     @property
     def self_attention(self) -> Callable[[], ClothBesideAttnProcessor] | None:
         """Makes the processors of every `attn1`; None leaves them, as joint mode does."""
@@ -2077,7 +2126,7 @@ class Trainer:
             with bar, self.stop:
                 batches, started = self.batches(), time.time()
                 while self.step < self.total_steps and not self.stopping:
-                    if losses := self.update(next(batches)):
+                    if losses := self.update(self.next_batch(batches)):
                         bar.update()
                         self.after_update(bar, losses, time.time() - started)
                         started = time.time()
@@ -2135,7 +2184,8 @@ class Trainer:
                 self.pipe.register_to_config(guidance_scale=self.settings.guidance_scale)
         self.track(self.validation.run())
         if self.accelerator.is_main_process:
-            self.checkpoints.publish()
+            self.checkpoints.publish(self.args.output_dir)
+            logger.info("trained weights in %s", self.args.output_dir)
             if self.args.push_to_hub:
                 self.checkpoints.push(attempts=3)
 
@@ -2360,9 +2410,6 @@ class Checkpoints:
             self.check_resumed()
         elif wanted is not None:
             logger.info("--resume_from_checkpoint latest: no checkpoint in %s, starting fresh", self.folder)
-        if self.accelerator.is_main_process:
-            for part in itertools.chain(*map(self.folder.glob, ("unfinished-checkpoint-*", "leaving-checkpoint-*"))):
-                shutil.rmtree(part)  # of a run that was killed
 
     def discard_earlier(self) -> None:
         """What --overwrite_output_dir takes away."""
@@ -2373,8 +2420,8 @@ class Checkpoints:
 
     def check_resumed(self) -> None:
         """A run goes on as what it is: what its weights have learnt with does not change."""
-        with safe_open(self.resumed / ADAPTER_NAME, "pt") as file:
-            before = asdict(AdapterSettings.from_metadata(file.metadata(), self.resumed / ADAPTER_NAME))
+        with safe_open(self.resumed / TRAINED_NAME, "pt") as file:
+            before = asdict(AdapterSettings.from_metadata(file.metadata(), self.resumed / TRAINED_NAME))
         flags = self.resumed_flags()
         before |= {name: self.progress().get(name) for name in flags}
         now = asdict(self.trainer.settings) | flags
@@ -2396,6 +2443,8 @@ class Checkpoints:
             "vae_name_or_path": args.vae_name_or_path,
             "guidance_distillation": args.guidance_distillation,
             "init_adapter": self.trainer.begun_from,
+            "prediction_type": self.trainer.noise_scheduler.config.prediction_type,
+            "base_weights": self.trainer.base_weights,
         }
         kept_apart = {"adversarial_loss": args.adversarial_weight, "fp16_scaler": self.accelerator.scaler}
         return flags | {name: True if state else None for name, state in kept_apart.items()}
@@ -2425,6 +2474,7 @@ class Checkpoints:
             return
         trainer, progress = self.trainer, self.progress()
         self.accelerator.load_state(str(self.resumed))
+        self.accelerator.step = 0  # of batches in an update: the flags may say otherwise now
         trainer.ema.to(self.accelerator.device)  # what accelerate restores for others lies on the CPU
         trainer.step, trainer.losses, trainer.ema.decay = progress["step"], progress["losses"], self.args.ema_decay
         if self.args.streaming:
@@ -2445,38 +2495,49 @@ class Checkpoints:
     def save_weights(self, models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         """accelerate's hook: a checkpoint holds the trained weights in fp32, not the whole UNet."""
         if self.accelerator.is_main_process:
-            self.write_weights(Path(output_dir) / ADAPTER_NAME)
+            self.write_weights(Path(output_dir) / TRAINED_NAME)
         while weights:
             weights.pop()
 
     def load_weights(self, models: list[torch.nn.Module], input_dir: str) -> None:
-        weights, _ = read_adapter(Path(input_dir) / ADAPTER_NAME)
-        shapes = {name: parameter.shape for name, parameter in self.trainer.parameters.items()}
-        if {name: weight.shape for name, weight in weights.items()} != shapes:
-            raise ValueError(f"--resume_from_checkpoint: the weights in {input_dir} are another base's")
+        weights, _ = read_adapter(Path(input_dir) / TRAINED_NAME)
         assign(self.trainer.trained, [weights[name] for name in self.trainer.parameters])
         while models:
             models.pop()
 
     def save(self) -> None:
-        """Write under another name, rename when whole, and only then delete the oldest."""
+        """Write under another name, rename when whole, and only then delete the oldest.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk; those before are as they were.
+        """
         final = self.folder / f"checkpoint-{self.trainer.step}"
         unfinished = final.with_name(f"unfinished-{final.name}")
         if self.accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(unfinished))
+        try:
+            self.write(unfinished)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' too, of a full disk
+            shutil.rmtree(unfinished, ignore_errors=True)
+            newest = next(reversed(finished_checkpoints(self.folder)), None)
+            raise OSError(f"{final} could not be written, and the newest is {newest}: {error}") from error
+        if self.accelerator.is_main_process:
+            unfinished.rename(final)
+            kept = self.args.checkpoints_total_limit
+            for old in finished_checkpoints(self.folder)[:-kept] if kept else ():
+                discard(old)
+
+    def write(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
         places = gather_object([self.trainer.place])
         if self.accelerator.is_main_process:
             trainer = self.trainer
             progress = {"step": trainer.step, "losses": trainer.losses, "pairs": self.pairs_mark()}
             progress |= self.resumed_flags()
             progress |= {"places": places} if self.args.streaming else {}
-            write_text(unfinished / "progress.json", json.dumps(progress))
-            unfinished.rename(final)
-            kept = self.args.checkpoints_total_limit
-            for old in finished_checkpoints(self.folder)[:-kept] if kept else ():
-                discard(old)
+            write_text(folder / "progress.json", json.dumps(progress))
+            self.publish(folder)
 
     def write_weights(self, file: Path, dtype: torch.dtype | None = None) -> None:
         weights = {name: parameter.detach().to(dtype) for name, parameter in self.trainer.parameters.items()}
@@ -2487,22 +2548,20 @@ class Checkpoints:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.trainer.unet))
         layers = {name: layer.half() for name, layer in layers.items()}
         described = {"unet_lora_adapter_metadata": self.trainer.unet.peft_config["default"].to_dict()}
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with tempfile.TemporaryDirectory() as temporary:
             StableDiffusionVTONPipeline.save_lora_weights(temporary, layers, weight_name=LORA_NAME, **described)
-            file = Path(temporary) / LORA_NAME
-            weights, metadata = read_safetensors(file)
-            settings = replace(self.trainer.settings, trained_steps=self.trainer.step).metadata()
+            weights, metadata = read_safetensors(Path(temporary) / LORA_NAME)
+        settings = replace(self.trainer.settings, trained_steps=self.trainer.step).metadata()
+        with whole_file(folder / LORA_NAME) as file:
             save_file(weights, file, metadata | {LORA_SETTINGS: json.dumps(settings)})
-            os.replace(file, folder / LORA_NAME)
 
-    def publish(self) -> None:
-        """The averaged weights in fp16, to OUTPUT_DIR."""
+    def publish(self, folder: Path) -> None:
+        """The averaged weights in fp16, as they are loaded."""
         with self.trainer.published_weights():
             if self.args.lora_rank:
-                self.write_lora(self.folder)
+                self.write_lora(folder)
             else:
-                self.write_weights(self.folder / ADAPTER_NAME, torch.float16)
-        logger.info("trained weights in %s", self.folder)
+                self.write_weights(folder / ADAPTER_NAME, torch.float16)
 
     def push(self, attempts: int) -> None:
         """Upload; what fails is logged and tried again, since neither training nor what is on disk depends on it."""
@@ -2592,7 +2651,7 @@ def left_behind(args: argparse.Namespace) -> list[Path]:
     that is resumed; a cache of latents is no run.
     """
     resumed, checkpoints = args.resume_from_checkpoint, finished_checkpoints(args.output_dir)
-    if resumed == "latest":
+    if resumed == "latest" and checkpoints:
         return []
     places = [path.resolve() for path in checkpoints]
     if resumed is not None and Path(resumed).resolve() in places:
@@ -2601,7 +2660,10 @@ def left_behind(args: argparse.Namespace) -> list[Path]:
     def there(*names: str) -> list[Path]:
         return [args.output_dir / name for name in names if (args.output_dir / name).exists()]
 
-    found = checkpoints + there(ADAPTER_NAME, LORA_NAME, "training_args.json")
+    trained = there(ADAPTER_NAME, LORA_NAME)
+    if resumed == "latest":  # a run without a checkpoint begins again, one that has ended is done
+        return trained
+    found = checkpoints + trained + there("training_args.json")
     return found + there("validation", "logs") if found else []
 
 
@@ -2611,6 +2673,8 @@ def check_output_dir(args: argparse.Namespace) -> None:
     if left and not args.overwrite_output_dir:
         names = ", ".join(path.name for path in left)
         instead = "--resume_from_checkpoint latest goes on with the newest, --overwrite_output_dir discards them"
+        if args.resume_from_checkpoint == "latest":
+            instead = "there is no checkpoint to go on from, take another folder"
         raise ValueError(f"--output_dir {args.output_dir} holds {names} of an earlier run: {instead}")
     if left and args.init_adapter is not None:
         begun = Path(args.init_adapter).resolve()
@@ -2662,10 +2726,13 @@ def main(args: argparse.Namespace) -> None:
         finished = trainer.run()
     except KeyboardInterrupt:  # not during an update: the last checkpoint is whole
         finished = False
+    except OSError as error:
+        raise SystemExit(f"train_vton.py: {error}") from error
     with forgiven("the end of tracking"):
         trainer.accelerator.end_training()
     if not finished:
-        raise SystemExit(f"stopped at step {trainer.step}: go on with --resume_from_checkpoint latest")
+        reason = "" if trainer.unread is None else f"{trainer.unread}: "
+        raise SystemExit(f"{reason}stopped at step {trainer.step}: go on with --resume_from_checkpoint latest")
     if trainer.checkpoints.uploaded is False:
         raise SystemExit(f"trained to the end, and not uploaded, as told above: all is in {args.output_dir}")
 

@@ -19,7 +19,7 @@ from pipeline_vton import (
     widen_conv_in,
     within_range,
 )
-from train_vton import Trainer, main, parse_args
+from train_vton import TRAINED_NAME, Trainer, main, parse_args
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -147,7 +147,7 @@ def test_a_shapes_resumed_run_equals_an_uninterrupted_one(shaped, data, tmp_path
     main(parse_args(flags(shaped[shape, 9], data, tmp_path / "whole", **options)))
     begun = tmp_path / "whole" / "checkpoint-6"
     main(parse_args(flags(shaped[shape, 9], data, tmp_path / "again", resume_from_checkpoint=begun, **options)))
-    for file in (LORA_NAME if "lora_rank" in options else ADAPTER_NAME, f"checkpoint-8/{ADAPTER_NAME}"):
+    for file in (LORA_NAME if "lora_rank" in options else ADAPTER_NAME, f"checkpoint-8/{TRAINED_NAME}"):
         assert equal(load_file(tmp_path / "whole" / file), load_file(tmp_path / "again" / file))
 
 

@@ -22,13 +22,22 @@ from tiny import box_mask, picture, run, seeded, tiny_pipe
 from demo.make_dataset import World, make_dataset
 from demo.world import draw_person
 from pipeline_vton import (
-    ADAPTER_NAME,
     ClothBesideAttnProcessor,
     ClothCacheAttnProcessor,
     TryOnLatents,
     vton_attention,
 )
-from train_vton import OutfitPairs, Preparation, RowPairs, TreePairs, load_rows, main, parse_args, tree_pairs
+from train_vton import (
+    TRAINED_NAME,
+    OutfitPairs,
+    Preparation,
+    RowPairs,
+    TreePairs,
+    load_rows,
+    main,
+    parse_args,
+    tree_pairs,
+)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -201,7 +210,7 @@ def test_outfits_train_cached_or_not_and_load(base, outfits, tmp_path, monkeypat
     shown = {"num_validation_pairs": 1, "guidance_scale": None}
     main(parse_args(flags(base, outfits, tmp_path / "plain", **options, **shown)))
     main(parse_args(flags(base, outfits, tmp_path / "cached", cache_latents=tmp_path / "latents", **options)))
-    one, two = (load_file(tmp_path / name / f"checkpoint-3/{ADAPTER_NAME}") for name in ("plain", "cached"))
+    one, two = (load_file(tmp_path / name / f"checkpoint-3/{TRAINED_NAME}") for name in ("plain", "cached"))
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     with Image.open(tmp_path / "plain/validation/step-000003.png") as grid:
         assert grid.size == (4 * 24, 32)  # person, two cloths, result
@@ -216,7 +225,7 @@ def test_a_resumed_run_on_outfits_with_poses_equals_an_uninterrupted_one(base, o
     main(parse_args(flags(base, outfits, tmp_path / "whole", **options)))
     begun = tmp_path / "whole" / "checkpoint-2"
     main(parse_args(flags(base, outfits, tmp_path / "resumed", resume_from_checkpoint=begun, **options)))
-    one, two = (load_file(tmp_path / name / f"checkpoint-4/{ADAPTER_NAME}") for name in ("whole", "resumed"))
+    one, two = (load_file(tmp_path / name / f"checkpoint-4/{TRAINED_NAME}") for name in ("whole", "resumed"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

@@ -14,7 +14,7 @@ from test_weights import save_catvton
 from tiny import box_mask, picture, seeded, tiny_pipe
 
 from pipeline_vton import ADAPTER_NAME, LORA_NAME, adapter_parameters
-from train_vton import main, parent_licence, parse_args
+from train_vton import TRAINED_NAME, main, parent_licence, parse_args
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -76,7 +76,7 @@ def test_a_run_from_catvton_is_resumed_bit_for_bit(bases, data, tmp_path):
     main(parse_args(flags(bases[9], data, tmp_path / "whole", **options)))
     begun = tmp_path / "whole" / "checkpoint-2"
     main(parse_args(flags(bases[9], data, tmp_path / "again", resume_from_checkpoint=begun, **options)))
-    for file in (ADAPTER_NAME, f"checkpoint-4/{ADAPTER_NAME}"):
+    for file in (ADAPTER_NAME, f"checkpoint-4/{TRAINED_NAME}"):
         assert equal(load_file(tmp_path / "whole" / file), load_file(tmp_path / "again" / file))
     with safe_open(tmp_path / "whole" / ADAPTER_NAME, "pt") as file:
         metadata = file.metadata()

@@ -14,7 +14,7 @@ from tiny import seeded, tiny_pipe
 import train_vton
 from demo.make_dataset import make_dataset
 from pipeline_vton import ADAPTER_NAME, ClothBesideAttnProcessor, vton_attention
-from train_vton import OUTLIER, LatentDiscriminator, PerceptualLoss, main, parse_args, predicted_latents
+from train_vton import OUTLIER, TRAINED_NAME, LatentDiscriminator, PerceptualLoss, main, parse_args, predicted_latents
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -255,7 +255,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_the_adapter_holds_no_disc
     main(parse_args(flags(bases[9], data, tmp_path / "whole", **BOTH)))
     begun = tmp_path / "whole" / "checkpoint-4"
     main(parse_args(flags(bases[9], data, tmp_path / "again", resume_from_checkpoint=begun, **BOTH)))
-    for file in (ADAPTER_NAME, f"checkpoint-7/{ADAPTER_NAME}"):
+    for file in (ADAPTER_NAME, f"checkpoint-7/{TRAINED_NAME}"):
         assert equal(load_file(tmp_path / "whole" / file), load_file(tmp_path / "again" / file))
     states = [torch.load(tmp_path / n / "checkpoint-7" / "custom_checkpoint_2.pkl") for n in ("whole", "again")]
     assert equal(states[0]["model"], states[1]["model"]) and states[0]["optimizer"]["state"]
@@ -292,7 +292,7 @@ def test_two_processes_equal_one_with_twice_the_batch(bases, data, tmp_path):
     finish(launch(line("two", 1), "--multi_gpu", "--num_processes", "2", "--main_process_port", port))
     main(parse_args(line("one", 2)))
     assert curve(tmp_path / "two", "loss") == pytest.approx(curve(tmp_path / "one", "loss"), abs=1e-3)
-    one, two = (load_file(tmp_path / n / f"checkpoint-7/{ADAPTER_NAME}") for n in ("one", "two"))
+    one, two = (load_file(tmp_path / n / f"checkpoint-7/{TRAINED_NAME}") for n in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
     one, two = (torch.load(tmp_path / n / "checkpoint-7/custom_checkpoint_2.pkl")["model"] for n in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)

@@ -26,7 +26,7 @@ from pipeline_vton import (
     StableDiffusionVTONPipeline,
     vton_attention,
 )
-from train_vton import Preparation, TreePairs, draw_share, main, parse_args
+from train_vton import TRAINED_NAME, Preparation, TreePairs, draw_share, main, parse_args
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -224,7 +224,7 @@ def test_cached_poses_train_the_same(base, drawn, tmp_path):
     options = {"pose": True, "pose_dropout": 0.5, "max_train_steps": 4, "checkpointing_steps": 4}
     main(parse_args(flags(base, drawn, tmp_path / "plain", **options)))
     main(parse_args(flags(base, drawn, tmp_path / "cached", cache_latents=tmp_path / "latents", **options)))
-    one, two = (load_file(tmp_path / name / f"checkpoint-4/{ADAPTER_NAME}") for name in ("plain", "cached"))
+    one, two = (load_file(tmp_path / name / f"checkpoint-4/{TRAINED_NAME}") for name in ("plain", "cached"))
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from test_train import COLUMNS, equal, flags
 from tiny import tiny_pipe
 
-from pipeline_vton import ADAPTER_NAME
 from train_vton import (
+    TRAINED_NAME,
     Preparation,
     ResolutionBatches,
     Trainer,
@@ -147,7 +147,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_cached_latents_train_the_
     cached = sized(bases[9], data, tmp_path / "cached", cache_latents=tmp_path / "latents", **RUN)
     main(parse_args(cached))
     whole, again, cached = (
-        load_file(tmp_path / n / f"checkpoint-7/{ADAPTER_NAME}") for n in ("whole", "again", "cached")
+        load_file(tmp_path / n / f"checkpoint-7/{TRAINED_NAME}") for n in ("whole", "again", "cached")
     )
     assert equal(whole, again) and all(torch.allclose(whole[name], cached[name], atol=1e-5) for name in whole)
     shapes = {tuple(load_file(file)["mean"].shape) for file in (tmp_path / "latents").glob("*/*.safetensors")}

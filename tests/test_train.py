@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import signal
 import socket
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +27,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import DistributedType, patch_environment
 from datasets.distributed import split_dataset_by_node
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import HfApi
 from PIL import Image
@@ -51,6 +54,7 @@ from pipeline_vton import (
     vton_attention,
 )
 from train_vton import (
+    TRAINED_NAME,
     LatentCache,
     PairDataset,
     Preparation,
@@ -176,7 +180,7 @@ def finished(bases, tested, tmp_path_factory) -> Path:
 
 def same_end(one: Path, other: Path) -> bool:
     """Whether two runs published the same adapter and left the same weights behind, bit for bit."""
-    files = (ADAPTER_NAME, f"checkpoint-8/{ADAPTER_NAME}")
+    files = (ADAPTER_NAME, f"checkpoint-8/{TRAINED_NAME}")
     return all(equal(load_file(one / file), load_file(other / file)) for file in files)
 
 
@@ -235,9 +239,9 @@ def test_a_resumed_run_of_another_kind_equals_an_uninterrupted_one(bases, worn_o
     main(parse_args(flags(bases[9], root, tmp_path / "whole", **LONG, **options)))
     begun = tmp_path / "whole" / "checkpoint-6"
     main(parse_args(flags(bases[9], root, tmp_path / "again", resume_from_checkpoint=begun, **LONG, **options)))
-    for file in (LORA_NAME if "lora_rank" in options else ADAPTER_NAME, f"checkpoint-8/{ADAPTER_NAME}"):
+    for file in (LORA_NAME if "lora_rank" in options else ADAPTER_NAME, f"checkpoint-8/{TRAINED_NAME}"):
         assert equal(load_file(tmp_path / "whole" / file), load_file(tmp_path / "again" / file))
-    assert not equal(*(load_file(folder / ADAPTER_NAME) for folder in (begun, tmp_path / "again" / "checkpoint-8")))
+    assert not equal(*(load_file(folder / TRAINED_NAME) for folder in (begun, tmp_path / "again" / "checkpoint-8")))
 
 
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(finished, bases, data, tmp_path):
@@ -399,13 +403,69 @@ def test_mask_free_is_not_what_masked_was(finished, bases, worn_otherwise, tmp_p
 
 
 def test_another_base_is_not_the_checkpoints(finished, bases, data, tmp_path):
-    """Nine channels too, but other widths."""
-    base = Path(shutil.copytree(bases[9], tmp_path / "base"))
-    unet = UNet2DConditionModel.from_config(base / "unet", block_out_channels=(8, 32), norm_num_groups=4)
-    unet.save_pretrained(base / "unet")
-    trainer = trainer_of(base, data, tmp_path / "out", resume_from_checkpoint=finished / "checkpoint-8")
-    with pytest.raises(ValueError, match="the weights in .*checkpoint-8 are another base's"):
-        trainer.checkpoints.resume()
+    """Of the same shapes, but another seed; or one that predicts something else, as SD2.1 and its base do."""
+    base, begun = Path(shutil.copytree(bases[9], tmp_path / "base")), finished / "checkpoint-8"
+    UNet2DConditionModel.from_config(base / "unet").save_pretrained(base / "unet")
+    with pytest.raises(ValueError, match="checkpoint-8 was trained with base_weights .*, not with base_weights "):
+        trainer_of(base, data, tmp_path / "out", resume_from_checkpoint=begun)
+    shutil.copytree(bases[9] / "unet", base / "unet", dirs_exist_ok=True)
+    DDPMScheduler.from_pretrained(base / "scheduler", prediction_type="v_prediction").save_pretrained(
+        base / "scheduler"
+    )
+    with pytest.raises(ValueError, match="with prediction_type epsilon, not with prediction_type v_prediction"):
+        trainer_of(base, data, tmp_path / "out", resume_from_checkpoint=begun)
+
+
+def test_an_update_takes_as_many_batches_as_the_flags_of_the_resumed_run_say(finished, bases, data, tmp_path):
+    """accelerate counts batches over updates, and would begin in the middle of one."""
+    begun = finished / "checkpoint-4"
+    trainer = trainer_of(
+        bases[9], data, tmp_path, **LONG | {"gradient_accumulation_steps": 3}, resume_from_checkpoint=begun
+    )
+    trainer.checkpoints.resume()
+    with vton_attention(trainer.unet, ClothBesideAttnProcessor, "skip"):
+        losses = [trainer.update(batch) for batch in itertools.islice(trainer.batches(), 3)]
+    assert [len(of_update) for of_update in losses] == [0, 0, 3]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence_and_leaves_the_others(finished, bases, data, tmp_path):
+    """As on a full disk."""
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    trainer = trainer_of(bases[9], data, out, **LONG, resume_from_checkpoint="latest")
+    trainer.checkpoints.resume()
+    trainer.step = 9
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="checkpoint-9 could not be written, and the newest is .*checkpoint-8: "):
+            trainer.checkpoints.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in out.glob("*checkpoint*")) == [f"checkpoint-{i}" for i in (4, 6, 8)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_leaves_a_checkpoint(bases, data, tmp_path, number):
+    """As from a terminal, timeout or a cluster: reading processes go on while the trainer finishes its update."""
+    options = {
+        "max_train_steps": 100_000,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 1,
+        "dataloader_num_workers": 2,
+    }
+    process = launch(flags(bases[9], data, tmp_path, **options), "--cpu", "--num_processes", "1")
+    while process.poll() is None and not list(tmp_path.glob("checkpoint-*")):
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children(recursive=True)
+    (trainer,) = (child for child in children if child.ppid() == process.pid)
+    for child in (trainer, *trainer.children()):
+        child.send_signal(number)
+    said, _ = process.communicate(timeout=240)
+    step = re.search(r"stopped at step (\d+): go on with", said)
+    assert step is not None and "stopping after this update" in said, said
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == [f"checkpoint-{step[1]}"]
+    psutil.wait_procs(children, timeout=60)
+    assert not any(child.is_running() for child in children)
 
 
 def test_what_a_killed_run_left_half_written_goes(finished, bases, data, tmp_path):
@@ -445,6 +505,17 @@ def test_a_used_folder_is_refused(bases, data, tmp_path, kept):
     with pytest.raises(ValueError, match=f"--output_dir .* holds {kept} of an earlier run: --resume_from_checkpoint"):
         trainer_of(bases[9], data, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [kept]
+
+
+@pytest.mark.parametrize("kept", [ADAPTER_NAME, LORA_NAME])
+def test_what_a_run_came_to_is_not_overwritten_by_latest(bases, data, tmp_path, kept):
+    """Where its checkpoints were deleted; a run that was killed before its first one begins again."""
+    for name in (kept, "training_args.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"holds {kept} of an earlier run: there is no checkpoint to go on from"):
+        trainer_of(bases[9], data, tmp_path, resume_from_checkpoint="latest")
+    (tmp_path / kept).unlink()
+    trainer_of(bases[9], data, tmp_path, resume_from_checkpoint="latest")
 
 
 def test_a_used_folder_is_used_again_if_asked(finished, bases, data, tmp_path):
@@ -510,11 +581,25 @@ def test_adapter_loads_and_is_the_average(finished):
     pipe = tiny_pipe(9)
     pipe.load_vton_adapter(finished)
     loaded = {name: p.detach() for name, p in adapter_parameters(pipe.unet, "self_attention", False).items()}
-    published, last = load_file(finished / ADAPTER_NAME), load_file(finished / "checkpoint-8" / ADAPTER_NAME)
+    published, last = load_file(finished / ADAPTER_NAME), load_file(finished / "checkpoint-8" / TRAINED_NAME)
+    assert equal(load_file(finished / "checkpoint-8" / ADAPTER_NAME), published)  # whose folder loads too
     average = torch.load(finished / "checkpoint-8" / "custom_checkpoint_1.pkl")["shadow_params"]
     assert equal(published, {name: weight.half() for name, weight in zip(loaded, average, strict=True)})
     assert equal(loaded, {name: weight.float() for name, weight in published.items()})
     assert not equal(published, {name: weight.half() for name, weight in last.items()})
+
+
+def test_files_are_for_whom_new_files_are_for(finished, tmp_path):
+    (tmp_path / "new").touch()
+    for name in (ADAPTER_NAME, f"checkpoint-8/{TRAINED_NAME}"):
+        assert (finished / name).stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_what_learns_is_not_rounded_first(bases, data, tmp_path):
+    exact = trainer_of(bases[9], data, tmp_path / "fp32").parameters
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = trainer_of(bases[9], data, tmp_path / "bf16", mixed_precision="bf16")
+    assert equal(trainer.parameters, exact) and trainer.unet.conv_out.weight.dtype is torch.bfloat16
 
 
 def test_what_is_validated_is_what_is_published(bases, data, tmp_path):
@@ -916,7 +1001,7 @@ def test_accumulated_batches_are_one(bases, data, tmp_path):
     for name, size, count in (("whole", 4, 1), ("parts", 2, 2)):
         options = {"train_batch_size": size, "gradient_accumulation_steps": count, "learning_rate": 1e-3}
         main(parse_args(flags(bases[9], data, tmp_path / name, **options)))
-    whole, parts = (load_file(tmp_path / name / f"checkpoint-2/{ADAPTER_NAME}") for name in ("whole", "parts"))
+    whole, parts = (load_file(tmp_path / name / f"checkpoint-2/{TRAINED_NAME}") for name in ("whole", "parts"))
     assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
 
 
@@ -1204,7 +1289,7 @@ def test_two_processes_equal_one_with_twice_the_batch(bases, data, tmp_path, kin
     main(parse_args(flags(bases[9], data, tmp_path / "one", train_batch_size=2, **options)))
     assert curve(tmp_path / "two", "lr") == curve(tmp_path / "one", "lr")
     assert curve(tmp_path / "two", "loss") == pytest.approx(curve(tmp_path / "one", "loss"), abs=1e-4)
-    one, two = (load_file(tmp_path / n / f"checkpoint-7/{ADAPTER_NAME}") for n in ("one", "two"))
+    one, two = (load_file(tmp_path / n / f"checkpoint-7/{TRAINED_NAME}") for n in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
@@ -1571,7 +1656,7 @@ def test_cached_latents_train_the_same(bases, own_data, tmp_path, monkeypatch):
     main(parse_args(flags(bases[9], own_data, tmp_path / "plain", **options)))
     cached = flags(bases[9], own_data, tmp_path / "cached", cache_latents=tmp_path / "latents", **options)
     main(parse_args(cached))
-    one, two = (load_file(tmp_path / n / f"checkpoint-7/{ADAPTER_NAME}") for n in ("plain", "cached"))
+    one, two = (load_file(tmp_path / n / f"checkpoint-7/{TRAINED_NAME}") for n in ("plain", "cached"))
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
     shards = sorted((tmp_path / "latents").glob("*/*.safetensors"))
@@ -2002,6 +2087,23 @@ def test_bad_rows(bases, tested, tmp_path, changed, options, message, streaming)
         next(trainer_of(bases[9], None, tmp_path, dataset_name=folder, streaming=streaming, **options).batches())
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_row_that_cannot_be_read_stops_a_run_with_a_checkpoint(bases, parquet, tmp_path, workers):
+    """One that was good where it was looked at."""
+    rows = datasets.load_dataset(str(parquet), split="train").cast_column("cloth", datasets.Image(decode=False))
+    spoiled = {"cloth": {"bytes": b"no picture", "path": None}}
+    rows = rows.map(lambda row, i: spoiled if i == 6 else {}, with_indices=True)
+    rows.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    options = {"dataset_name": tmp_path / "data", "max_train_steps": 20, "dataloader_num_workers": workers}
+    line = flags(bases[9], None, tmp_path / "out", **options)
+    with pytest.raises(SystemExit, match="^row 6, column cloth cannot be read: .*: stopped at step [1-5]: go on with"):
+        main(parse_args(line))
+    (left,) = (tmp_path / "out").glob("checkpoint-*")
+    trainer = Trainer(parse_args([*line, "--resume_from_checkpoint", "latest"]))
+    trainer.checkpoints.resume()
+    assert left.name == f"checkpoint-{trainer.step}"
+
+
 def test_validation_shows_each_pair_with_its_own_text(bases, parquet, tmp_path, monkeypatch):
     """As training does: in probes, while guidance is chosen and on the grid."""
     texts = [f"shirt {letter}" for letter in TEXTS[:4]]  # of the test rows
@@ -2096,5 +2198,5 @@ def test_a_failed_upload_is_tried_again_and_harms_nothing(bases, data, tmp_path,
     assert caplog.text.count("upload 1 of 1 failed") == 1 and "upload 3 of 3 failed" in caplog.text
     AcceleratorState._reset_state(reset_partial_state=True)
     main(parse_args(flags(bases[9], data, tmp_path / "plain", checkpointing_steps=1)))
-    for file in (ADAPTER_NAME, f"checkpoint-2/{ADAPTER_NAME}"):
+    for file in (ADAPTER_NAME, f"checkpoint-2/{TRAINED_NAME}"):
         assert equal(load_file(tmp_path / "refused" / file), load_file(tmp_path / "plain" / file))
