@@ -19,6 +19,7 @@ The file reads in the order of the data: weights, pictures, a run with its previ
 """
 
 import argparse
+import hashlib
 import html
 import os
 import queue
@@ -70,9 +71,11 @@ DEMO_MODEL = ROOT / "demo" / "model"
 DEMO_EXAMPLES = ROOT / "demo" / "examples"
 
 FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP"}  # of a visitor's files
+BROWSERS_FORMATS = "(A browser shows JPEG, PNG and WebP files; HEIC and TIFF files it drops.)"
 MAX_PIXELS = 50_000_000  # of a photograph
 MAX_FILE_SIZE = "100mb"  # an editor sends a photograph as PNG
 STEPS, MAX_STEPS = 50, 100
+SEEDS = 2**32
 MAX_SIDE = 1536  # of the size that the model works at
 MAX_QUEUE = 64  # visitors who wait
 DELETE_EVERY, DELETE_AFTER = 600, 3600  # seconds: how often the server looks for uploads and results that are how old
@@ -153,13 +156,26 @@ def read_editor(editor: dict | None) -> tuple[Image.Image, Image.Image | None]:
     """
     person = editor and editor["background"]
     if person is None or person.size == EMPTY_CANVAS:  # which a cleared editor sends
-        raise in_words("There is no picture of the person yet.")
+        raise in_words(f"There is no picture of the person yet. {BROWSERS_FORMATS}")
     check_pixels(person, "person")
     painted = np.zeros((person.height, person.width), bool)
     for layer in editor["layers"]:
         alpha = np.asarray(layer.getchannel("A").resize(person.size, Image.Resampling.NEAREST))
         painted |= alpha > 255 * MASK_ALPHA / 2
     return person, Image.fromarray(np.uint8(painted * 255)) if painted.any() else None
+
+
+def read_seed(text: str | None) -> int | None:
+    """What was typed; None where nothing was."""
+    text = (text or "").strip()
+    if text and not (text.isdecimal() and int(text) < SEEDS):
+        raise in_words(f"The seed must be a whole number from 0 to {SEEDS - 1}, or empty for a new one each time.")
+    return int(text) if text else None
+
+
+def digest(mask: Image.Image) -> str:
+    """What stands for a mask as `read_editor` returns it."""
+    return hashlib.sha256(mask.convert("L").point(lambda value: 255 * (value >= 128)).tobytes()).hexdigest()
 
 
 def mask_layer(mask: Image.Image) -> Image.Image:
@@ -366,7 +382,7 @@ class Studio:
             mask = self.predict_mask(person, settings.cloth_type, settings.looseness)
         if mask is None and not self.pipe.config.mask_free:
             raise in_words("Paint over what the new cloth may change: the model sees nothing of the person there.")
-        seed = secrets.randbelow(2**32) if settings.seed is None else settings.seed
+        seed = secrets.randbelow(SEEDS) if settings.seed is None else settings.seed
         with errors_in_words(), self.turn:
             start = time.monotonic()
             for done, picture in self._run(person, cloth, mask, replace(settings, seed=seed)):
@@ -457,6 +473,7 @@ class Page:
         self.studio = Studio(pipe)
         self.files = tempfile.TemporaryDirectory()  # of the examples, which stay
         self.fillings = [example.filling(self.files.name) for example in examples]
+        self.example_masks = [digest(example.mask) for example in examples]
         cleanup = (DELETE_EVERY, DELETE_AFTER)
         self.blocks = gr.Blocks(title="Virtual try-on", analytics_enabled=False, delete_cache=cleanup)
         with self.blocks:
@@ -522,15 +539,15 @@ class Page:
                 self.guidance_scale = gr.Slider(
                     min(1, own), max(10, own), value=own, step=0.1, label="Guidance: pull of the cloth"
                 )
-                self.seed = gr.Number(
-                    None, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, placeholder="random"
-                )
+                # no gr.Number: an empty one in a closed accordion is 0 once that is opened
+                self.seed = gr.Textbox(label="Seed", placeholder="random", max_lines=1)
                 self.height = gr.Dropdown(heights(pipe), value=0, label="Size that the model works at")
 
     def buttons(self) -> None:
         self.start = gr.Button("Try it on", variant="primary", elem_id="start")
         self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
         self.stopped = gr.State()  # a `threading.Event` of the visitor's last run
+        self.proposed = gr.State()  # the `digest` of the mask that the page painted last
         self.progress = gr.HTML(status("Choose a person and a cloth."), elem_id="status")
 
     # ---- the right column
@@ -561,12 +578,13 @@ class Page:
             return
         try:
             person, mask = read_editor(editor)
-            settings = Settings(cloth_type, looseness, steps, guidance_scale, seed, height or None)
+            settings = Settings(cloth_type, looseness, steps, guidance_scale, read_seed(seed), height or None)
             yield {self.progress: status("Reading the pictures", 0, steps)}
             with errors_in_words():
                 before, before_file = shown(person), None
             for at in self.studio.try_on(person, open_picture(cloth, "cloth"), mask, settings):
                 if stopped.is_set():
+                    yield {self.result: None, self.progress: status("Stopped.")}
                     return
                 # written when it is shown: gradio deletes what it was given, and that alone
                 before_file = before_file or save_picture(before, "before", self.cache)
@@ -590,14 +608,27 @@ class Page:
         except gr.Error as error:
             yield {self.progress: status(error.message, failed=True), **self.idle()}
 
-    def page_mask(self, editor, cloth_type, looseness) -> tuple[Any, str]:
+    def page_mask(self, editor, cloth_type, looseness) -> tuple[Any, Any, str]:
         try:
             person, _ = read_editor(editor)
             mask = self.studio.predict_mask(person, cloth_type, looseness)
             filled = save_editor(person, mask, self.cache)
-            return filled, status("This is the mask: paint or erase, then try the cloth on.")
+            return filled, digest(mask), status("This is the mask: paint or erase, then try the cloth on.")
         except gr.Error as error:
-            return gr.skip(), status(error.message, failed=True)
+            return gr.skip(), gr.skip(), status(error.message, failed=True)
+
+    def page_follow(self, editor, cloth_type, looseness, proposed) -> tuple[Any, Any, Any]:
+        """Another kind of cloth wants another mask: the page paints its own anew, and leaves the visitor's."""
+        try:
+            _, mask = read_editor(editor)
+        except gr.Error:
+            mask = None  # there is no person yet
+        if mask is None or not self.studio.proposes_masks:
+            return gr.skip(), gr.skip(), gr.skip()
+        if digest(mask) != proposed:
+            kept = "The mask stays as you painted it: Show the mask paints the one for this choice over it."
+            return gr.skip(), gr.skip(), status(kept)
+        return self.page_mask(editor, cloth_type, looseness)
 
     def idle(self) -> dict[Component, Any]:
         return {self.start: gr.Button(visible=True), self.stop: gr.Button(visible=False)}
@@ -607,8 +638,13 @@ class Page:
         return {self.progress: status(FAILED, failed=True), **self.idle()}
 
     def page_begin(self) -> dict[Component, Any]:
+        """Nothing of the last run stays beside the next."""
         return {
             self.stopped: threading.Event(),
+            self.result: None,
+            self.used_mask: None,
+            self.download: gr.DownloadButton(value=None, interactive=False),
+            self.summary: "",
             self.start: gr.Button(visible=False),
             self.stop: gr.Button(visible=True),
         }
@@ -621,10 +657,11 @@ class Page:
 
     def connect_buttons(self) -> None:
         buttons, quietly = [self.start, self.stop], {"queue": False, "api_visibility": "private"}
-        run = self.start.click(self.page_begin, None, [self.stopped, *buttons], **quietly).then(
+        shown = [self.result, self.used_mask, self.download, self.summary]
+        run = self.start.click(self.page_begin, None, [self.stopped, *shown, *buttons], **quietly).then(
             self.page_try_on,
             [self.stopped, self.editor, self.cloth, *self.options],
-            [self.result, self.used_mask, self.download, self.summary, self.progress, *buttons],
+            [*shown, self.progress, *buttons],
             show_progress_on=self.progress,
             trigger_mode="multiple",  # the next run, while a stopped one still waits
             api_visibility="private",
@@ -633,13 +670,11 @@ class Page:
         run.failure(self.page_failed, None, [self.progress, *buttons], **quietly)
         self.stop.click(self.page_stop, self.stopped, [self.progress, *buttons], **quietly)
         asked = [self.editor, self.cloth_type, self.looseness]
-        self.propose.click(  # progress shown on the editor would stay there
-            self.page_mask,
-            asked,
-            [self.editor, self.progress],
-            show_progress_on=self.progress,
-            api_visibility="private",
-        )
+        painted = [self.editor, self.proposed, self.progress]
+        beside = {"show_progress_on": self.progress, "api_visibility": "private"}  # on the editor it would stay there
+        self.propose.click(self.page_mask, asked, painted, **beside)
+        for choice in (self.cloth_type, self.looseness):
+            choice.input(self.page_follow, [*asked, self.proposed], painted, **beside)
 
     def connect_examples(self) -> None:
         usual = [component.value for component in self.options[1:]]  # all but the kind of cloth
@@ -652,9 +687,9 @@ class Page:
             api_visibility="private",
         )
         cleared.then(
-            lambda index: (*self.fillings[index], *usual),
+            lambda index: (*self.fillings[index], *usual, self.example_masks[index]),
             self.gallery,
-            [self.editor, self.cloth, *self.options],
+            [self.editor, self.cloth, *self.options, self.proposed],
             js="async (index) => { await new Promise(done => setTimeout(done, 300)); return index; }",
             queue=False,
             api_visibility="private",
@@ -691,10 +726,11 @@ class Page:
         """Components that nobody sees: what /tryon and /mask take in the editor's place, and return."""
         person, mask = photograph(), photograph()
         used_mask, result = gr.Image(format="png"), gr.File()
+        seed = gr.Number(label="Seed", precision=0, minimum=0, maximum=SEEDS - 1)
         gr.Button().click(
             self.tryon,
-            [person, self.cloth, mask, *self.options],
-            [result, used_mask, self.seed],
+            [person, self.cloth, mask, *(seed if option is self.seed else option for option in self.options)],
+            [result, used_mask, seed],
             api_name="tryon",
             **ONE_AT_A_TIME,
         )
@@ -756,7 +792,7 @@ SPACE_FILES = ("app.py", "pipeline_vton.py", "demo/model", "demo/examples", "LIC
 
 def write_space(folder: Path) -> None:
     """Write what a Space needs into a new or empty folder, whole or not at all."""
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"`--write_space` must name a new or an empty folder, got {folder}, which has files")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -782,8 +818,10 @@ def main() -> None:
     parser.add_argument("--write_space", type=Path, metavar="DIR", help="write a Space's folder, and do not serve")
     args = parser.parse_args()
     if args.write_space is not None:
-        write_space(args.write_space)
-        return
+        try:
+            return write_space(args.write_space)
+        except ValueError as error:
+            sys.exit(f"app.py: {error}")
     demo = serves_demo()
     examples = os.environ.get("VTON_EXAMPLES") or (DEMO_EXAMPLES if demo else None)
     try:

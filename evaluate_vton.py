@@ -1562,6 +1562,7 @@ class Evaluation:
     def refuse_other_pictures(self, described: dict[str, Any]) -> None:
         """Pictures that are there go on only if this run would make the same."""
         file = self.args.output_dir / "pictures.json"
+        described = json.loads(json.dumps(described))  # as the file has it: a tuple is a list there
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else described
         if "condition_column" in described:  # of which older files are silent
             before.setdefault("condition_column", "condition")

@@ -12,13 +12,15 @@
   python tryon.py --person people/ --cloth cloths/ --one_each --output results/         each person in one other cloth
   accelerate launch --num_processes 4 tryon.py ...                                      the same on four GPUs
 
-A result has its person's size, colour profile and file format, and no EXIF; outside the mask it is the person's picture (JPEG and
-WebP lose a little). What is there already is passed over, so that a run that was stopped goes on. A file that cannot be used is
-named at the end, the exit status is then 1, and all else is done. Without --model the demo's is used, which knows drawn people only.
+A result has its person's size, colour profile and file format, and in its EXIF how it was made; outside the mask it is the person's
+picture (JPEG and WebP lose a little). What is there already is passed over, so that a run that was stopped goes on, and refused
+where it was made otherwise. A file that cannot be used is named at the end, the exit status is then 1, and all else is done.
+Without --model the demo's is used, which knows drawn people only.
 """
 
 import argparse
 import itertools
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -34,7 +36,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from pipeline_vton import (
@@ -58,6 +60,11 @@ SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if 
 WRITTEN = {".png": {}, ".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"quality": 95}, ".tif": {}, ".bmp": {}}
 WRITTEN |= {".jpeg": WRITTEN[".jpg"], ".tiff": WRITTEN[".tif"]}
 CLOTHS_KEPT = 8  # encoded, with keys and values: in float16 35 MB each for SD1.5 at 512x384, 138 MB at 1024x768
+GENERATED = "virtual try-on: a generated picture"
+TOLD = (  # of a result, where they are given: what changes it
+    "model", "adapter", "adapter_subfolder", "human_parser", "scheduler", "cloth_type", "looseness", "steps", "fast", "prompt",
+    "guidance_scale", "seed", "height", "width",
+)  # fmt: skip
 SHEET_PAIRS, SHEET_HEIGHT = 48, 256
 SHEET_LARGEST = (2 * SHEET_HEIGHT, SHEET_HEIGHT)  # of a picture
 
@@ -128,16 +135,37 @@ def one_each(people: list[Path], cloths: list[Path], seed: int) -> list[tuple[Pa
     return pairs
 
 
+def named_pairs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
+    """Those of --pairs, whose files are there."""
+    for flag, place in (("--person", args.person), ("--cloth", args.cloth)):
+        if not place.is_dir():
+            raise ValueError(f"--pairs {args.pairs} names files in folders: {flag} must be one, got {place}")
+    pairs = []
+    for person, cloth, where in read_list(args.pairs):
+        pairs.append((args.person / person, args.cloth / cloth))
+        if (missing := next((file for file in pairs[-1] if not file.is_file()), None)) is not None:
+            raise ValueError(f"--pairs {where}: there is no {missing}")
+    if not pairs:
+        raise ValueError(f"--pairs {args.pairs} names no pairs")
+    return pairs
+
+
+def check_beside(args: argparse.Namespace, people: int) -> None:
+    """ValueError where one file would be the mask, or the pose, of several persons."""
+    for flag, place in (("--mask", args.mask), ("--pose", args.pose)):
+        if place is not None and place.is_file() and people > 1:
+            raise ValueError(f"{flag} {place} is one person's, and there are {people}: give a folder with theirs")
+
+
 def find_pairs(args: argparse.Namespace) -> list[Pair]:
     """All that is asked for; a few cloths at a time, and of those person by person, so that little is encoded again."""
     if args.pairs is not None:
-        pairs = [(args.person / person, args.cloth / cloth) for person, cloth, _ in read_list(args.pairs)]
-        if not pairs:
-            raise ValueError(f"--pairs {args.pairs} names no pairs")
+        pairs = named_pairs(args)
     else:
         people, cloths = pictures_in(args.person, "--person"), pictures_in(args.cloth, "--cloth")
         every = [(person, cloth) for person in people for cloth in cloths]
         pairs = one_each(people, cloths, args.seed) if args.one_each else every
+    check_beside(args, len({person for person, _ in pairs}))
     one = args.pairs is None and args.person.is_file() and args.cloth.is_file()
     suffix, is_folder = args.output.suffix.lower(), args.output.is_dir()
     if one and suffix in WRITTEN and not is_folder:
@@ -168,6 +196,37 @@ def check_outputs(pairs: list[Pair], args: argparse.Namespace) -> None:
     for flag, file in written:
         if file is not None and (same := used.get(file.resolve())) is not None:
             raise ValueError(f"{flag} {file} is a picture that is tried on itself, {same}: write elsewhere")
+
+
+def told_of(pair: Pair, args: argparse.Namespace) -> str:
+    """How a result is made, for its EXIF: names of files without their folders, and the flags that change it."""
+    files = {name: getattr(pair, name) for name in ("person", "cloth", "mask", "pose")}
+    told = {name: file and file.name for name, file in files.items()} | {flag: getattr(args, flag) for flag in TOLD}
+    for flag in ("model", "adapter", "human_parser"):
+        if told[flag] is not None and Path(told[flag]).exists():
+            told[flag] = Path(told[flag]).resolve().name
+    return json.dumps({what: value for what, value in told.items() if value is not None and value is not False})
+
+
+def check_made(pairs: list[Pair], args: argparse.Namespace) -> None:
+    """ValueError where a result that is there says that it was made otherwise; of what is no result nothing is known."""
+    for pair in pairs:
+        if args.overwrite or not pair.output.exists():
+            continue
+        try:
+            with Image.open(pair.output) as result:  # without its pixels
+                exif = result.getexif()
+        except UNREADABLE:
+            continue
+        if exif.get(ExifTags.Base.Software) != GENERATED:
+            continue
+        was, now = json.loads(exif[ExifTags.Base.ImageDescription]), json.loads(told_of(pair, args))
+        if was != now:
+            changed = [what for what in was | now if was.get(what) != now.get(what)]
+            shown = ", ".join(f"{what} was {was.get(what)} and is {now.get(what)}" for what in changed)
+            raise ValueError(
+                f"{pair.output} is there already and was made otherwise ({shown}): --overwrite makes it anew"
+            )
 
 
 def check_folders(files: list[Path]) -> None:
@@ -201,11 +260,14 @@ def is_drawn(person: Image.Image) -> bool:
     return (same & coloured).sum() > 0.25 * max(1, coloured.sum())
 
 
-def save_picture(picture: Image.Image, file: Path) -> None:
-    """Write a picture, never half of it. The colour profile goes along."""
+def save_picture(picture: Image.Image, file: Path, told: str | None = None) -> None:
+    """Write a picture, never half of it. The colour profile goes along, and in EXIF what is `told` of it."""
     kind = Image.registered_extensions()[file.suffix.lower()]
     profile = picture.info.get("icc_profile")
     options = WRITTEN[file.suffix.lower()] | ({} if profile is None else {"icc_profile": profile})
+    if told is not None:
+        options["exif"] = Image.Exif()
+        options["exif"].update({ExifTags.Base.Software: GENERATED, ExifTags.Base.ImageDescription: told})
     with whole_file(file) as temporary:
         picture.save(temporary, format=kind, **options)
 
@@ -261,15 +323,15 @@ class TryOn:
         return self.pipe.prepare_cloth(open_picture(file), height, width, profile)
 
     def attempt(self, key: tuple, prepare: Callable, *arguments: Any) -> Any:
-        """What `prepare` makes; None where it cannot, which is named once by the file that the `key` begins with."""
+        """What `prepare` makes; None where it cannot, which is named once by the files of the `key`."""
         if key in self.bad:
             return None
         try:
             return prepare(*arguments)
         except (ValueError, TypeError) as error:
             self.bad.add(key)
-            file = str(key[0])
-            self.failures[str(error) if file in str(error) else f"{file}: {error}"] = None
+            files = " with ".join(str(file) for file in key if isinstance(file, Path))
+            self.failures[str(error) if str(key[0]) in str(error) else f"{files}: {error}"] = None
             return None
 
     def batches(self, pairs: list[Pair], bar: tqdm) -> Iterator[list[tuple[Pair, PreparedPerson, PreparedCloth]]]:
@@ -322,7 +384,7 @@ class TryOn:
         def write(batch: list[tuple[Pair, PreparedPerson, PreparedCloth]], results: list[Image.Image | None]) -> None:
             for (pair, *_), result in zip(batch, results):
                 if result is not None:
-                    save_picture(result, pair.output)
+                    save_picture(result, pair.output, told_of(pair, self.args))
 
         with ThreadPoolExecutor(1) as writer:
             written = None
@@ -494,6 +556,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         pairs = find_pairs(args)
         check_outputs(pairs, args)
+        check_made(pairs, args)
         missing = [pair for pair in pairs if args.overwrite or not pair.output.exists()]
         check_folders([pair.output for pair in missing] + ([args.contact_sheet] if args.contact_sheet else []))
     except (OSError, ValueError) as error:

@@ -51,7 +51,7 @@ def browser() -> Iterator[Browser]:
 def pipe():
     """A tiny pipeline with a human parser of random weights, slow enough to be watched."""
     pipe = tiny_pipe()
-    parser, processor = tiny_parser(["background", "top", "face"])
+    parser, processor = tiny_parser(["background", "top", "face", "pants"])
     pipe.register_modules(human_parser=parser, human_parser_processor=processor)
     pipe.unet.register_forward_pre_hook(lambda *_: time.sleep(0.05))
     return pipe
@@ -229,7 +229,8 @@ def test_a_run_that_fails_or_is_stopped_leaves_no_picture_behind(tmp_path):
     run = page.page_try_on(stopped, editor, save(picture(2), tmp_path / "cloth.png"), *rest)
     next(run)
     stopped.set()
-    assert list(run) == [] and not list(tmp_path.rglob("before.png"))
+    (last,) = run
+    assert last[page.result] is None and "Stopped." in last[page.progress] and not list(tmp_path.rglob("before.png"))
 
 
 def test_a_run_gives_what_the_pipeline_gives():
@@ -441,12 +442,39 @@ def test_a_mask_is_proposed_mended_and_used_and_a_run_can_be_stopped(page_url, p
     expect(page.locator("#status progress")).to_be_visible(timeout=PATIENCE)
     page.locator("#stop").click()
     wait_until(page, "Stopped")
+    expect(page.locator("#result img")).to_have_count(0, timeout=PATIENCE)  # when the run has heard of it
+    wait_until(page, "Stopped")
     page.locator("#steps input[type=number]").fill("2")
     page.locator("#start").click()
     wait_until(page, "Done")
     used, changed = used_mask(page), (downloaded(page) != as_array(person)).any(axis=2)
     assert not used[~proposed].any() and 0 < used.sum() < proposed.sum()
     assert changed.any() and not changed[~used].any()
+
+
+def test_a_proposed_mask_follows_the_choice_and_a_painted_one_stays(page_url, pipe, visit, tmp_path):
+    person = picture(1, 64, 48)
+    page = visit(page_url)
+    upload(page, "cloth", save(picture(3), tmp_path / "cloth.png"))
+    set_steps(page, 2)
+    expect(page.get_by_label("Seed")).to_have_value("")  # a new one at each run
+    before = upload_person(page, save(person, tmp_path / "person.png"))
+    page.locator("#propose").click()
+    before = settled(page, before)
+    page.get_by_label("Trousers or skirt").click()
+    before = settled(page, before)
+    page.locator("#start").click()
+    wait_until(page, "Done")
+    assert np.array_equal(used_mask(page), np.asarray(pipe.predict_mask(person, "lower")) > 0)
+    page.locator("#person button[aria-label=Erase]").click()
+    paint_a_spot(page)
+    page.get_by_label("Dress").click()
+    wait_until(page, "The mask stays as you painted it")
+    page.get_by_label("Seed").fill("-1")
+    page.locator("#start").click()
+    wait_until(page, "The seed must be a whole number from 0 to 4294967295")
+    expect(page.locator("#download")).to_be_disabled()  # nothing of the last run stays beside this one
+    expect(page.locator("#used_mask img")).to_have_count(0)
 
 
 def test_the_api_proposes_masks_and_takes_what_it_proposed(page_url, pipe, tmp_path):
