@@ -231,6 +231,10 @@ def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
         between = ((mask > low) & (mask < high)).count_nonzero().item() / mask.numel()
         white = mask >= half
         _check_mask(name, between, bool(white.numpy().any()))
+        if white[:, [0, 0, -1, -1], [0, -1, 0, -1]].all() and not white.all():
+            warnings.warn(
+                f"`{name}` is white in all four corners, and what is white is repainted: is it inverted?", stacklevel=2
+            )
         masks.append(white.float())
     return masks
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tiny import box_mask, picture, run, tiny_pipe
 
 from pipeline_vton import as_tensors
@@ -91,6 +91,16 @@ def test_a_picture_of_nothing_is_refused():
             ValueError, match=f"`{name}` must show something, got a picture that is transparent everywhere"
         ):
             as_tensors([picture(1), nothing], name)
+
+
+@pytest.mark.parametrize("kind", ["usual", "inverted", "everything"])
+def test_a_mask_that_may_be_inverted_is_warned_of(recwarn, kind):
+    mask = {"usual": box_mask(), "inverted": ImageOps.invert(box_mask()), "everything": Image.new("L", (24, 32), 255)}[
+        kind
+    ]
+    run(tiny_pipe(9), mask=mask)
+    told = [str(warning.message) for warning in recwarn]
+    assert any("`mask_image` is white in all four corners" in line for line in told) == (kind == "inverted")
 
 
 def test_transparency_lies_on_white():
