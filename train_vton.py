@@ -27,6 +27,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import operator
 import os
 import re
@@ -144,9 +145,7 @@ SIZED_ROWS = 16  # of a table, whose persons' sizes are looked at
 HOST_VALUES = ("seed", "place")  # of an item
 CLOTH_LATENTS = ("cloth", "cloth_condition")
 LATENTS = ("person", "mask", *CLOTH_LATENTS)  # the tensors of `TryOnLatents`
-TRAINED_NAME = (
-    "trained_weights.safetensors"  # of a checkpoint: what learns, as it is, beside the adapter that it makes
-)
+TRAINED_NAME = "trained_weights.safetensors"  # of a checkpoint: what learns, beside the adapter that it makes
 GUIDANCE_SCALES, GUIDANCE_STEPS = (1, 1.5, 2, 2.5, 3.5, 5, 7.5), 25
 LOCAL_FLAGS = {"dataset_root", "output_dir", "cache_latents", "resume_from_checkpoint"}  # folders of this machine
 RESUMED_SETTINGS = (  # what a checkpoint's weights have learnt with
@@ -164,9 +163,10 @@ ADAPTER_FLAGS = {  # what an adapter says that training begins from, and what ho
 NEEDS = {  # flags that say nothing without others
     "init_subfolder": ["init_adapter"], "perceptual_weight": ["perceptual_loss"], "perceptual_max_timestep": ["perceptual_loss"],
     "adversarial_start_step": ["adversarial_weight"], "hub_model_id": ["push_to_hub"], "hub_strategy": ["push_to_hub"],
-    "hub_private_repo": ["push_to_hub"], "hub_license": ["push_to_hub"], "pose_folder": ["pose", "dataset_root"], "pose_column": ["pose", "dataset_name"],
-    "pose_dropout": ["pose"], "condition_column": ["mask_free"], "person_column": ["dataset_name"],
-    "cloth_column": ["dataset_name"], "mask_column": ["dataset_name"], "dataset_config_name": ["dataset_name"],
+    "hub_private_repo": ["push_to_hub"], "hub_license": ["push_to_hub"], "pose_folder": ["pose", "dataset_root"],
+    "pose_column": ["pose", "dataset_name"], "pose_dropout": ["pose"], "condition_column": ["mask_free"],
+    "person_column": ["dataset_name"], "cloth_column": ["dataset_name"], "mask_column": ["dataset_name"],
+    "dataset_config_name": ["dataset_name"],
 }  # fmt: skip
 
 
@@ -1519,9 +1519,10 @@ def heed_the_trainer_alone(worker: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    trainer = multiprocessing.parent_process().pid
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
             pass
         os._exit(0)
 
@@ -1611,8 +1612,10 @@ class Trainer:
         args = self.args
         self.base = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision")}
         self.refuse_trained_pipeline()
-        self.unet = self.load(UNet2DConditionModel, "unet", dtype=torch.float32)  # so that what learns is not rounded
-        self.base_weights = fingerprint(weight.flatten()[:64].half() for weight in self.unet.state_dict().values())
+        whole = self.dtype if args.lora_rank else torch.float32  # so that what learns is not rounded
+        self.unet = self.load(UNet2DConditionModel, "unet", dtype=whole)
+        weights = self.unet.state_dict().values()
+        self.base_weights = fingerprint(weight.flatten()[:64].bfloat16() for weight in weights)  # in any precision
         self.vae = self.load_vae()
         self.noise_scheduler = DDPMScheduler.from_pretrained(**self.base, subfolder="scheduler", clip_sample=False)
         kind = self.noise_scheduler.config.prediction_type
@@ -2103,8 +2106,9 @@ class Trainer:
             try:
                 self.batch = next(batches)
             except (OSError, ValueError) as error:
-                last = str(error).splitlines()[-1]  # a reading process sends the way there too
-                self.unread = last.removeprefix(f"{type(error).__name__}: ")
+                kind = f"{type(error).__name__}: "
+                last = f"{kind}{error}".splitlines()[-1]  # a reading process sends the way there too
+                self.unread = last.removeprefix(kind)
                 self.stop.made = True
         if self.batch is None:
             raise SystemExit(f"train_vton.py: {self.unread}")
@@ -2529,6 +2533,7 @@ class Checkpoints:
                 discard(old)
 
     def write(self, folder: Path) -> None:
+        """What a run goes on from, and the adapter that it would publish."""
         self.accelerator.save_state(str(folder))
         places = gather_object([self.trainer.place])
         if self.accelerator.is_main_process:
