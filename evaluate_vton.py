@@ -779,7 +779,7 @@ class Model:
         pictures: dict[str, Image.Image],
         seed: int,
         size: tuple[int, int],
-        caption: str | None = None,
+        caption: str | None,
     ) -> Tensor:
         """The bare decode (3, H, W) in [0, 1] at the working size."""
         args = self.args
@@ -831,15 +831,8 @@ class Predictions:
         person = [] if self.both and folder != of_setting else [folder / Path(line.person).with_suffix("")]
         return [folder / line.name, *person]
 
-    def bare(
-        self,
-        line: Line,
-        pictures: dict[str, Image.Image],
-        seed: int,
-        size: tuple[int, int],
-        caption: str | None = None,
-    ) -> Tensor:
-        """The picture as it was given, (3, H, W) in [0, 1]."""
+    def bare(self, line: Line, pictures: dict[str, Image.Image], *_: Any) -> Tensor:
+        """The picture as it was given, (3, H, W) in [0, 1], whatever else a model would be told."""
         return as_tensors(read_result(self.file(line), pictures["person"]), "result")[0]
 
     def file(self, line: Line) -> Path:

@@ -212,6 +212,9 @@ def as_masks(pictures: PictureInput, name: str) -> list[torch.Tensor]:
         ValueError: it is no mask: more than 1 % of the pixels are coloured (their channels differ by more than 32/255), more
             than 20 % lie between .1 and .9, or none is white.
         TypeError: it is no picture.
+
+    Warns:
+        UserWarning: its four corners are white and not all of it: it may be inverted.
     """
     masks = []
     for picture in _listed(pictures, name):

@@ -43,7 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, BinaryIO, ClassVar, NoReturn
@@ -2433,7 +2433,7 @@ class Checkpoints:
         if changed:
             was, is_now = (", ".join(f"{name} {run[name]}" for name in changed) for run in (before, now))
             raise ValueError(f"--resume_from_checkpoint: {self.resumed} was trained with {was}, not with {is_now}")
-        if self.progress().get("pairs") != self.pairs_mark():
+        if self.progress().get("pairs") != self.pairs_mark:
             said = "--resume_from_checkpoint: %s has learnt from other pairs, and goes on with these"
             logger.warning(said, self.resumed)
 
@@ -2453,6 +2453,7 @@ class Checkpoints:
         kept_apart = {"adversarial_loss": args.adversarial_weight, "fp16_scaler": self.accelerator.scaler}
         return flags | {name: True if state else None for name, state in kept_apart.items()}
 
+    @cached_property
     def pairs_mark(self) -> str | None:
         """What stands for the names of the pairs, in their order; nothing does for a stream's."""
         pairs = self.trainer.pairs
@@ -2538,7 +2539,7 @@ class Checkpoints:
         places = gather_object([self.trainer.place])
         if self.accelerator.is_main_process:
             trainer = self.trainer
-            progress = {"step": trainer.step, "losses": trainer.losses, "pairs": self.pairs_mark()}
+            progress = {"step": trainer.step, "losses": trainer.losses, "pairs": self.pairs_mark}
             progress |= self.resumed_flags()
             progress |= {"places": places} if self.args.streaming else {}
             write_text(folder / "progress.json", json.dumps(progress))
