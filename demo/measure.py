@@ -2,7 +2,7 @@
 
 Printed are PSNR and SSIM inside the mask, and the share of results in which a small network (`demo.recognition`) sees the
 colour, pattern, logo, sleeve and garment length that the cloth truly has, all with the 95 % of the bootstrap: for the adapter
-and for what it has to beat. `--by` breaks the figures down by category and factor, `--steps` follows them along the number of
+and for what it has to beat; then where in the mask the error lies. `--by` breaks the figures down by category and factor, `--steps` follows them along the number of
 denoising steps. `--output_dir` receives the tables (report.md) and their plots.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionInpaintPipeline
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from demo.recognition import ATTRIBUTES, CLASSIFIER, ClothClassifier, load_classifier, recognize
 from demo.try_on import (
@@ -42,6 +42,13 @@ GROUPS = ("category", *FACTORS)
 SHOWN_LOGO = "printed logo"  # of the lines that have one: most have none, which is easily right
 RECOGNISED = (*ATTRIBUTES, SHOWN_LOGO)
 TITLES = {"psnr": "PSNR", "ssim": "SSIM"} | {name: name.replace("_", " ") for name in RECOGNISED}
+PLACES = (
+    "in plain cloths",
+    "in patterned cloths",
+    "at cloths' edges",
+    "skin and background",
+)  # of a mask, each with its PSNR
+EDGE = 5  # pixels across
 
 Figures = dict[str, Interval]
 # Of one line and by figure, a numerator and a denominator, whose sums over the lines make the figure.
@@ -103,6 +110,15 @@ def round_trip(vae: AutoencoderKL, lines: Sequence[Line]) -> list[Image.Image]:
 # ---------------------------------------------------------------------------------------------------------------- figures
 
 
+def places(line: Line) -> dict[str, torch.Tensor]:
+    """Those of `PLACES` that a line has, masks (1, H, W): all of its mask once."""
+    worn, mask = Image.fromarray(line.worn.astype(np.uint8) * 255), as_tensor(line.mask)
+    inner, outer = (as_tensor(worn.filter(rank(EDGE))) for rank in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
+    plain, patterned, edges, rest = PLACES
+    cloth = plain if line.attributes["pattern"] == "plain" else patterned
+    return {cloth: mask * inner, edges: mask * (outer - inner), rest: mask * (1 - outer)}
+
+
 def measure(results: Sequence[Image.Image], lines: Sequence[Line], classifier: ClothClassifier) -> list[Parts]:
     """What each line adds to each figure; an attribute that its cloth has not is left out."""
     said, rows = recognize(classifier, results, [line.mask for line in lines]), []
@@ -112,17 +128,19 @@ def measure(results: Sequence[Image.Image], lines: Sequence[Line], classifier: C
         if line.attributes["logo"] != "none":
             right[SHOWN_LOGO] = right["logo"]
         values = {"psnr": squared_error(*pair, mask), "ssim": (ssim(*pair, mask), 1.0)}
+        values |= {place: squared_error(*pair, where) for place, where in places(line).items()}
         rows.append(values | {name: (value, 1.0) for name, value in right.items()})
     return rows
 
 
 def figures(rows: Sequence[Parts]) -> Figures:
-    """The figures of some lines, those of `TITLES` that any of them has."""
+    """The figures of some lines, those of `TITLES` and `PLACES` that any of them has."""
     found = {}
-    for name in TITLES:
+    for name in (*TITLES, *PLACES):
         parts = [row[name] for row in rows if name in row]
         if parts:
-            found[name] = bootstrap(*zip(*parts), transform=decibels if name == "psnr" else np.asarray)
+            transform = decibels if name in ("psnr", *PLACES) else np.asarray
+            found[name] = bootstrap(*zip(*parts), transform=transform)
     return found
 
 
@@ -140,15 +158,25 @@ def groups(lines: Sequence[Line], by: str) -> dict[str, list[int]]:
 # --------------------------------------------------------------------------------------------------------- tables and plots
 
 
-def cells(found: Figures) -> list[str]:
+def cells(found: Figures, names: Iterable[str] = TITLES) -> list[str]:
+    styles = {"ssim": "{:.3f}"} | dict.fromkeys(("psnr", *PLACES), "{:.2f}")
+
     def cell(name: str) -> str:
         if name not in found:
             return "–"
-        one, style = found[name], {"psnr": "{:.2f}", "ssim": "{:.3f}"}.get(name, "{:.0%}")
+        one, style = found[name], styles.get(name, "{:.0%}")
         shown = [style.format(value) for value in (one.value, one.low, one.high)]
         return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
-    return [cell(name) for name in TITLES]
+    return [cell(name) for name in names]
+
+
+def error_cells(rows: Sequence[Parts]) -> list[str]:
+    """For each of `PLACES` its PSNR and its shares of the mask and of the mask's squared error."""
+    sums = {place: np.sum([row.get(place, (0.0, 0.0)) for row in rows], axis=0) for place in PLACES}
+    shares = np.array(list(sums.values())) / np.maximum(sum(sums.values()), 1e-12)  # the truth has no error
+    shown = cells(figures(rows), PLACES)
+    return [f"{decibel}; {area:.0%}, {error:.0%}" for decibel, (error, area) in zip(shown, shares)]
 
 
 def recognition(found: Figures) -> float:
@@ -288,6 +316,8 @@ def main(args: argparse.Namespace) -> None:
     parts.append(
         markdown_table(["", *TITLES.values()], [[name, *cells(figures(found))] for name, found in rows.items()])
     )
+    parts.append("Where in the mask: PSNR; share of its pixels, of its squared error\n")
+    parts.append(markdown_table(["", *PLACES], [[name, *error_cells(found)] for name, found in rows.items()]))
     if by_steps:
         parts.append(
             markdown_table(["steps", *TITLES.values()], [[str(n), *cells(found)] for n, found in by_steps.items()])

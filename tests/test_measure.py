@@ -140,6 +140,20 @@ def test_the_figures_pool_the_squared_errors():
     assert found["psnr"].value == pytest.approx(20) and found["color"].value == 0.5
 
 
+def test_every_error_in_the_mask_lies_in_one_place(lines, classifier):
+    """The places' errors and pixels sum to the mask's; a cloth in its mean colour is wrong where the cloth is, and nowhere else."""
+    rows = measure.measure([measure.mean_color(line) for line in lines], lines, classifier)
+    for row, line in zip(rows, lines):
+        parts = [row[place] for place in measure.PLACES if place in row]
+        assert np.sum(parts, axis=0) == pytest.approx(row["psnr"])
+        assert ("in plain cloths" in row) == (line.attributes["pattern"] == "plain") != ("in patterned cloths" in row)
+        assert row["skin and background"][0] == 0 < row["at cloths' edges"][0]
+    shown = measure.error_cells(rows)
+    assert shown[-1].startswith("inf") and shown[-1].endswith(" 0%")
+    shares = [[int(share.removesuffix("%")) for share in cell.split("; ")[1].split(", ")] for cell in shown]
+    assert np.sum(shares, axis=0) == pytest.approx(100, abs=2)
+
+
 def test_the_lines_are_grouped_by_their_levels(lines):
     assert measure.groups(lines, "category") == {"upper": [0, 1], "lower": [2, 3], "dress": [4, 5]}
     for factor in measure.FACTORS:
