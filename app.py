@@ -50,9 +50,10 @@ except ImportError as error:
 import numpy as np
 import torch
 from gradio.components import Component
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from pipeline_vton import (
+    GENERATED,
     UNREADABLE,
     StableDiffusionVTONPipeline,
     as_mask_image,
@@ -185,15 +186,22 @@ def mask_layer(mask: Image.Image) -> Image.Image:
     return layer
 
 
-def save_picture(picture: Image.Image, name: str, folder: str) -> str:
-    """Write a lossless file in a subfolder that nobody guesses.
+def save_picture(picture: Image.Image, name: str, folder: str, **options: Any) -> str:
+    """Write a lossless file in a subfolder that nobody guesses; `options` are PIL's.
 
     gradio names what it writes itself by its content and writes it anew each time, also while another visitor reads it.
     """
     subfolder = Path(folder) / secrets.token_hex(16)
     subfolder.mkdir(parents=True)
-    picture.save(subfolder / f"{name}.png", compress_level=1)
+    picture.save(subfolder / f"{name}.png", compress_level=1, **options)
     return str(subfolder / f"{name}.png")
+
+
+def save_result(at: "Progress", folder: str) -> str:
+    """Of a finished run, a file that says in EXIF that it is generated."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = GENERATED
+    return save_picture(at.picture, f"tryon-{at.seed}", folder, exif=exif)
 
 
 def save_editor(person: Image.Image, mask: Image.Image, folder: str) -> dict:
@@ -595,7 +603,7 @@ class Page:
                     self.result: (before_file, after),
                     self.progress: status(f"Step {at.done} of {steps}", at.done, steps),
                 }
-            file = save_picture(at.picture, f"tryon-{at.seed}", self.cache)
+            file = save_result(at, self.cache)
             size = f"{at.picture.width} x {at.picture.height} pixels"
             yield {
                 self.result: (before_file, save_picture(shown(at.picture), "after", self.cache)),
@@ -715,7 +723,7 @@ class Page:
         mask = None if mask is None else open_picture(mask, "mask")
         *_, at = self.studio.try_on(*pictures, mask, settings)
         mask = save_picture(at.mask, "mask", self.cache) if at.mask else None
-        return save_picture(at.picture, f"tryon-{at.seed}", self.cache), mask, at.seed
+        return save_result(at, self.cache), mask, at.seed
 
     def mask(self, person, cloth_type, looseness) -> str:
         """Where a cloth of this kind may change the person: a mask in the person's size."""

@@ -134,6 +134,7 @@ EXIF_TURNS = {  # what brings a picture of this EXIF orientation upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+GENERATED = "virtual try-on: a generated picture"  # in EXIF, as the software that made a result
 FAST_STEPS, FAST_GUIDED = 8, 0.75  # of `fast`: how many steps, and the share of them that is guided
 
 

@@ -578,8 +578,11 @@ def find_list(place: Path, split: str, paired: bool) -> tuple[Path, str]:
     )
 
 
-def read_list(file: Path) -> list[tuple[str, str, str]]:
-    """Person, cloth, and the place of every line, of a text in UTF-8, or in UTF-16 with its mark, as Windows writes it."""
+NAMES_A_PAIR = "must name a person and a cloth, with a tab between them where names have spaces"
+
+
+def read_lines(file: Path) -> Iterator[tuple[list[str], str]]:
+    """The words of every line and its place, of a text in UTF-8, or in UTF-16 with its mark, as Windows writes it."""
     text = file.read_bytes()
     encoding = "utf-16" if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
@@ -587,15 +590,19 @@ def read_list(file: Path) -> list[tuple[str, str, str]]:
     except UnicodeDecodeError as error:
         place = text[: error.start].count(b"\n") + 1
         raise ValueError(f"{file}, line {place}: is not {encoding.removesuffix('-sig').upper()}: {error}") from error
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if line:
+            words = line.split("\t") if "\t" in line else line.split()
+            yield [word.strip() for word in words], f"{file}, line {number}"
+
+
+def read_list(file: Path) -> list[tuple[str, str, str]]:
+    """Person, cloth, and the place of every line."""
     pairs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        names = [name.strip() for name in (line.strip().split("\t") if "\t" in line.strip() else line.split())]
+    for names, where in read_lines(file):
         if len(names) != 2:
-            need = "must name a person and a cloth, with a tab between them where names have spaces"
-            raise ValueError(f"{file}, line {number}: {need}, got {line.strip()!r}")
-        pairs.append((*names, f"{file}, line {number}"))
+            raise ValueError(f"{where}: {NAMES_A_PAIR}, got {' '.join(names)!r}")
+        pairs.append((*names, where))
     return pairs
 
 

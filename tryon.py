@@ -21,6 +21,7 @@ Without --model the demo's is used, which knows drawn people only.
 import argparse
 import itertools
 import json
+import mimetypes
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ from tqdm import tqdm
 
 from pipeline_vton import (
     FAST_STEPS,
+    GENERATED,
     LOOSENESS,
     REPAINTED,
     UNREADABLE,
@@ -52,7 +54,7 @@ from pipeline_vton import (
     load_pipeline,
     whole_file,
 )
-from train_vton import NOT_NEGATIVE, POSITIVE_COUNT, SEED, path, read_list
+from train_vton import NAMES_A_PAIR, NOT_NEGATIVE, POSITIVE_COUNT, SEED, path, read_lines
 
 
 DEMO_MODEL = Path(__file__).resolve().parent / "demo" / "model"
@@ -60,9 +62,8 @@ SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if 
 WRITTEN = {".png": {}, ".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"quality": 95}, ".tif": {}, ".bmp": {}}
 WRITTEN |= {".jpeg": WRITTEN[".jpg"], ".tiff": WRITTEN[".tif"]}
 CLOTHS_KEPT = 8  # encoded, with keys and values: in float16 35 MB each for SD1.5 at 512x384, 138 MB at 1024x768
-GENERATED = "virtual try-on: a generated picture"
 TOLD = (  # of a result, where they are given: what changes it
-    "model", "adapter", "adapter_subfolder", "human_parser", "scheduler", "cloth_type", "looseness", "steps", "fast", "prompt",
+    "model", "adapter", "adapter_subfolder", "human_parser", "scheduler", "looseness", "steps", "fast", "prompt",
     "guidance_scale", "seed", "height", "width",
 )  # fmt: skip
 SHEET_PAIRS, SHEET_HEIGHT = 48, 256
@@ -75,6 +76,7 @@ class Pair:
     cloth: Path
     mask: Path | None
     output: Path
+    cloth_type: tuple[str, ...]
     pose: Path | None = None
 
 
@@ -116,10 +118,10 @@ def find_beside(place: Path | None, person: Path, *others: str) -> Path | None:
     return next((place / name for name in names if (place / name).is_file()), place / f"{person.stem}.png")
 
 
-def pair_of(args: argparse.Namespace, person: Path, cloth: Path, output: Path) -> Pair:
+def pair_of(args: argparse.Namespace, person: Path, cloth: Path, kind: str | None, output: Path) -> Pair:
     mask = find_beside(args.mask, person, f"{person.stem}_mask")
     pose = find_beside(args.pose, person, f"{person.stem}_rendered", re.sub("_0$", "_5", person.stem))
-    return Pair(person, cloth, mask, output, pose)
+    return Pair(person, cloth, mask, output, tuple(args.cloth_type) if kind is None else (kind,), pose)
 
 
 def one_each(people: list[Path], cloths: list[Path], seed: int) -> list[tuple[Path, Path]]:
@@ -135,16 +137,22 @@ def one_each(people: list[Path], cloths: list[Path], seed: int) -> list[tuple[Pa
     return pairs
 
 
-def named_pairs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
-    """Those of --pairs, whose files are there."""
+def named_pairs(args: argparse.Namespace) -> list[tuple[Path, Path, str | None]]:
+    """Those of --pairs, whose files are there, and the cloths' kinds where lines name them."""
     for flag, place in (("--person", args.person), ("--cloth", args.cloth)):
         if not place.is_dir():
             raise ValueError(f"--pairs {args.pairs} names files in folders: {flag} must be one, got {place}")
     pairs = []
-    for person, cloth, where in read_list(args.pairs):
-        pairs.append((args.person / person, args.cloth / cloth))
-        if (missing := next((file for file in pairs[-1] if not file.is_file()), None)) is not None:
+    for words, where in read_lines(args.pairs):
+        kind = words.pop() if len(words) == 3 and words[2] in REPAINTED else None
+        if len(words) != 2:
+            raise ValueError(
+                f"--pairs {where}: {NAMES_A_PAIR}, and after them, if anything, {', '.join(REPAINTED)}, got {' '.join(words)!r}"
+            )
+        files = args.person / words[0], args.cloth / words[1]
+        if (missing := next((file for file in files if not file.is_file()), None)) is not None:
             raise ValueError(f"--pairs {where}: there is no {missing}")
+        pairs.append((*files, kind))
     if not pairs:
         raise ValueError(f"--pairs {args.pairs} names no pairs")
     return pairs
@@ -164,18 +172,19 @@ def find_pairs(args: argparse.Namespace) -> list[Pair]:
     else:
         people, cloths = pictures_in(args.person, "--person"), pictures_in(args.cloth, "--cloth")
         every = [(person, cloth) for person in people for cloth in cloths]
-        pairs = one_each(people, cloths, args.seed) if args.one_each else every
-    check_beside(args, len({person for person, _ in pairs}))
+        pairs = [(*pair, None) for pair in (one_each(people, cloths, args.seed) if args.one_each else every)]
+    check_beside(args, len({person for person, *_ in pairs}))
     one = args.pairs is None and args.person.is_file() and args.cloth.is_file()
     suffix, is_folder = args.output.suffix.lower(), args.output.is_dir()
+    is_picture = suffix in SUFFIXES or (mimetypes.guess_type(args.output.name)[0] or "").startswith("image/")  # a HEIC
     if one and suffix in WRITTEN and not is_folder:
         return [pair_of(args, *pairs[0], args.output)]
-    if args.output.is_file() or (suffix in SUFFIXES and not is_folder):
+    if args.output.is_file() or (is_picture and not is_folder):
         rule = f"be a folder, or end in {', '.join(WRITTEN)}" if one else "be a folder"
         raise ValueError(f"--output must {rule}, got {args.output}")
-    ends = {person: person.suffix if person.suffix.lower() in WRITTEN else ".png" for person, _ in pairs}
+    ends = {person: person.suffix if person.suffix.lower() in WRITTEN else ".png" for person, *_ in pairs}
     found: dict[Path, Pair] = {}
-    for person, cloth in dict.fromkeys(pairs):
+    for person, cloth, kind in dict.fromkeys(pairs):
         name = person.stem if args.one_each else f"{person.stem}__{cloth.stem}"
         output = args.output / f"{name}{ends[person]}"
         if output in found:
@@ -183,10 +192,10 @@ def find_pairs(args: argparse.Namespace) -> list[Pair]:
             raise ValueError(
                 f"{person} with {cloth} and {other.person} with {other.cloth} would both be written to {output}: {remedy}"
             )
-        found[output] = pair_of(args, person, cloth, output)
+        found[output] = pair_of(args, person, cloth, kind, output)
     cloths = {cloth: i // CLOTHS_KEPT for i, cloth in enumerate(dict.fromkeys(pair.cloth for pair in found.values()))}
     people = {person: i for i, person in enumerate(dict.fromkeys(pair.person for pair in found.values()))}
-    return sorted(found.values(), key=lambda pair: (cloths[pair.cloth], people[pair.person]))
+    return sorted(found.values(), key=lambda pair: (cloths[pair.cloth], people[pair.person], pair.cloth_type))
 
 
 def check_outputs(pairs: list[Pair], args: argparse.Namespace) -> None:
@@ -201,7 +210,8 @@ def check_outputs(pairs: list[Pair], args: argparse.Namespace) -> None:
 def told_of(pair: Pair, args: argparse.Namespace) -> str:
     """How a result is made, for its EXIF: names of files without their folders, and the flags that change it."""
     files = {name: getattr(pair, name) for name in ("person", "cloth", "mask", "pose")}
-    told = {name: file and file.name for name, file in files.items()} | {flag: getattr(args, flag) for flag in TOLD}
+    told = {name: file and file.name for name, file in files.items()} | {"cloth_type": list(pair.cloth_type)}
+    told |= {flag: getattr(args, flag) for flag in TOLD}
     for flag in ("model", "adapter", "human_parser"):
         if told[flag] is not None and Path(told[flag]).exists():
             told[flag] = Path(told[flag]).resolve().name
@@ -308,16 +318,18 @@ class TryOn:
         self.failures: dict[str, None] = {}  # sentences, in order and once each
         self.bad: set[tuple] = set()  # persons with masks, and cloths with the colour profiles that they were to have
 
-    def prepare_person(self, file: Path, mask: Path | None, pose: Path | None) -> PreparedPerson:
-        args, picture = self.args, open_picture(file)
+    def prepare_person(
+        self, file: Path, mask: Path | None, cloth_type: tuple[str, ...], pose: Path | None
+    ) -> PreparedPerson:
+        args, picture, kinds = self.args, open_picture(file), list(cloth_type)
         if mask is not None:
             drawn = open_picture(mask)
         elif self.pipe.human_parser is None or self.pipe.config.mask_free:
             drawn = None
         else:
-            drawn = self.pipe.predict_mask(picture, args.cloth_type, args.looseness)
+            drawn = self.pipe.predict_mask(picture, kinds, args.looseness)
         options = {} if pose is None else {"pose_image": open_picture(pose)}
-        return self.pipe.prepare_person(picture, drawn, args.cloth_type, args.height, args.width, **options)
+        return self.pipe.prepare_person(picture, drawn, kinds, args.height, args.width, **options)
 
     def prepare_cloth(self, file: Path, height: int, width: int, profile: bytes | None) -> PreparedCloth:
         return self.pipe.prepare_cloth(open_picture(file), height, width, profile)
@@ -338,7 +350,8 @@ class TryOn:
         """Pairs that can be tried on together: of one size, at most `--batch_size`."""
         batch: list[tuple[Pair, PreparedPerson, PreparedCloth]] = []
         for pair in pairs:
-            person = self.attempt((pair.person, pair.mask), self.person, pair.person, pair.mask, pair.pose)
+            given = pair.person, pair.mask, pair.cloth_type
+            person = self.attempt(given, self.person, *given, pair.pose)
             cloth = None
             if person is not None:
                 size = (person.height, person.width)
@@ -427,7 +440,7 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
         "--pairs",
         type=path,
         metavar="FILE",
-        help="lines of a person's and a cloth's file name in those folders, with their endings",
+        help=f"lines of a person's and a cloth's file name in those folders, with their endings, and where it is not --cloth_type's, the cloth's kind ({', '.join(REPAINTED)})",
     )
     add(
         "--output",

@@ -18,7 +18,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from huggingface_hub import RepoCard
 from nbclient import NotebookClient
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from test_pipeline import add_safety_checker
 from tiny import ROOT, box_mask, picture, seeded, tiny_parser, tiny_pipe, with_odd_exif
@@ -128,7 +128,9 @@ def wait_until(page: Page, text: str) -> None:
 def downloaded(page: Page) -> np.ndarray:
     with page.expect_download() as download:
         page.locator("#download").click()
-    return np.asarray(Image.open(download.value.path()).convert("RGB"))
+    with Image.open(download.value.path()) as picture:
+        assert "generated" in picture.getexif()[ExifTags.Base.Software]
+        return np.asarray(picture.convert("RGB"))
 
 
 def used_mask(page: Page) -> np.ndarray:
@@ -484,7 +486,8 @@ def test_the_api_proposes_masks_and_takes_what_it_proposed(page_url, pipe, tmp_p
     mask = client.predict(person, "upper", "tight", api_name="/mask")
     assert np.array_equal(Image.open(mask), pipe.predict_mask(picture(1, 64, 48), "upper", "tight"))
     colours = handle_file(save(Image.open(mask).convert("RGB"), tmp_path / "mask.png"))  # as most programs save masks
-    _, used, _ = client.predict(person, cloth, colours, steps=20, api_name="/tryon")
+    result, used, _ = client.predict(person, cloth, colours, steps=20, api_name="/tryon")
+    assert "generated" in Image.open(result).getexif()[ExifTags.Base.Software]
     assert np.array_equal(Image.open(used).convert("L"), Image.open(mask))
 
 

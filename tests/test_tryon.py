@@ -104,10 +104,28 @@ def test_a_list_names_the_pairs(shop, model):
     assert [pair.person.stem for pair in ordered] == ["ann", "ann", "bob"]  # each is encoded once
 
 
+def test_a_list_names_the_kinds_of_its_cloths(shop, model, capsys):
+    """A line's kind is what the human parser looks for; the other lines have --cloth_type's."""
+    (shop / "list.txt").write_text("ann.png tee.png\nann.png red.png lower\n")
+    assert run(shop, model, "--pairs", str(shop / "list.txt"), mask=None) == 1  # its parser knows tops alone
+    said = capsys.readouterr().err
+    assert "ann.png: `person_image` shows the human parser nothing" in said and "['lower']" in said
+    assert [file.name for file in (shop / "results").iterdir()] == ["ann__tee.png"]
+    assert run(shop, model, "--pairs", str(shop / "list.txt"), output="masked") == 0
+    kinds = {
+        file.stem: json.loads(Image.open(file).getexif()[0x10E])["cloth_type"] for file in (shop / "masked").iterdir()
+    }
+    assert kinds == {"ann__tee": ["upper"], "ann__red": ["lower"]}
+
+
 def test_what_a_list_names_is_there(shop, model, capsys):
     """Told of before a model is loaded."""
     for line, message in (
         ("ann.png tee.png\nann.png ten.png", "list.txt, line 2: there is no .*/cloths/ten.png"),
+        (
+            "ann.png tee.png shoes",
+            "line 1: must name a person and a cloth, .* after them, if anything, upper, lower, dress, got",
+        ),
         ('ann.png,"tee, red.png"', "list.txt, line 1: there is no .*/people/ann.png,"),
     ):
         (shop / "list.txt").write_text(line)
@@ -241,6 +259,8 @@ def test_one_file_is_no_place_for_several_pairs(shop, model, capsys):
     assert run(shop, model, output="all.png") == 2
     assert f"--output must be a folder, got {shop}/all.png" in capsys.readouterr().err
     assert run(shop, model, person="people/ann.png", cloth="cloths/red.png", output="one.gif") == 2
+    assert "--output must be a folder, or end in .png, .jpg" in capsys.readouterr().err
+    assert run(shop, model, person="people/ann.png", cloth="cloths/red.png", output="one.heic") == 2
     assert "--output must be a folder, or end in .png, .jpg" in capsys.readouterr().err
     (shop / "results").write_text("a file")
     assert run(shop, model) == 2 and "--output must be a folder" in capsys.readouterr().err
