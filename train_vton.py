@@ -71,6 +71,7 @@ from diffusers.models.unets.unet_2d_blocks import DownBlock2D
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr, find_nearest_bucket
 from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
+from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard, create_repo, upload_folder
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig
@@ -1563,6 +1564,7 @@ class Trainer:
             raise ValueError("--mixed_precision fp16 needs a GPU: take bf16 or no on the CPU")
         if self.accelerator.is_main_process:
             check_output_dir(args)
+            self.claim = claim(args.output_dir)
             for kind in ("unfinished-checkpoint-*", "leaving-checkpoint-*"):  # of a run that was killed
                 for part in args.output_dir.glob(kind):
                     shutil.rmtree(part)
@@ -2696,6 +2698,21 @@ def check_output_dir(args: argparse.Namespace) -> None:
             raise ValueError(f"{lost}: take another --output_dir, got {args.output_dir}")
 
 
+def claim(folder: Path) -> FileLock:
+    """Keeps other processes' runs out of a folder until it is released, or this process ends, however it does.
+
+    Raises:
+        ValueError: another run has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", is_singleton=True)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"--output_dir {folder} is another run's, which has not ended: take another folder") from None
+    return lock
+
+
 @torch.no_grad()
 def assign(parameters: list[torch.nn.Parameter], values: list[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
@@ -2741,6 +2758,9 @@ def main(args: argparse.Namespace) -> None:
         finished = False
     except OSError as error:
         raise SystemExit(f"train_vton.py: {error}") from error
+    finally:
+        if trainer.accelerator.is_main_process:
+            trainer.claim.release()
     with forgiven("the end of tracking"):
         trainer.accelerator.end_training()
     if not finished:

@@ -29,6 +29,7 @@ from accelerate.utils import DistributedType, patch_environment
 from datasets.distributed import split_dataset_by_node
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
+from filelock import FileLock
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors import safe_open
@@ -507,6 +508,21 @@ def test_a_used_folder_is_refused(bases, data, tmp_path, kept):
     assert [path.name for path in tmp_path.iterdir()] == [kept]
 
 
+def test_a_folder_is_one_runs_until_that_ends(bases, data, tmp_path):
+    """Also one whose checkpoints were to be discarded, or gone on with; and a run that ends lets the next one in."""
+    out, other = tmp_path / "out", FileLock(tmp_path / "out" / ".lock")
+    out.mkdir()
+    (out / "checkpoint-1").mkdir()
+    with other:
+        for asked in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
+            with pytest.raises(SystemExit, match="--output_dir .*out is another run's, which has not ended"):
+                main(parse_args(flags(bases[9], data, out, **asked)))
+        assert {path.name for path in out.iterdir()} == {".lock", "checkpoint-1"}
+    main(parse_args(flags(bases[9], data, out, overwrite_output_dir=True, max_train_steps=1)))
+    assert other.acquire(blocking=False)
+    other.release()
+
+
 @pytest.mark.parametrize("kept", [ADAPTER_NAME, LORA_NAME])
 def test_what_a_run_came_to_is_not_overwritten_by_latest(bases, data, tmp_path, kept):
     """Where its checkpoints were deleted; a run that was killed before its first one begins again."""
@@ -523,7 +539,7 @@ def test_a_used_folder_is_used_again_if_asked(finished, bases, data, tmp_path):
     (out / "latents").mkdir()
     main(parse_args(flags(bases[9], data, out, overwrite_output_dir=True)))
     assert {path.name for path in out.iterdir()} == {
-        "checkpoint-2", ADAPTER_NAME, "training_args.json", "train_pairs.json", "latents",
+        "checkpoint-2", ADAPTER_NAME, "training_args.json", "train_pairs.json", "latents", ".lock",
     }  # fmt: skip
 
 
