@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import pytest
 from tiny import ROOT
 
 from pipeline_vton import AdapterSettings, StableDiffusionVTONPipeline
@@ -44,3 +45,21 @@ def test_the_page_without_gradio_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "the page needs gradio: pip install -r requirements-app.txt\n"
+
+
+def anchors(text: str) -> set[str]:
+    """Of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "file", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{f.name}" for f in (ROOT / "docs").glob("*.md"))]
+)
+def test_every_link_leads_somewhere(file):
+    text = (ROOT / file).read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        place, _, anchor = link.partition("#")
+        target = (ROOT / file).parent / place if place else ROOT / file
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
