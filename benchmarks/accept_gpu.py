@@ -100,7 +100,12 @@ class Report:
 
 def environment(device: torch.device) -> dict[str, str | int | float]:
     found = {name: version(name) for name in LIBRARIES}
-    found |= {"python": platform.python_version(), "system": platform.platform(), "device": speed.machine(device)}
+    found |= {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": speed.machine(device),
+    }
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         found |= {"gpus": torch.cuda.device_count(), "gpu_gib": round(about.total_memory / 2**30, 1)}
