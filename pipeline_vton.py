@@ -14,6 +14,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import numbers
@@ -532,43 +533,28 @@ def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
     and a thin part of a large one, keep a core that is entirely theirs.
     """
     top, bottom, left, right = extent(mask[0])
-    window = slice(max(0, top - width), bottom + width), slice(max(0, left - width), right + width)
+    window = (slice(None), slice(max(0, top - width), bottom + width), slice(max(0, left - width), right + width))
     alpha = (mask > 0).to(torch.uint8).mul_(255)
-    inside = alpha[(..., *window)].clone()
-    soft, hard = alpha[(..., *window)], inside > 0
-    radii = sorted({width >> halvings for halvings in range(width.bit_length())}, reverse=True)
-    for radius in radii:  # the finer ones are needed in a few places, and cost the most
-        for part, around in _blocks(hard[0], radius, whole=radius == radii[0]):
-            thick, seam = _seam(inside[(..., *around)], radius)
-            inner = tuple(slice(p.start - a.start, p.stop - a.start) for p, a in zip(part, around))
-            chosen = thick[(..., *inner)] & hard[(..., *part)]
-            soft[(..., *part)] = torch.where(chosen, seam[(..., *inner)], soft[(..., *part)])
-            hard[(..., *part)] &= ~chosen
+    inside, soft = alpha[window].clone(), alpha[window]
+    hard = inside > 0
+    for radius in (width >> halvings for halvings in range(width.bit_length())):
+        # the finer ones are needed in a few places, and cost the most: they look at blocks in which something is still hard
+        side, reach = (max(hard.shape) if radius == width else 64 * radius), 18 * radius
+        for row, column in itertools.product(*(range(0, size, side) for size in hard.shape[1:])):
+            block = hard[0, row : row + side, column : column + side]
+            if not block.numpy().any():
+                continue
+            up, down, start, stop = extent(block)
+            y, x = row + up // radius * radius, column + start // radius * radius
+            y_end, x_end = row + down, column + stop
+            y_seen, x_seen = max(0, y - reach), max(0, x - reach)  # so much around it as a seam depends on
+            thick, seam = _seam(inside[:, y_seen : y_end + reach, x_seen : x_end + reach], radius)
+            part = (slice(None), slice(y, y_end), slice(x, x_end))
+            seen = (slice(None), slice(y - y_seen, y_end - y_seen), slice(x - x_seen, x_end - x_seen))
+            chosen = thick[seen] & hard[part]
+            soft[part] = torch.where(chosen, seam[seen], soft[part])
+            hard[part] &= ~chosen
     return alpha
-
-
-def _blocks(hard: torch.Tensor, radius: int, whole: bool) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
-    """The parts of a mask (H, W) where something is hard, and so much around each of them as `_seam` looks at, both starting at
-    multiples of the radius; or all of it.
-    """
-    if not hard.numpy().any():
-        return
-    side, reach = (max(hard.shape) if whole else 64 * radius), 18 * radius
-    first, last, leftmost, rightmost = extent(hard)
-    for top in range(first // side * side, last, side):
-        for start in range(leftmost // side * side, rightmost, side):
-            part = (slice(top, min(top + side, hard.shape[0])), slice(start, min(start + side, hard.shape[1])))
-            if hard[part].numpy().any():
-                up, down, leftward, rightward = extent(hard[part])  # of which the most may be done
-                part = (
-                    slice(top + up // radius * radius, top + down),
-                    slice(start + leftward // radius * radius, start + rightward),
-                )
-                around = tuple(
-                    slice(max(0, one.start - reach), min(one.stop + reach, size))
-                    for one, size in zip(part, hard.shape)
-                )
-                yield part, around
 
 
 def _seam(inside: torch.Tensor, radius: int) -> tuple[torch.Tensor, torch.Tensor]:
