@@ -693,7 +693,13 @@ def agnostic_mask(parsed: torch.Tensor, roles: dict[int, str], cloth_types: list
             reached[bottom - 1, max(0, left - flare) : right + flare] = True
         else:
             reached |= shows("skirt", "trousers", "belt", "legs") & _above_hips(shows("head"), top, bottom)
-        mask |= _blurred_hull(reached, side) if looseness == "loose" else _box(reached, side)
+        if looseness == "loose":  # the hull, blurred by 3 % and cut where that has grown it by 4 %
+            blurred = convex_hull(reached).filter(ImageFilter.GaussianBlur(0.03 * side))
+            mask |= torch.from_numpy(np.array(blurred)) > 0.1 * 255
+        else:
+            top, bottom, left, right = extent(reached)
+            x, y = round(0.06 * side), round(0.02 * side)
+            mask[max(0, top - y) : bottom + y, max(0, left - x) : right + x] = True
     if "arms" not in repainted:
         return mask & ~shows("arms", *KEPT)
     hands = ~grow(~shows("hands"), max(1, round(0.01 * side)))  # their rim is the cuff's
@@ -747,20 +753,6 @@ def convex_hull(region: torch.Tensor) -> Image.Image:
     hull = Image.new("L", (region.shape[1], region.shape[0]))
     ImageDraw.Draw(hull).polygon(outline, fill=255, outline=255)
     return hull
-
-
-def _blurred_hull(region: torch.Tensor, side: int) -> torch.Tensor:
-    """The convex hull, blurred by 3 % of the side and so grown by 4 %."""
-    blurred = convex_hull(region).filter(ImageFilter.GaussianBlur(0.03 * side))
-    return torch.from_numpy(np.array(blurred)) > 0.1 * 255
-
-
-def _box(region: torch.Tensor, side: int) -> torch.Tensor:
-    top, bottom, left, right = extent(region)
-    x, y = round(0.06 * side), round(0.02 * side)
-    box = torch.zeros_like(region)
-    box[max(0, top - y) : bottom + y, max(0, left - x) : right + x] = True
-    return box
 
 
 class VTONMaskMixin:
