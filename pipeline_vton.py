@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import numbers
+import operator
 import os
 import re
 import shutil
@@ -519,11 +520,6 @@ def fit_size(
     height = width * person_height / person_width if height is None else height
     width = height * person_width / person_height if width is None else width
     return tuple(max(multiple, round(side / multiple) * multiple) for side in (height, width))
-
-
-def crop_region(mask: torch.Tensor, height: int, width: int, padding: int) -> tuple[int, int, int, int]:
-    """The surroundings (left, top, right, bottom) of a mask (1, H, W), `padding` pixels wide, at the aspect of height x width."""
-    return VaeImageProcessor.get_crop_region(as_pil(mask), width, height, pad=padding)
 
 
 def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
@@ -2581,7 +2577,8 @@ class TryOnInputs:
             return [person.region for person in self.prepared_persons]
         if self.padding is None:
             return [(0, 0, person.shape[2], person.shape[1]) for person in self.persons]
-        return [crop_region(mask, self.height, self.width, self.padding) for mask in self.masks]
+        crop_region = VaeImageProcessor.get_crop_region  # at the aspect of height x width
+        return [crop_region(as_pil(mask), self.width, self.height, self.padding) for mask in self.masks]
 
 
 @dataclass(frozen=True, eq=False)
@@ -2776,16 +2773,12 @@ class VTONInputsMixin:
                     raise ValueError(
                         f"`{name}` must be None with a prepared person, which brings its own, got {shown(value)}"
                     )
-        drawn = self.human_parser is not None and not self.config.mask_free
-        if mask_image is None and not drawn and not is_prepared:
-            if not self.config.mask_free:
-                raise ValueError(
-                    "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
-                )
-            if padding_mask_crop is not None:
-                raise ValueError(
-                    f"`padding_mask_crop` needs a `mask_image`, got {shown(padding_mask_crop)} without one"
-                )
+        elif mask_image is None and not self.config.mask_free and self.human_parser is None:
+            raise ValueError(
+                "`mask_image` must be given: None needs a `human_parser` or a mask-free adapter, and there is neither"
+            )
+        elif mask_image is None and self.config.mask_free and padding_mask_crop is not None:
+            raise ValueError(f"`padding_mask_crop` needs a `mask_image`, got {shown(padding_mask_crop)} without one")
         if pose_image is not None and self.config.pose == "none":
             raise ValueError(
                 "`pose_image` must be None with an adapter that has learnt without poses (its setting `pose` is none), got "
@@ -2836,13 +2829,12 @@ class VTONInputsMixin:
             convert_profile(cloth, before, after) for cloth, before, after in zip(cloths, cloth_profiles, wearers)
         ]
         masks, poses = (pictures * count if len(pictures) == 1 else pictures for pictures in (masks, poses))
-        for name, pictures in (("mask_image", masks), ("pose_image", poses)):
+        for name, pictures, what, fits in (
+            ("mask_image", masks, "size", operator.eq),
+            ("pose_image", poses, "aspect", same_aspect),
+        ):
             for person, one in zip(persons, pictures):
-                if one is None or person.shape[1:] == one.shape[1:]:
-                    continue
-                size, found = tuple(person.shape[1:]), tuple(one.shape[1:])
-                if name == "mask_image" or not same_aspect(size, found):
-                    what = "size" if name == "mask_image" else "aspect"
+                if one is not None and not fits(size := tuple(person.shape[1:]), found := tuple(one.shape[1:])):
                     raise ValueError(f"`{name}` must have the {what} of `person_image` {size} (H, W), got {found}")
         return persons, cloths, masks, None if pose_image is None else poses, profiles, prepared_persons
 
@@ -2942,8 +2934,7 @@ class VTONInputsMixin:
             return (weights_mark(self.vae), *settings, self.config.pose)
         attention = (self.config.cloth_conditioning, self.config.cross_attention, self.unet.config.in_channels)
         freeu = [getattr(block, name, None) for block in self.unet.up_blocks for name in ("s1", "s2", "b1", "b2")]
-        attention += tuple(freeu)
-        return (weights_mark(self.vae), weights_mark(self.unet), *settings, *attention)
+        return (weights_mark(self.vae), weights_mark(self.unet), *settings, *attention, *freeu)
 
     @in_turn
     @torch.no_grad()
@@ -3082,12 +3073,12 @@ class VTONInputsMixin:
                 )
         if not text:
             return None
-        if prompt_embeds is None and (self.text_encoder is None or self.tokenizer is None):
+        encodes = self.text_encoder is not None and self.tokenizer is not None
+        if prompt_embeds is None and not encodes:
             raise ValueError(
                 "`prompt_embeds` must be given: this adapter uses text, and there is no `text_encoder` and `tokenizer`"
             )
-        encodes = self.text_encoder is not None and self.tokenizer is not None
-        if guided and prompt_embeds is not None and negative_prompt_embeds is None and not encodes:
+        if guided and negative_prompt_embeds is None and not encodes:
             raise ValueError(
                 "`negative_prompt_embeds` must be given with `prompt_embeds` where guidance_scale > 1, got None"
             )
@@ -3218,8 +3209,7 @@ class StableDiffusionVTONPipeline(
         Raises:
             ValueError: the number is no positive whole one, or the scheduler is none of Stable Diffusion's.
         """
-        if self.scheduler is None:
-            raise ValueError("fast needs the component `scheduler`, got None")
+        self._require("scheduler")
         check_scheduler(self.scheduler)
         check_sampling(
             self.scheduler.config.num_train_timesteps, guidance_scale=1.0, num_inference_steps=num_inference_steps
