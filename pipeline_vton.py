@@ -3134,6 +3134,7 @@ class StableDiffusionVTONPipeline(
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     encode_prompt = StableDiffusionPipeline.encode_prompt
+    prepare_extra_step_kwargs = StableDiffusionPipeline.prepare_extra_step_kwargs
     run_safety_checker = StableDiffusionPipeline.run_safety_checker
 
     def __init__(
@@ -3529,13 +3530,9 @@ class StableDiffusionVTONPipeline(
         )  # fmt: skip
         num_images_per_prompt = int(num_images_per_prompt)
         timesteps = None if timesteps is None else [int(t) for t in timesteps]
-        timesteps, _ = retrieve_timesteps(
-            self.scheduler, int(num_inference_steps) if timesteps is None else None, "cpu", timesteps
-        )  # on the host: a scheduler that looks at them needn't wait for a GPU
-        accepted = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {
-            name: value for name, value in (("eta", float(eta)), ("generator", generator)) if name in accepted
-        }
+        # on the host: a scheduler that looks at them needn't wait for a GPU
+        timesteps, _ = retrieve_timesteps(self.scheduler, int(num_inference_steps), "cpu", timesteps)
+        step_kwargs = self.prepare_extra_step_kwargs(generator, float(eta))
         self._guidance_scale = float(guidance_scale)
         self._guidance_rescale = float(guidance_rescale)
         self._cross_attention_kwargs = cross_attention_kwargs
