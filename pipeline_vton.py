@@ -555,12 +555,11 @@ def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
 
 def _seam(inside: torch.Tensor, radius: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where a mask (1, H, W), 0 or 255, is 15 radii thick, and its bytes as the seam of that width has them."""
-    cells = (F.max_pool2d(255 - inside, radius, ceil_mode=True) > 0).float()  # 0 where a square of that side is inside
-    core = 1 - F.max_pool2d(F.max_pool2d(cells, (15, 1), 1, (7, 0)), (1, 15), 1, (0, 7))
-    thick = F.max_pool2d(F.max_pool2d(core, (19, 1), 1, (9, 0)), (1, 19), 1, (0, 9)) > 0
-    thick = thick.repeat_interleave(radius, 1).repeat_interleave(radius, 2)[:, : inside.shape[1], : inside.shape[2]]
+    outside = F.max_pool2d(255 - inside, radius, ceil_mode=True)[0] > 0  # false where a square of that side is inside
+    thick = grow(~grow(outside, 7), 9).repeat_interleave(radius, 0).repeat_interleave(radius, 1)
     inward = [max(0, 2 * value - 255) for value in range(256)]  # the blur's upper half: the outline is where it begins
     blurred = as_pil(inside).filter(ImageFilter.BoxBlur(radius)).point(inward)
+    thick = thick[None, : inside.shape[1], : inside.shape[2]]
     return thick, torch.from_numpy(np.array(blurred))[None].bitwise_and_(inside)
 
 
