@@ -1189,19 +1189,27 @@ def between_calls(change: Callable) -> Callable:
 # -------------------------------------------------------------------------------------------------------- the settings
 
 
+def _setting(default: Any, kind: type, rule: str, valid: Callable[[Any], bool], **more: Any) -> Any:
+    """A setting by its default, its type, what it must be, in words and as a check, and how a file's text is read, by `kind`."""
+    return field(default=default, metadata={"kind": kind, "rule": rule, "valid": valid, "read": kind, **more})
+
+
 def _choice(*choices: Any) -> Any:
     """A setting that is one of few; the first is its default."""
-    return field(default=choices[0], metadata={"choices": choices, "rule": f"one of {', '.join(map(_text, choices))}"})
+    kind, texts = type(choices[0]), {_text(choice): choice for choice in choices}
+    rule, read = f"one of {', '.join(texts)}", texts.__getitem__
+    return _setting(choices[0], kind, rule, lambda x: isinstance(x, kind) and x in choices, choices=choices, read=read)
 
 
 def _number(default: Any, kind: type, rule: str, low: float = -math.inf, high: float = math.inf) -> Any:
     """A setting that is a finite number from `low` to `high`, whole where `kind` is int."""
-    return field(default=default, metadata={"kind": kind, "rule": rule, "low": low, "high": high})
+    is_kind = is_whole if kind is int else is_number
+    return _setting(default, kind, rule, lambda x: is_kind(x) and low <= x <= high)
 
 
 def _free(rule: str, valid: Callable[[str], bool] = lambda text: True) -> Any:
     """A setting that is a text, None by default."""
-    return field(default=None, metadata={"rule": rule, "valid": valid})
+    return _setting(None, str, rule, lambda x: isinstance(x, str) and valid(x))
 
 
 def _text(value: Any) -> str:
@@ -1282,19 +1290,11 @@ class AdapterSettings:
     @staticmethod
     def _check(setting: Field, value: Any) -> Any:
         """The value in its setting's own type; ValueError, with what it must be, where it is none."""
-        about = setting.metadata
         if value is None and setting.default is None:
             return None
-        if "choices" in about:
-            valid = isinstance(value, type(setting.default)) and value in about["choices"]
-        elif "kind" in about:
-            valid = is_whole(value) if about["kind"] is int else is_number(value)
-            valid = valid and about["low"] <= value <= about["high"]
-        else:
-            valid = isinstance(value, str) and about["valid"](value)
-        if not valid:
-            raise ValueError(about["rule"])
-        return about["kind"](value) if "kind" in about else value
+        if not setting.metadata["valid"](value):
+            raise ValueError(setting.metadata["rule"])
+        return setting.metadata["kind"](value)
 
     @classmethod
     def choices(cls, name: str) -> tuple:
@@ -1326,22 +1326,13 @@ class AdapterSettings:
                 continue
             if name not in known:
                 raise ValueError(f"the adapter {file} has the unknown setting {name}={text!r}")
+            setting = known[name]
             try:
-                settings[known[name].name] = cls._check(known[name], cls._parse(known[name], text))
-            except ValueError as error:
-                raise ValueError(f"the adapter {file} has the setting {name}={text!r}, not {error}") from None
+                settings[setting.name] = cls._check(setting, setting.metadata["read"](text))
+            except (KeyError, ValueError):
+                rule = setting.metadata["rule"]
+                raise ValueError(f"the adapter {file} has the setting {name}={text!r}, not {rule}") from None
         return cls(**settings)
-
-    @staticmethod
-    def _parse(setting: Field, text: str) -> Any:
-        """A text as its setting's type, or as it is where it is none."""
-        about = setting.metadata
-        if "choices" in about:
-            return {_text(choice): choice for choice in about["choices"]}.get(text, text)
-        try:
-            return about.get("kind", str)(text)
-        except ValueError:
-            return text
 
     def metadata(self) -> dict[str, str]:
         """The settings as an adapter's metadata, without those that are None; `from_metadata` reads it."""
