@@ -1547,17 +1547,14 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
     def _stack(self) -> dict[str, Any]:
         """What the UNet carries."""
         unet = unwrap_module(self.unet)
-        if unet is None:
-            return {"base_in_channels": None, "said": {}, "fixed": [], "adapter": None, "loras": {}}
-        if "vton_stack" not in vars(unet):
-            unet.vton_stack = {
-                "base_in_channels": unet.config.in_channels,
-                "said": {"base": self._said["base"]} if "_said" in self.__dict__ else {},  # by the layers' ids
-                "fixed": [],  # layers that were fused into the base
-                "adapter": None,  # its layer, with the base's weights
-                "loras": {},  # layers by the names of LoRAs
-            }
-        return unet.vton_stack
+        new = {
+            "base_in_channels": None if unet is None else unet.config.in_channels,
+            "said": {"base": self._said["base"]} if "_said" in self.__dict__ else {},  # by the layers' ids
+            "fixed": [],  # layers that were fused into the base
+            "adapter": None,  # its layer, with the base's weights
+            "loras": {},  # layers by the names of LoRAs
+        }
+        return new if unet is None else vars(unet).setdefault("vton_stack", new)
 
     @staticmethod
     def _new_layer(settings: AdapterSettings) -> dict[str, Any]:
@@ -1898,13 +1895,13 @@ class VTONAdapterMixin(StableDiffusionLoraLoaderMixin):
                 raise ValueError(
                     f"the adapter {file} does not fit this UNet: {name} has shape {list(weight.shape)}, not {shape}"
                 )
-            dtype = parameters[name].dtype
-            if not weight.is_floating_point() or not torch.isfinite(weight.to(dtype).float()).all():
-                if weight.is_floating_point() and torch.isfinite(weight.float()).all():
-                    raise ValueError(
-                        f"the adapter {file} does not fit this UNet: {name} has numbers that {dtype} cannot hold"
-                    )
+            if not weight.is_floating_point() or not torch.isfinite(weight.float()).all():
                 raise ValueError(f"the adapter {file} is damaged: {name} is not all finite floating-point numbers")
+            dtype = parameters[name].dtype
+            if not torch.isfinite(weight.to(dtype).float()).all():
+                raise ValueError(
+                    f"the adapter {file} does not fit this UNet: {name} has numbers that {dtype} cannot hold"
+                )
 
 
 # ------------------------------------------------------------------------------------------------------ the model card
