@@ -46,7 +46,7 @@ from fractions import Fraction
 from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, BinaryIO, ClassVar, NoReturn
+from typing import Any, BinaryIO, ClassVar
 
 import accelerate
 import numpy as np
@@ -225,7 +225,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         for name, default in ADAPTER_FLAGS.items():
             if getattr(args, name) is None:
                 setattr(args, name, default)
-        check_settings(args, parser.error)
+        try:
+            check_settings(args)
+        except ValueError as error:
+            parser.error(str(error))
     if args.cache_latents is True:
         args.cache_latents = args.output_dir / "latents"
     return args
@@ -361,26 +364,28 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--lora_rank learns an update of the base alone: an adapter to begin from is trained whole")
 
 
-def check_settings(args: argparse.Namespace, fail: Callable[[str], Any]) -> None:
-    """The same of flags that depend on what an adapter says that training begins from."""
+def check_settings(args: argparse.Namespace) -> None:
+    """ValueError for flags that do not fit together, once it is known what an adapter to begin from says of them."""
     parser = new_parser()
     for name, others in NEEDS.items():
         value = getattr(args, name)
         for other in others:
             if value != parser.get_default(name) and not getattr(args, other):
-                fail(f"--{name} {value} needs --{other}")
+                raise ValueError(f"--{name} {value} needs --{other}")
     if args.caption_column and (args.dataset_name is None or args.cross_attention != "prompt"):
-        fail(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
+        raise ValueError(f"--caption_column {args.caption_column} needs --dataset_name and --cross_attention prompt")
     if args.prompt and args.cross_attention != "prompt":
-        fail(f"--prompt {args.prompt} needs --cross_attention prompt")
+        raise ValueError(f"--prompt {args.prompt} needs --cross_attention prompt")
     if args.mask_free and "mask" in args.augment:
-        fail("--augment mask loosens masks, and --mask_free has none")
+        raise ValueError("--augment mask loosens masks, and --mask_free has none")
     if args.num_cloths > 1 and args.cloth_conditioning == "joint":
-        fail(f"--num_cloths {args.num_cloths} needs --cloth_conditioning reference: a joint canvas holds one cloth")
+        raise ValueError(
+            f"--num_cloths {args.num_cloths} needs --cloth_conditioning reference: a joint canvas holds one cloth"
+        )
     if args.pose and args.mask_free:
-        fail("--pose paints into the hole that a mask leaves, and --mask_free has none")
+        raise ValueError("--pose paints into the hole that a mask leaves, and --mask_free has none")
     if args.lora_rank and args.trainable not in {"self_attention", "attention"}:
-        fail(f"--lora_rank needs --trainable self_attention or attention, got {args.trainable}")
+        raise ValueError(f"--lora_rank needs --trainable self_attention or attention, got {args.trainable}")
 
 
 def settle(args: argparse.Namespace, said: dict[str, Any]) -> None:
@@ -390,10 +395,6 @@ def settle(args: argparse.Namespace, said: dict[str, Any]) -> None:
         if given not in {None, said[name]}:
             raise ValueError(f"--{name} {given}: --init_adapter {args.init_adapter} was trained with {said[name]}")
         setattr(args, name, said[name])
-
-
-def refuse(sentence: str) -> NoReturn:
-    raise ValueError(sentence)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -1676,7 +1677,7 @@ class Trainer:
         config = self.pipe.config
         brought = AdapterSettings(**{setting.name: config[setting.name] for setting in fields(AdapterSettings)})
         settle(args, asdict(brought) | {"prompt": brought.prompt or "", "pose": brought.pose == "painted"})
-        check_settings(args, refuse)
+        check_settings(args)
         logger.info(
             "begun from %s: %s", args.init_adapter, ", ".join(f"{k} {getattr(args, k)}" for k in ADAPTER_FLAGS)
         )
