@@ -481,11 +481,8 @@ def to_values(batch: dict[str, Any]) -> dict[str, Any]:
 
     Reading processes hand over bytes: a quarter of the memory, and half of their work.
     """
-
-    def is_picture(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dtype == torch.uint8
-
-    return {k: v.float().div_(255).mul_(2).sub_(1) if is_picture(v) else v for k, v in batch.items()}
+    pictures = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dtype == torch.uint8}
+    return batch | {k: v.float().div_(255).mul_(2).sub_(1) for k, v in pictures.items()}
 
 
 def loosen(mask: Tensor, rng: np.random.Generator) -> Tensor:
@@ -1170,10 +1167,10 @@ def load_pairs(
     """What to train on. The first process looks at every file of a tree, once, and the others believe it."""
     if args.dataset_root is None:
         return RowPairs(load_rows(args, "train", columns), columns)
-    looked_at = {"index": args.output_dir / "train_pairs.json", "checked": not accelerator.is_main_process}
+    index, checked = args.output_dir / "train_pairs.json", not accelerator.is_main_process
+    options = {"pose_folder": args.pose_folder, "index": index, "checked": checked}
     with accelerator.main_process_first():
-        roles, looked_at["pose_folder"] = tuple(columns), args.pose_folder
-        return tree_pairs(args.dataset_root, "train", True, roles, args.category, args.condition_column, **looked_at)
+        return tree_pairs(args.dataset_root, "train", True, columns, args.category, args.condition_column, **options)
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -1735,38 +1732,34 @@ class Trainer:
         return own
 
     def load_data(self) -> None:
-        args, captions = self.args, None
+        args, processes = self.args, self.accelerator.num_processes
         if args.streaming:
             return self.load_stream()
-        if args.caption_column:
-            captions = self.pairs.rows[args.caption_column]
-        loading = {"batch_size": args.train_batch_size, "num_workers": args.dataloader_num_workers}
-        rows = args.train_batch_size * self.accelerator.num_processes
+        rows = args.train_batch_size * processes
         if len(self.pairs) < rows:
             source = "--dataset_root" if args.dataset_root is not None else "--dataset_name"
             raise ValueError(f"--train_batch_size: a step takes {rows} pairs, and {source} has {len(self.pairs)}")
         if args.resolutions is None:
-            self.dataset = self.pairs_at(self.height, self.width, captions, loading)
-            loading |= self.reading(args.dataloader_num_workers)
-            self.loader = DataLoader(self.dataset, shuffle=True, drop_last=True, **loading)
-            return
-        groups, processes = group_by_aspect(self.pairs, args.resolutions), self.accelerator.num_processes
-        self.dataset = PairsAtSizes([self.pairs_at(*size, captions, loading) for size in args.resolutions])
-        batches = ResolutionBatches(self.dataset, groups, args.train_batch_size, processes, args.seed)
-        loading = {"batch_sampler": batches, "num_workers": args.dataloader_num_workers}
-        self.loader = DataLoader(self.dataset, **loading, **self.reading(args.dataloader_num_workers))
+            self.dataset = self.pairs_at(self.height, self.width)
+            order = {"batch_size": args.train_batch_size, "shuffle": True, "drop_last": True}
+        else:
+            groups = group_by_aspect(self.pairs, args.resolutions)
+            self.dataset = PairsAtSizes([self.pairs_at(*size) for size in args.resolutions])
+            batches = ResolutionBatches(self.dataset, groups, args.train_batch_size, processes, args.seed)
+            order = {"batch_sampler": batches}
+        self.loader = self.new_loader(args.dataloader_num_workers, **order)
 
-    def pairs_at(
-        self, height: int, width: int, captions: Sequence[str] | None, loading: dict[str, int]
-    ) -> PairDataset:
+    def pairs_at(self, height: int, width: int) -> PairDataset:
         """The pairs at one size, with what the VAE makes of them if that is to be cached."""
-        prepare = replace(self.prepare, height=height, width=width)
-        if self.args.cache_latents is None:
+        args, prepare = self.args, replace(self.prepare, height=height, width=width)
+        if args.cache_latents is None:
+            captions = self.pairs.rows[args.caption_column] if args.caption_column else None
             return PairDataset(self.pairs, prepare, captions)
         settings = replace(self.settings, height=height, width=width)
-        folder = self.args.cache_latents / cache_key(self.vae, settings, self.pairs)
+        folder = args.cache_latents / cache_key(self.vae, settings, self.pairs)
         dataset = LatentCache(self.pairs, prepare, folder=folder)
-        dataset.fill(partial(self.encode, unposed=self.args.pose), self.accelerator, **loading)
+        loading = {"batch_size": args.train_batch_size, "num_workers": args.dataloader_num_workers}
+        dataset.fill(partial(self.encode, unposed=args.pose), self.accelerator, **loading)
         return dataset
 
     def load_stream(self) -> None:
@@ -1775,19 +1768,19 @@ class Trainer:
         rows = self.pairs.rows.shuffle(seed=args.seed)
         rows = importlib.import_module("datasets.distributed").split_dataset_by_node(rows, *place)
         self.dataset = StreamedPairs(rows, self.columns, self.prepare, *place, args.caption_column)
-        workers = min(1, args.dataloader_num_workers)
-        loading = {"batch_size": args.train_batch_size, "num_workers": workers}
-        self.loader = DataLoader(self.dataset, **loading, **self.reading(workers))
+        self.loader = self.new_loader(min(1, args.dataloader_num_workers), batch_size=args.train_batch_size)
 
-    def reading(self, workers: int) -> dict[str, Any]:
+    def new_loader(self, workers: int, **order: Any) -> DataLoader:
         """How training is fed: by processes that outlast an epoch, from memory that a GPU copies without waiting."""
-        pinned = self.accelerator.device.type == "cuda"
-        return {
-            "collate_fn": collate,
-            "persistent_workers": workers > 0,
-            "pin_memory": pinned,
-            "worker_init_fn": heed_the_trainer_alone,
-        }
+        return DataLoader(
+            self.dataset,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=heed_the_trainer_alone,
+            collate_fn=collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+            **order,
+        )
 
     def prepare_losses(self) -> None:
         """What is added to the noise's error."""
