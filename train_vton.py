@@ -1639,18 +1639,16 @@ class Trainer:
         self.brought = self.load_init_adapter() if args.init_adapter else None
         check_unet(self.unet, args.cloth_conditioning == "reference")
         refuse_sdxl_text(self.unet, args.cross_attention)
-        if self.in_channels == 4 and self.brought is None:
-            widen_conv_in(self.unet)
         self.begun_from = None  # a name for the adapter's weights
         if self.brought is not None:
             begun = adapter_parameters(self.unet, args.trainable, self.in_channels == 4)
             self.begun_from = fingerprint(begun.values())
-        self.tokenizer = self.text_encoder = None
+        elif self.in_channels == 4:
+            widen_conv_in(self.unet)
         self.prompt_embeds = self.empty_embeds = None  # (1, 77, features)
         if args.cross_attention == "prompt":
-            self.tokenizer = CLIPTokenizer.from_pretrained(**self.base, subfolder="tokenizer")
-            self.text_encoder = self.load(CLIPTextModel, "text_encoder")
-            self.pipe.register_modules(tokenizer=self.tokenizer, text_encoder=self.text_encoder)
+            tokenizer = CLIPTokenizer.from_pretrained(**self.base, subfolder="tokenizer")
+            self.pipe.register_modules(tokenizer=tokenizer, text_encoder=self.load(CLIPTextModel, "text_encoder"))
             self.prompt_embeds, self.empty_embeds = self.embed([args.prompt]), self.embed([""])
 
     def refuse_trained_pipeline(self) -> None:

@@ -198,8 +198,8 @@ def test_a_base_of_pickles_and_half_precision_is_trained_from_its_safetensors(ba
         trainer_of(folder, data, tmp_path / "out", cross_attention="prompt") for folder in (base, bases[9])
     )
     for name in ("unet", "vae", "text_encoder"):
-        expected = getattr(usual, name).half().float().state_dict()
-        assert equal(getattr(trainer, name).state_dict(), expected)
+        expected = getattr(usual.pipe, name).half().float().state_dict()
+        assert equal(getattr(trainer.pipe, name).state_dict(), expected)
 
 
 def test_a_compiled_run_equals_a_plain_one(bases, data, tmp_path, monkeypatch):
