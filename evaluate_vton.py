@@ -436,6 +436,19 @@ class Line:
         return f"{self.setting}\t{self.person}\t{self.cloth}"
 
 
+def frozen_lines(file: Path) -> list[tuple[Line, str]]:
+    """The lines of a list that another run wrote, SETTING, PERSON and CLOTH with tabs between them, and the places of them."""
+    found = []
+    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        words, where = text.split("\t"), f"{file}, line {number}"
+        if len(words) != 3 or words[0] not in SETTINGS:
+            raise ValueError(
+                f"{where}: must be {' or '.join(SETTINGS)}, a person and a cloth with tabs between, got {text!r}"
+            )
+        found.append((Line(*words), where))
+    return found
+
+
 class EvaluatedPairs(TreePairs):
     """The trainer's pairs, with the `names` of their lines; files are opened when their line's turn comes, which then fails alone.
 
@@ -447,29 +460,22 @@ class EvaluatedPairs(TreePairs):
         super().__init__(*args, **options)
 
     def named_pairs(self, folder: str, split: str, paired: bool) -> list[tuple[str, str, str]]:
-        named = super().named_pairs(folder, split, paired) if self.frozen is None else self.listed(folder, paired)
         before = f"{folder}/" if self.dress_code else ""
+        if self.frozen is None:
+            named = super().named_pairs(folder, split, paired)
+        else:
+            named = [
+                (line.person.removeprefix(before), line.cloth.removeprefix(before), where)
+                for line, where in frozen_lines(self.frozen)
+                if line.setting == SETTINGS[not paired] and line.person.startswith(before)
+            ]
         self.names += [(before + person, before + cloth) for person, cloth, _ in named]
-        return named
-
-    def listed(self, folder: str, paired: bool) -> list[tuple[str, str, str]]:
-        """The lines `SETTING PERSON CLOTH`, with tabs between them, of one folder."""
-        named, before = [], f"{folder}/" if self.dress_code else ""
-        for number, text in enumerate(self.frozen.read_text(encoding="utf-8").splitlines(), start=1):
-            words, where = text.split("\t"), f"{self.frozen}, line {number}"
-            if len(words) != 3 or words[0] not in SETTINGS:
-                raise ValueError(
-                    f"{where}: must be {' or '.join(SETTINGS)}, a person and a cloth with tabs between, got {text!r}"
-                )
-            if words[0] == SETTINGS[not paired] and words[1].startswith(before):
-                named.append((*(word.removeprefix(before) for word in words[1:]), where))
         return named
 
     def check(self) -> None:
         pass
 
 
-@dataclass(eq=False)
 class TreeSource:
     """Lines and pictures of a tree, through the trainer's reader; `lists` names the files that were taken.
 
@@ -477,46 +483,32 @@ class TreeSource:
     folder, and `factors.jsonl`, which says of every line by what it varies and what can be recognised.
 
     Args:
-        root, split: as in `TreePairs`.
-        settings: of `paired` and `unpaired`.
-        masked, conditioned, posed: whether masks are read, in paired lines the person in another cloth, and poses.
-        num_cloths: of a person: `cloth_2` and further folders hold what is worn with the cloth of a name.
-        condition_folder, pose_folder: where these lie, as in `TreePairs`.
-        frozen: a list that another run wrote, in place of the tree's own.
+        args: of `parse_args`.
+        roles: which pictures to read, by setting.
     """
 
-    root: Path
-    split: str = "test"
-    settings: Sequence[str] = SETTINGS
-    masked: bool = True
-    conditioned: bool = False
-    condition_folder: str = "condition"
-    frozen: Path | None = None
-    posed: bool = False
-    pose_folder: str | None = None
-    num_cloths: int = 1
-
-    def __post_init__(self) -> None:
+    def __init__(self, args: argparse.Namespace, roles: dict[str, list[str]]) -> None:
+        self.root, self.split = args.dataset_root, args.split
+        folders = {"condition_folder": args.condition_column, "pose_folder": args.pose_folder}
         self.places: dict[Line, tuple[EvaluatedPairs, int]] = {}
-        for setting in self.settings:
-            pairs = self.read(setting)
+        for setting in settings_of(args):
+            paired = setting == "paired"
+            pairs = EvaluatedPairs(args.list, self.root, self.split, paired, roles[setting], **folders)
             for index, names in enumerate(pairs.names):
                 if (line := Line(setting, *names)) in self.places:
                     raise ValueError(f"{pairs.pairs[index][1]}: {pairs.name(index)} stands in the list twice")
                 self.places[line] = pairs, index
+        for line, where in frozen_lines(args.list) if args.list is not None else ():
+            asked = line.setting in settings_of(args) and args.category in {"all", line.category}
+            if asked and line not in self.places:
+                raise ValueError(f"{where}: {self.root} has no folder for {str(line)!r}")
         self.lines = list(self.places)
         wheres = [pairs.pairs[index][1] for pairs, index in self.places.values()]
         self.lists = list(dict.fromkeys(where.rsplit(", line ", 1)[0] for where in wheres))
         self.known = self.read_factors()
-        further = cloth_roles(self.num_cloths + 1)[-1]
+        further = cloth_roles(args.num_cloths + 1)[-1]
         if (self.root / self.split / further).is_dir():
-            logger.warning("%s has %s, which --num_cloths %d would show", self.root, further, self.num_cloths + 1)
-
-    def read(self, setting: str) -> EvaluatedPairs:
-        roles = ["person", *cloth_roles(self.num_cloths)] + ["mask"] * self.masked + ["pose"] * self.posed
-        roles += ["condition"] * (self.conditioned and setting == "paired")
-        folders = {"condition_folder": self.condition_folder, "pose_folder": self.pose_folder}
-        return EvaluatedPairs(self.frozen, self.root, self.split, setting == "paired", roles, **folders)
+            logger.warning("%s has %s, which --num_cloths %d would show", self.root, further, args.num_cloths + 1)
 
     def read_factors(self) -> dict[Line, dict[str, dict[str, str | None]]]:
         """Of every line that factors.jsonl has: `factors` and `attributes`."""
@@ -560,43 +552,32 @@ class TreeSource:
         return {name: value for name, value in attributes.items() if value is not None}
 
 
-@dataclass(eq=False)
 class RowSource:
-    """Lines and pictures of a `datasets` split: every row in its own cloth, or in the next row's."""
+    """Lines and pictures of a `datasets` split: every row in its own cloth, or in the next row's. Arguments as of `TreeSource`."""
 
-    args: argparse.Namespace
-    masked: bool = True
-    conditioned: bool = False
-    posed: bool = False
-    num_cloths: int = 1
-
-    def __post_init__(self) -> None:
-        args = self.args
-        roles = ["person", *cloth_roles(self.num_cloths)] + ["mask"] * self.masked + ["pose"] * self.posed
-        conditioned = ["condition"] * (self.conditioned and args.setting != "unpaired")
-        columns = {role: column_of(args, role) for role in roles + conditioned}
+    def __init__(self, args: argparse.Namespace, roles: dict[str, list[str]]) -> None:
+        settings = settings_of(args)
+        columns = {role: column_of(args, role) for setting in settings for role in roles[setting]}
         rows = load_rows(args, args.split, columns)
         rows = StreamedRows(rows, args.num_samples, 2 * args.batch_size) if args.streaming else rows
-        self.pairs = RowPairs(rows, columns, "row")
-        self.unpaired = RowPairs(rows, {role: columns[role] for role in roles}, "row")
+        self.rows, self.caption_column = rows, args.caption_column
+        self.pairs = {s: RowPairs(rows, {role: columns[role] for role in roles[s]}) for s in settings}
         self.lists = [f"{args.dataset_name}, split {args.split}"]
         count, step = len(rows), {"paired": 0, "unpaired": 1}
-        self.lines = [
-            Line(s, f"row-{i}", f"row-{(i + step[s]) % count}") for s in settings_of(args) for i in range(count)
-        ]
+        self.lines = [Line(s, f"row-{i}", f"row-{(i + step[s]) % count}") for s in settings for i in range(count)]
 
     def caption(self, line: Line) -> str | None:
         """That of the cloth's row."""
-        column, row = self.args.caption_column, int(line.cloth.removeprefix("row-"))
-        return filled(self.pairs.rows[row][column], f"{self.pairs.name(row)}: the caption") if column else None
+        column, row = self.caption_column, int(line.cloth.removeprefix("row-"))
+        return filled(self.rows[row][column], f"row {row}: the caption") if column else None
 
     def pictures(self, line: Line) -> dict[str, Image.Image]:
         person, cloth = (int(name.removeprefix("row-")) for name in (line.person, line.cloth))
+        pictures = self.pairs[line.setting].pictures
         if line.setting == "paired":
-            return self.pairs.pictures(person)
-        kept, worn = self.unpaired.pictures(person), self.unpaired.pictures(cloth)
-        roles = {role for role in kept | worn if is_cloth(role)}
-        return {k: v for k, v in kept.items() if k not in roles} | {k: v for k, v in worn.items() if k in roles}
+            return pictures(person)
+        kept = {role: picture for role, picture in pictures(person).items() if not is_cloth(role)}
+        return kept | {role: picture for role, picture in pictures(cloth).items() if is_cloth(role)}
 
     def files(self, line: Line) -> dict[str, Path]:
         """Nothing: rows have no files, and neither factors nor attributes."""
@@ -642,17 +623,6 @@ def read_result(file: Path, person: Image.Image) -> Image.Image:
 
 def settings_of(args: argparse.Namespace) -> Sequence[str]:
     return SETTINGS if args.setting == "both" else (args.setting,)
-
-
-def check_list(args: argparse.Namespace, lines: list[Line]) -> None:
-    """ValueError where the tree has not all lines of --list that are asked for."""
-    if args.list is not None:
-        there = set(lines)
-        for number, text in enumerate(args.list.read_text(encoding="utf-8").splitlines(), start=1):
-            line = Line(*text.split("\t"))
-            asked = line.setting in settings_of(args) and args.category in {"all", line.category}
-            if asked and line not in there:
-                raise ValueError(f"{args.list}, line {number}: {args.dataset_root} has no folder for {text!r}")
 
 
 def choose_lines(args: argparse.Namespace, lines: list[Line]) -> list[Line]:
@@ -1325,14 +1295,10 @@ class Evaluation:
         self.failures: list[dict[str, str]] = []
         self.model = (Model if args.pred_dir is None else Predictions)(args, device)
         self.masks = args.masks or ("none" if self.model.mask_free else "files")
-        shown = {"masked": self.masks == "files", "conditioned": self.model.mask_free, "posed": self.model.posed}
-        shown["num_cloths"] = args.num_cloths
-        if args.dataset_root is not None:
-            shown |= {"condition_folder": args.condition_column, "pose_folder": args.pose_folder, "frozen": args.list}
-            self.source = TreeSource(args.dataset_root, args.split, settings_of(args), **shown)
-        else:
-            self.source = RowSource(args, **shown)
-        check_list(args, self.source.lines)
+        roles = ["person", *cloth_roles(args.num_cloths)]
+        roles += ["mask"] * (self.masks == "files") + ["pose"] * self.model.posed
+        by_setting = {"paired": roles + ["condition"] * self.model.mask_free, "unpaired": roles}
+        self.source = (RowSource if args.dataset_root is None else TreeSource)(args, by_setting)
         self.lines = choose_lines(args, self.source.lines)
         self.duplicates = self.drop_duplicates() if args.train_root is not None else {}
         first = next(filter(None, (self.attempt(self.source.pictures, line) for line in self.lines)), None)

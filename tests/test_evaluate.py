@@ -968,7 +968,7 @@ def test_outfits_of_a_table_are_swapped_whole(tmp_path):
         tmp_path / "test.parquet"
     )
     args = parse_args(flags(tmp_path / "out", None, "m", dataset_name=str(tmp_path), num_cloths=2))
-    source = RowSource(args, num_cloths=2)
+    source = RowSource(args, dict.fromkeys(("paired", "unpaired"), ["person", "cloth", "cloth_2", "mask"]))
     first = source.pictures(Line("unpaired", "row-0", "row-1"))
     assert "cloth_2" not in first and np.array_equal(first["cloth"], picture(4))
     second = source.pictures(Line("unpaired", "row-1", "row-2"))
