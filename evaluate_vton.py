@@ -96,6 +96,7 @@ ARROWS = {"ssim": "↑", "psnr": "↑", "lpips": "↓", "fid": "↓", "kid": "�
 CLOTH_TYPES = {"upper_body": "upper", "lower_body": "lower", "dresses": "dress"}
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 INSTALL = "pip install -r requirements-eval.txt"
+LIBRARIES = ("torch", "diffusers", "transformers", "torchmetrics", "torch-fidelity", "torchvision", "numpy", "pillow")
 RESAMPLES = 2000  # of the bootstrap
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 FEWEST_PERSONS = 4  # of FID and KID, whose subsets are halves
@@ -790,9 +791,8 @@ class Predictions:
         return {"model": str(self.folder), "files": ", ".join(sorted(self.suffixes))}
 
     def look_for(self, line: Line) -> Path | None:
-        names = self.names(line)
-        found = [file for name in names for end in SUFFIXES if (file := name.with_name(name.name + end)).is_file()]
-        return found[0] if found else None
+        files = (name.with_name(name.name + end) for name in self.names(line) for end in SUFFIXES)
+        return next(filter(Path.is_file, files), None)
 
     def names(self, line: Line) -> list[Path]:
         """Where a line's picture may lie, without a suffix; a person's name may mean either setting if both are asked for."""
@@ -1656,18 +1656,8 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    libraries = (
-        "torch",
-        "diffusers",
-        "transformers",
-        "torchmetrics",
-        "torch-fidelity",
-        "torchvision",
-        "numpy",
-        "pillow",
-    )
     there = {package.name.lower() for package in importlib.metadata.distributions()}
-    return {name: importlib.metadata.version(name) for name in libraries if name in there}
+    return {name: importlib.metadata.version(name) for name in LIBRARIES if name in there}
 
 
 def load_recognizer(name: str) -> Recognizer:
