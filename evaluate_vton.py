@@ -754,7 +754,6 @@ class Model:
     ) -> Tensor:
         """The bare decode (3, H, W) in [0, 1] at the working size."""
         args = self.args
-        options = {} if args.eta is None else {"eta": args.eta}
         outfit = [pictures[role] for role in cloth_roles(args.num_cloths) if role in pictures]
         return self.pipe(
             pictures.get("condition", pictures["person"]),
@@ -765,11 +764,11 @@ class Model:
             height=size[0],
             width=size[1],
             guidance_scale=args.guidance_scale,
+            eta=args.eta,
             generator=torch.Generator().manual_seed(seed_of(seed, line)),
             composite=False,
             output_type="pt",
             **self.sampling,
-            **options,
         ).images[0]
 
 

@@ -328,8 +328,8 @@ class TryOn:
             drawn = None
         else:
             drawn = self.pipe.predict_mask(picture, kinds, args.looseness)
-        options = {} if pose is None else {"pose_image": open_picture(pose)}
-        return self.pipe.prepare_person(picture, drawn, kinds, args.height, args.width, **options)
+        skeleton = None if pose is None else open_picture(pose)
+        return self.pipe.prepare_person(picture, drawn, kinds, args.height, args.width, pose_image=skeleton)
 
     def prepare_cloth(self, file: Path, height: int, width: int, profile: bytes | None) -> PreparedCloth:
         return self.pipe.prepare_cloth(open_picture(file), height, width, profile)
@@ -540,10 +540,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def is_demo(args: argparse.Namespace) -> bool:
-    return Path(args.model).resolve() == DEMO_MODEL
-
-
 def load(args: argparse.Namespace, device: str | torch.device) -> StableDiffusionVTONPipeline:
     """The pipeline that was named.
 
@@ -585,7 +581,7 @@ def main(args: argparse.Namespace) -> int:
         )
     failures: list[str] = []
     if missing:
-        if is_demo(args) and state.is_main_process:
+        if Path(args.model).resolve() == DEMO_MODEL and state.is_main_process:
             warn_of_photographs(missing)
         try:
             try_on = TryOn(load(args, args.device or state.device), args)
