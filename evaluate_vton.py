@@ -138,9 +138,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--list", type=path, help="a frozen list, OUTPUT_DIR/list.txt of another run, in place of the tree's own")
     add("--num_samples", type=POSITIVE_COUNT, help="the first lines of every list and category (default all)")
     add("--human_parser", help="the parser for --masks parser: a Hub repository or a folder (default: the pipeline's own)")  # fmt: skip
-    add(
-        "--looseness", choices=LOOSENESS, default="loose", help="of --masks parser, as in predict_mask (default loose)"
-    )
+    add("--looseness", choices=LOOSENESS, default="loose", help="of --masks parser, as in predict_mask (default loose)")  # fmt: skip
     add("--num_cloths", type=POSITIVE_COUNT, default=1, help="of an adapter that was trained on outfits: cloths in the folders or columns cloth_2, ... too (default 1)")  # fmt: skip
     add("--cloth_type", choices=tuple(CLOTH_TYPES.values()), default="upper", help="what --masks parser repaints where no category says (default upper)")  # fmt: skip
     add("--masks", choices=("files", "parser", "none"), help="read, drawn by the pipeline's human parser, or none (default files; mask-free: none)")  # fmt: skip
@@ -160,33 +158,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--height", type=POSITIVE_COUNT, help="to work at (default: the adapter's, at the persons' aspect)")
     add("--width", type=POSITIVE_COUNT, help="to work at (default: the adapter's, at the persons' aspect)")
     add("--num_inference_steps", type=POSITIVE_COUNT, help=f"denoising steps (default 50; with --fast {FAST_STEPS})")
-    add(
-        "--fast",
-        action="store_true",
-        help="few ancestral Euler steps, three quarters of them guided, as pipe.fast() has them",
-    )
+    add("--fast", action="store_true", help="few ancestral Euler steps, three quarters of them guided, as pipe.fast() has them")  # fmt: skip
     add("--guidance_scale", type=NOT_NEGATIVE, help="default: the adapter's own")
     add("--scheduler", help="a scheduler class of diffusers (default: the pipeline's own)")
     add("--eta", type=SHARE, help="for DDIM (default: the pipeline's own)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU, else float32")
     add("--batch_size", type=POSITIVE_COUNT, default=4, help="pictures read, and written, side by side (default 4); the UNet sees one at a time, since batches round otherwise")  # fmt: skip
     add("--seed", type=SEED, default=0, help="with a line's name it seeds the line's noise (default 0)")
-    add(
-        "--seeds",
-        type=POSITIVE_COUNT,
-        default=1,
-        help="how often everything is tried on, with seeds from --seed on (default 1)",
-    )
+    add("--seeds", type=POSITIVE_COUNT, default=1, help="how often everything is tried on, with seeds from --seed on (default 1)")  # fmt: skip
 
 
 def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how it is measured").add_argument
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default all; lpips, fid and kid need torchvision and weights")  # fmt: skip
-    add(
-        "--eval_height",
-        type=POSITIVE_COUNT,
-        help="with --eval_width, the size at which truth and result are compared (default: the working size)",
-    )
+    add("--eval_height", type=POSITIVE_COUNT, help="with --eval_width, the size at which truth and result are compared (default: the working size)")  # fmt: skip
     add("--eval_width", type=POSITIVE_COUNT, help="with --eval_height, at the persons' aspect")
     add("--lpips_net", choices=("squeeze", "alex", "vgg"), default="squeeze", help="LPIPS' backbone (default squeeze, as CatVTON and Leffa have it)")  # fmt: skip
     add("--lpips_weights", type=path, help="the backbone's weights, torchvision's file (default: downloaded)")

@@ -270,12 +270,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", help="the text of every picture with --cross_attention prompt (default empty)")
     add("--condition_latents", choices=AdapterSettings.choices("condition_latents"), help="default: unscaled for 8-channel bases (instruct-pix2pix), else scaled")  # fmt: skip
     add("--mask_free", action="store_true", default=None, help="condition on the whole person, in another cloth, instead of a masked one")  # fmt: skip
-    add(
-        "--pose",
-        action="store_true",
-        default=None,
-        help="paint a picture of the pose into the hole that the mask leaves",
-    )
+    add("--pose", action="store_true", default=None, help="paint a picture of the pose into the hole that the mask leaves")  # fmt: skip
     add("--pose_dropout", type=SHARE, default=0.1, help="--pose: share of rows whose hole is grey, for calls without a pose (default 0.1)")  # fmt: skip
     add("--trainable", choices=AdapterSettings.choices("trainable"), help="which UNet weights learn (default self_attention)")  # fmt: skip
     add("--lora_rank", type=POSITIVE_COUNT, help="learn low-rank updates of these weights instead, in diffusers' LoRA format (default off)")  # fmt: skip

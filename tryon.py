@@ -436,19 +436,8 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pictures").add_argument
     add("--person", type=path, required=True, metavar="PATH", help="a photograph, or a folder of them")
     add("--cloth", type=path, required=True, metavar="PATH", help="a picture of a cloth, or a folder of them")
-    add(
-        "--pairs",
-        type=path,
-        metavar="FILE",
-        help=f"lines of a person's and a cloth's file name in those folders, with their endings, and where it is not --cloth_type's, the cloth's kind ({', '.join(REPAINTED)})",
-    )
-    add(
-        "--output",
-        type=path,
-        required=True,
-        metavar="PATH",
-        help="a file for one pair, else a folder: PERSON__CLOTH.EXT, with --one_each PERSON.EXT",
-    )
+    add("--pairs", type=path, metavar="FILE", help=f"lines of a person's and a cloth's file name in those folders, with their endings, and where it is not --cloth_type's, the cloth's kind ({', '.join(REPAINTED)})")  # fmt: skip
+    add("--output", type=path, required=True, metavar="PATH", help="a file for one pair, else a folder: PERSON__CLOTH.EXT, with --one_each PERSON.EXT")  # fmt: skip
     add("--one_each", action="store_true", help="name results after their persons, in one cloth each: of --pairs, else one that is drawn and has another name; what `train_vton.py --mask_free` trains on")  # fmt: skip
     add("--mask", type=path, metavar="PATH", help="white where to repaint: a file, or a folder with the persons' names (default: drawn by the human parser, or none if the adapter is mask-free)")  # fmt: skip
     add("--pose", type=path, metavar="PATH", help="skeletons or the like, for an adapter that reads poses: a file, or a folder with the persons' names")  # fmt: skip
@@ -469,19 +458,10 @@ def device(text: str) -> torch.device:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        default=str(DEMO_MODEL),
-        metavar="NAME",
-        help="the base: a folder or a Hub repository (default: the demo's)",
-    )
+    add("--model", default=str(DEMO_MODEL), metavar="NAME", help="the base: a folder or a Hub repository (default: the demo's)")  # fmt: skip
     add("--adapter", metavar="NAME", help="folder, file or Hub repository for load_vton_adapter (default: the one in the model's folder, if there is one)")  # fmt: skip
     add("--adapter_subfolder", metavar="NAME", help="where in there, such as CatVTON's mix-48k-1024/attention")
-    add(
-        "--human_parser",
-        metavar="NAME",
-        help="folder or Hub repository for load_human_parser (default: the model's own)",
-    )
+    add("--human_parser", metavar="NAME", help="folder or Hub repository for load_human_parser (default: the model's own)")  # fmt: skip
     add("--scheduler", metavar="CLASS", help="a scheduler of diffusers (default: the adapter's, or the model's)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU, else float32")
     add("--device", type=device, help="such as cuda:1 or cpu (default: a GPU where there is one; not with accelerate launch)")  # fmt: skip
@@ -489,34 +469,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("try-on").add_argument
-    add(
-        "--cloth_type",
-        nargs="+",
-        choices=tuple(REPAINTED),
-        default=["upper"],
-        help="what is repainted (default upper)",
-    )
-    add(
-        "--looseness",
-        choices=LOOSENESS,
-        default="loose",
-        help="how far a drawn mask goes beyond the worn cloth (default loose)",
-    )
+    add("--cloth_type", nargs="+", choices=tuple(REPAINTED), default=["upper"], help="what is repainted (default upper)")  # fmt: skip
+    add("--looseness", choices=LOOSENESS, default="loose", help="how far a drawn mask goes beyond the worn cloth (default loose)")  # fmt: skip
     add("--steps", type=POSITIVE_COUNT, metavar="N", help=f"denoising steps (default 50; with --fast {FAST_STEPS})")
-    add(
-        "--fast",
-        action="store_true",
-        help="few ancestral Euler steps, three quarters of them guided, as pipe.fast() has them",
-    )
+    add("--fast", action="store_true", help="few ancestral Euler steps, three quarters of them guided, as pipe.fast() has them")  # fmt: skip
     add("--prompt", metavar="TEXT", help="for an adapter that reads text (default: its own)")
     add("--guidance_scale", type=NOT_NEGATIVE, metavar="X", help="default: the adapter's own")
     add("--seed", type=SEED, default=0, metavar="N", help="of the noise, the same for every pair (default 0)")
-    add(
-        "--height",
-        type=POSITIVE_COUNT,
-        metavar="N",
-        help="size to work at (default: the person's aspect at the adapter's area)",
-    )
+    add("--height", type=POSITIVE_COUNT, metavar="N", help="size to work at (default: the person's aspect at the adapter's area)")  # fmt: skip
     add("--width", type=POSITIVE_COUNT, metavar="N", help="likewise")
     add("--batch_size", type=POSITIVE_COUNT, default=1, metavar="N", help="pairs at a time (default 1)")
 
