@@ -26,7 +26,6 @@ import json
 import logging
 import math
 import os
-import resource
 import sys
 import tempfile
 import threading
@@ -34,7 +33,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -42,6 +41,7 @@ from typing import Any
 
 import accelerate
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate.logging import get_logger
@@ -55,6 +55,7 @@ from tqdm import tqdm
 from pipeline_vton import (
     FAST_STEPS,
     LOOSENESS,
+    AdapterSettings,
     as_masks,
     as_pil,
     as_tensors,
@@ -94,7 +95,7 @@ SETTINGS = ("paired", "unpaired")
 METRICS = ("ssim", "psnr", "lpips", "fid", "kid")
 ARROWS = {"ssim": "↑", "psnr": "↑", "lpips": "↓", "fid": "↓", "kid": "↓", "recognition": "↑"}
 CLOTH_TYPES = {"upper_body": "upper", "lower_body": "lower", "dresses": "dress"}
-SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".PNG", ".WEBP", ".JPG", ".JPEG")
 INSTALL = "pip install -r requirements-eval.txt"
 LIBRARIES = ("torch", "diffusers", "transformers", "torchmetrics", "torch-fidelity", "torchvision", "numpy", "pillow")
 RESAMPLES = 2000  # of the bootstrap
@@ -706,6 +707,8 @@ class Model:
         said = {} if args.eta is None else {"eta": args.eta}
         said |= {"num_cloths": args.num_cloths} if args.num_cloths > 1 else {}
         said |= {"caption_column": args.caption_column} if args.caption_column else {}
+        settings = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+        settings |= {setting.name: pipe.config[setting.name] for setting in fields(AdapterSettings)}
         if self.posed:
             said["poses"] = args.pose_folder or ("the layout's own" if args.dataset_root else args.pose_column)
         return {
@@ -714,6 +717,7 @@ class Model:
             "adapter": args.adapter,
             **({} if args.adapter_subfolder is None else {"adapter_subfolder": args.adapter_subfolder}),
             "weights": fingerprint([*pipe.unet.state_dict().values(), *pipe.vae.state_dict().values()]),
+            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16],
             "scheduler": type(pipe.scheduler).__name__,
             **self.sampling,
             "guidance_scale": pipe.config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
@@ -811,7 +815,7 @@ class Predictions:
             raise ValueError(
                 f"--pred_dir: its folders hold {len(held)} pictures, {belong} of them of the list's {len(lines)} lines"
             )
-        self.suffixes = {file.suffix for file in found.values()}
+        self.suffixes = {file.suffix.lower() for file in found.values()}
         if lossy := sorted(self.suffixes & {".jpg", ".jpeg"}):
             logger.warning("--pred_dir: what %s lost of the pictures is measured with them", " and ".join(lossy))
 
@@ -1226,10 +1230,10 @@ def compare(files: Sequence[Path]) -> str:
     for file, report in zip(files, reports):
         if not report["figures"]:
             raise ValueError(f"{file} has no figures: {len(report['failures'])} of its lines failed")
-        for name, value in report["protocol"].items():
-            if value != reports[0]["protocol"][name]:
-                other = reports[0]["protocol"][name]
-                raise ValueError(f"{files[0]} and {file} were measured differently: {name} is {other} and {value}")
+        for name in reports[0]["protocol"] | report["protocol"]:
+            first, other = (each["protocol"].get(name) for each in (reports[0], report))
+            if first != other:
+                raise ValueError(f"{files[0]} and {file} were measured differently: {name} is {first} and {other}")
     found = [{figure.key: figure for figure in map(read_figure, report["figures"])} for report in reports]
     keys = [key for key in found[0] if all(key in each for each in found)]
     rows = []
@@ -1629,6 +1633,10 @@ def peak_memory(device: torch.device) -> float:
     """The GPU's, or this process's, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024  # of bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -114,7 +114,8 @@ def find_beside(place: Path | None, person: Path, *others: str) -> Path | None:
     """The mask or the pose of a person: the file given, or the one in a folder of the person's name or of an other one."""
     if place is None or place.is_file():
         return place
-    names = [stem + suffix for stem in (person.stem, *others) for suffix in sorted(SUFFIXES)]
+    endings = [case(suffix) for case in (str.lower, str.upper) for suffix in sorted(SUFFIXES)]
+    names = [stem + ending for stem in (person.stem, *others) for ending in endings]
     return next((place / name for name in names if (place / name).is_file()), place / f"{person.stem}.png")
 
 
@@ -230,7 +231,11 @@ def check_made(pairs: list[Pair], args: argparse.Namespace) -> None:
             continue
         if exif.get(ExifTags.Base.Software) != GENERATED:
             continue
-        was, now = json.loads(exif[ExifTags.Base.ImageDescription]), json.loads(told_of(pair, args))
+        try:
+            was = dict(json.loads(exif.get(ExifTags.Base.ImageDescription, "")))
+        except (TypeError, ValueError):  # somebody wrote something else there
+            continue
+        now = json.loads(told_of(pair, args))
         if was != now:
             changed = [what for what in was | now if was.get(what) != now.get(what)]
             shown = ", ".join(f"{what} was {was.get(what)} and is {now.get(what)}" for what in changed)

@@ -54,7 +54,7 @@ from evaluate_vton import (
     squared_error,
     ssim,
 )
-from pipeline_vton import StableDiffusionVTONPipeline, as_tensors, resize
+from pipeline_vton import StableDiffusionVTONPipeline, as_tensors, load_pipeline, resize
 from train_vton import DRESS_CODE_FOLDERS
 
 
@@ -413,6 +413,13 @@ def test_a_killed_run_goes_on(finished, tree, model, tmp_path):
     assert same(results(begun), results(out)) and kept.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="pictures of another run: num_inference_steps was 2 and is 3"):
         evaluate(begun, tree, model, num_inference_steps=3)
+    changed = Path(shutil.copytree(model, tmp_path / "model"))  # the same weights, with another setting
+    pipe = load_pipeline(changed)
+    pipe.register_to_config(eta=0.5)
+    pipe.save_pretrained(changed)
+    (begun / "pictures.json").write_text((begun / "pictures.json").read_text().replace(str(model), str(changed)))
+    with pytest.raises(ValueError, match="pictures of another run: settings was"):
+        evaluate(begun, tree, changed, **UNPAIRED)
 
 
 def test_seeds_spread(finished, tree, model, tmp_path):
@@ -1003,6 +1010,13 @@ def test_reports_side_by_side(tree, tmp_path, capsys):
         (tmp_path / "other.json").write_text(json.dumps(other))
         with pytest.raises(ValueError, match=f"measured differently: {name} is {near['protocol'][name]} and another"):
             compare([reports[0], tmp_path / "other.json"])
+    newer = near | {
+        "protocol": near["protocol"] | {"new": "a"}
+    }  # what one report speaks of alone is a difference, too
+    (tmp_path / "other.json").write_text(json.dumps(newer))
+    for pair in ([reports[0], tmp_path / "other.json"], [tmp_path / "other.json", reports[0]]):
+        with pytest.raises(ValueError, match="measured differently: new is (None and a|a and None)"):
+            compare(pair)
     for text in ("no JSON", "[]", "{}"):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match="--compare: .*other.json is no report of evaluate_vton.py"):

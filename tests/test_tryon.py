@@ -20,7 +20,7 @@ from tiny import ROOT, box_mask, picture, tiny_parser, tiny_pipe, with_odd_exif
 import tryon
 from pipeline_vton import ADAPTER_NAME, load_pipeline
 from train_vton import to_pixels
-from tryon import find_pairs, is_drawn, main, parse_args
+from tryon import find_beside, find_pairs, is_drawn, main, parse_args
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +135,13 @@ def test_what_a_list_names_is_there(shop, model, capsys):
     assert re.search("--person must be one, got .*ann.png", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("name", ["ann.PNG", "ann_mask.JPG", "ann.webp"])
+def test_a_mask_is_found_whatever_its_ending(shop, model, name):
+    (shop / "masks/ann.png").unlink()
+    save(box_mask(), shop / "masks" / name)
+    assert find_beside(shop / "masks", shop / "people/ann.png", "ann_mask") == shop / "masks" / name
+
+
 def test_one_mask_is_one_persons(shop, model, capsys):
     assert run(shop, "nowhere", mask="masks/ann.png") == 2
     assert re.search("--mask .*ann.png is one person's, and there are 2: give a folder", capsys.readouterr().err)
@@ -164,8 +171,11 @@ def test_a_result_says_how_it_was_made_and_is_not_taken_for_another(shop, model,
         assert f"made otherwise ({message}): --overwrite makes it anew" in capsys.readouterr().err
     assert (shop / f"one{suffix}").read_bytes() == before
     assert run(shop, model, "--seed", "3", "--overwrite", **one) == 0
-    save(picture(9), shop / f"one{suffix}")  # of which nothing is known
-    assert run(shop, model, **one) == 0 and "1 of 1 are there already" in capsys.readouterr().err
+    told = Image.Exif()
+    told.update({0x131: exif[0x131], 0x10E: "a dress"})
+    for options in ({}, {"exif": told}):  # of which nothing is known
+        save(picture(9), shop / f"one{suffix}", **options)
+        assert run(shop, model, **one) == 0 and "1 of 1 are there already" in capsys.readouterr().err
 
 
 def test_one_cloth_each_is_never_a_persons_own_and_results_have_persons_names(shop, model, capsys):
