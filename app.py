@@ -813,7 +813,7 @@ def write_space(folder: Path) -> None:
             else:
                 shutil.copy(source, target)
         needed = (ROOT / "requirements.txt").read_text(encoding="utf-8")
-        needed = needed.replace("torch>=2.6", "torch>=2.8,<2.12")  # all that ZeroGPU has
+        needed = needed.replace("torch>=2.8", "torch>=2.8,<2.12")  # all that ZeroGPU has
         (space / "requirements.txt").write_text(needed, encoding="utf-8")
         (space / "README.md").write_text(SPACE_CARD.format(gradio=gr.__version__), encoding="utf-8")
         if folder.exists():
