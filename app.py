@@ -197,13 +197,6 @@ def save_picture(picture: Image.Image, name: str, folder: str, **options: Any) -
     return str(subfolder / f"{name}.png")
 
 
-def save_result(at: "Progress", folder: str) -> str:
-    """Of a finished run, a file that says in EXIF that it is generated."""
-    exif = Image.Exif()
-    exif[ExifTags.Base.Software] = GENERATED
-    return save_picture(at.picture, f"tryon-{at.seed}", folder, exif=exif)
-
-
 def save_editor(person: Image.Image, mask: Image.Image, folder: str) -> dict:
     """An ImageEditor's value, with the mask painted over the person; a composite would be shown as background."""
     layers = [save_picture(mask_layer(mask), "mask", folder)]
@@ -242,6 +235,13 @@ class Progress:
     seed: int
     seconds: float
     finished: bool = False
+
+
+def save_result(at: Progress, folder: str) -> str:
+    """Of a finished run, a file that says in EXIF that it is generated."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = GENERATED
+    return save_picture(at.picture, f"tryon-{at.seed}", folder, exif=exif)
 
 
 class Previewer:

@@ -2,8 +2,8 @@
 
 Printed are PSNR and SSIM inside the mask, and the share of results in which a small network (`demo.recognition`) sees the
 colour, pattern, logo, sleeve and garment length that the cloth truly has, all with the 95 % of the bootstrap: for the adapter
-and for what it has to beat; then where in the mask the error lies. `--by` breaks the figures down by category and factor, `--steps` follows them along the number of
-denoising steps. `--output_dir` receives the tables (report.md) and their plots.
+and for what it has to beat; then where in the mask the error lies. `--by` breaks the figures down by category and factor,
+`--steps` follows them along the number of denoising steps. `--output_dir` receives the tables (report.md) and their plots.
 """
 
 import argparse
@@ -42,12 +42,8 @@ GROUPS = ("category", *FACTORS)
 SHOWN_LOGO = "printed logo"  # of the lines that have one: most have none, which is easily right
 RECOGNISED = (*ATTRIBUTES, SHOWN_LOGO)
 TITLES = {"psnr": "PSNR", "ssim": "SSIM"} | {name: name.replace("_", " ") for name in RECOGNISED}
-PLACES = (
-    "in plain cloths",
-    "in patterned cloths",
-    "at cloths' edges",
-    "skin and background",
-)  # of a mask, each with its PSNR
+# Of a mask, each with a PSNR of its own.
+PLACES = ("in plain cloths", "in patterned cloths", "at cloths' edges", "skin and background")
 EDGE = 5  # pixels across
 
 Figures = dict[str, Interval]
