@@ -16,7 +16,7 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.costs import PeakMemory
 from benchmarks.sd15 import random_parser, random_pipe
+from evaluate_vton import Interval, bootstrap
 from pipeline_vton import (
     ClothCacheAttnProcessor,
     StableDiffusionVTONPipeline,
@@ -57,8 +58,9 @@ class Row:
     text: bool = False
 
 
-BARE, REFERENCE, READING = (
+BARE, BARE_UNGUIDED, REFERENCE, READING = (
     Row("bare UNet", "none"),
+    Row("bare UNet, guidance 1", "none", guided=False),
     Row("reference", "reference"),
     Row("reading the cloth", "reading", False),
 )
@@ -67,7 +69,7 @@ ROWS = (
     Row("bare UNet, with text", "none", text=True),
     REFERENCE,
     Row("joint canvas", "joint"),
-    Row("bare UNet, guidance 1", "none", guided=False),
+    BARE_UNGUIDED,
     Row("reference, guidance 1", "reference", guided=False),
     READING,
 )
@@ -131,10 +133,10 @@ def seconds_of(step: Callable[[], torch.Tensor], device: torch.device) -> float:
 
 
 def time_steps(
-    pipe: StableDiffusionVTONPipeline, size: tuple[int, int], batch: int, rounds: int
+    pipe: StableDiffusionVTONPipeline, size: tuple[int, int], batch: int, rounds: int, rows: Iterable[Row] = ROWS
 ) -> dict[Row, list[float]]:
     """Seconds of every row, one of each a round, after a round to warm up."""
-    seconds = {row: [] for row in ROWS}
+    seconds = {row: [] for row in rows}
     for number in range(1 + rounds):
         for row, taken in seconds.items():
             with step_of(row, pipe, *size, batch) as step:
@@ -178,11 +180,21 @@ def count_flops(pipe: StableDiffusionVTONPipeline, row: Row, size: tuple[int, in
     return counter.get_total_flops()
 
 
+def with_reading(row: Row, costs: dict[Row, float], steps: int) -> float:
+    """What a step costs; one that looks at the cloth carries its share of reading it."""
+    return costs[row] + costs[READING] / steps * (row.cloth == "reference")
+
+
 def ratios(costs: dict[Row, float], steps: int) -> dict[Row, float]:
-    """To the bare UNet of as many rows; a reference step carries its share of reading the cloth."""
-    of_rows = {guided: next(v for r, v in costs.items() if (r.cloth, r.guided, r.text) == ("none", guided, False)) for guided in (True, False)}  # fmt: skip
-    share = costs[READING] / steps
-    return {row: (cost + share * (row.cloth == "reference")) / of_rows[row.guided] for row, cost in costs.items()}
+    """To the bare UNet of as many rows."""
+    return {row: with_reading(row, costs, steps) / costs[BARE if row.guided else BARE_UNGUIDED] for row in costs}
+
+
+def ratio_of_rounds(row: Row, seconds: dict[Row, list[float]], steps: int) -> Interval:
+    """The same of all rounds together, with the bootstrap's 95 % over them: machines that are shared are quicker and slower by turns."""
+    rounds = [dict(zip(seconds, taken)) for taken in zip(*seconds.values())]
+    bare = BARE if row.guided else BARE_UNGUIDED
+    return bootstrap([with_reading(row, costs, steps) for costs in rounds], [costs[bare] for costs in rounds])
 
 
 # ----------------------------------------------------------------------------------------------------- whole pictures
@@ -401,6 +413,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--batches", type=int, nargs="+", default=[1], help="persons a step (default 1)")
     add("--rounds", type=int, default=5, help="timed ones, of which the median counts (default 5)")
     add("--num_inference_steps", type=int, default=50, help="of a picture (default 50)")
+    names = [row.name for row in ROWS]
+    add("--rows", nargs="+", choices=names, default=names, metavar="ROW", help="of steps, beside the bare UNet's (default all)")  # fmt: skip
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT", help="of memory (default all)")  # fmt: skip
     add("--device", default="cpu", help="default cpu")
     add("--channels_last", action="store_true", help="the UNet's weights in that memory format")
@@ -414,9 +428,12 @@ def answer(
     """Titles and cells of one table."""
     steps = args.num_inference_steps
     if question == "steps":
-        seconds = time_steps(pipe, size, batch, args.rounds)
-        times = ratios({row: statistics.median(taken) for row, taken in seconds.items()}, steps)
-        cells = [[row.name, f"{statistics.median(s):.3f}", f"{min(s):.3f}", f"{max(s):.3f}", f"{times[row]:.3f}"] for row, s in seconds.items()]  # fmt: skip
+        rows = [row for row in ROWS if row.name in args.rows or row in {BARE, BARE_UNGUIDED, READING}]
+        cells = []
+        for row, taken in (seconds := time_steps(pipe, size, batch, args.rounds, rows)).items():
+            ratio = ratio_of_rounds(row, seconds, steps)
+            times = [f"{of(taken):.3f}" for of in (statistics.median, min, max)]
+            cells.append([row.name, *times, f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"])
         return ["", "median, s", "fastest", "slowest", f"of the bare UNet, {steps} steps"], cells
     if question == "ways":
         found = time_ways(pipe, size, batch, args.rounds)
