@@ -401,6 +401,8 @@ def _opened(picture: Image.Image, name: str, background: str) -> Image.Image | n
     except (*UNREADABLE, ValueError, AssertionError) as error:  # opened, but not read until now
         reason = error if str(error) else "its file is closed"
         raise ValueError(f"`{name}` must be a whole picture, got one that cannot be read: {reason}") from error
+    if 0 in picture.size:
+        raise ValueError(f"`{name}` must have pixels, got a picture of {picture.width}x{picture.height}")
     if picture.mode == "F" or picture.mode.startswith("I"):  # PIL would cut off at 255
         array = np.asarray(picture).astype(np.float32)
         if picture.mode == "F":  # 0-1, or PIL's own 0-255

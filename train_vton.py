@@ -154,6 +154,7 @@ RESUMED_SETTINGS = (  # what a checkpoint's weights have learnt with
     "trainable", "height", "width", "prompt",
 )  # fmt: skip
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process looks at files or draws
+POLYNOMIAL_END = 1e-7  # diffusers' own
 SCHEDULES = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]  # that one needs rules
 TRACKERS = [*map(str, LoggerType), "none"]
 WARMUP_EPOCHS, WARMUP_START, FINAL_RATE = 5, 0.1, 1e-6
@@ -353,6 +354,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         )
     if args.guidance_distillation and args.guidance_scale is None:
         args.guidance_scale = 1.0  # what is learnt needs no guidance
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
+        parser.error(f"--lr_scheduler polynomial ends at a rate of {POLYNOMIAL_END:g}: --learning_rate must be more, got {args.learning_rate:g}")  # fmt: skip
     if args.lora_rank and args.push_to_hub:
         parser.error("--push_to_hub uploads an adapter and its code: upload a LoRA's OUTPUT_DIR with hf upload")
     if args.lora_rank and args.init_adapter:
@@ -1426,7 +1429,10 @@ def noise_loss(
     if snr_gamma is None:
         return F.mse_loss(predicted, target)
     snr = compute_snr(scheduler, timesteps)
-    weights = snr.clamp(max=snr_gamma) / (snr if scheduler.config.prediction_type == "epsilon" else snr + 1)
+    if scheduler.config.prediction_type == "epsilon":
+        weights = (snr_gamma / snr).clamp(max=1)  # pure noise has an SNR of 0
+    else:
+        weights = snr.clamp(max=snr_gamma) / (snr + 1)
     return (weights * (predicted - target).square().mean(dim=(1, 2, 3))).mean()
 
 
@@ -1834,8 +1840,10 @@ class Trainer:
             raise ValueError(
                 f"--adversarial_start_step {args.adversarial_start_step} is not reached in the {self.total_steps} updates of the run"
             )
-        if warmup > self.total_steps:
-            raise ValueError(f"--lr_warmup_steps {warmup} is more than the {self.total_steps} updates of the run")
+        if warmup > self.total_steps - (args.lr_scheduler == "polynomial"):  # which divides by what is left
+            raise ValueError(
+                f"--lr_warmup_steps {warmup} is too much for --lr_scheduler {args.lr_scheduler} and the {self.total_steps} updates of the run"
+            )
         # Stepped here, once an update: accelerate would step a prepared schedule once a process.
         if args.lr_scheduler == "default":
             self.schedule = warmup_cosine(self.optimizer.optimizer, warmup, self.total_steps)

@@ -605,6 +605,7 @@ BAD_PICTURES = {
     "an empty list": ([], ValueError, r"at least one picture, got \[\]"),
     "an empty batch": (torch.zeros(0, 3, 32, 24), ValueError, "at least one picture"),
     "an empty picture": (np.zeros((0, 24, 3), np.uint8), ValueError, r"\(3, 0, 24\)"),
+    "an empty image": (Image.new("RGB", (0, 5)), ValueError, "must have pixels, got a picture of 0x5"),
     "four channels": (torch.zeros(4, 32, 24), ValueError, r"\(4, 32, 24\)"),
     "a batch of four channels": (torch.zeros(1, 4, 8, 6), ValueError, r"\(4, 8, 6\)"),
     "a list with four channels": ([torch.zeros(4, 32, 24)], ValueError, r"\(4, 32, 24\)"),

@@ -67,6 +67,7 @@ from train_vton import (
     load_rows,
     loosen,
     main,
+    noise_loss,
     open_picture,
     parent_licence,
     parse_args,
@@ -546,7 +547,7 @@ def test_a_used_folder_is_used_again_if_asked(finished, bases, data, tmp_path):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"lr_warmup_steps": 9}, "--lr_warmup_steps 9 is more than"),
+        ({"lr_warmup_steps": 9}, "--lr_warmup_steps 9 is too much for"),
         ({"train_batch_size": 11}, "a step takes 11 pairs"),
         ({"init_adapter": "."}, "--overwrite_output_dir would discard --init_adapter"),
         ({"init_adapter": "checkpoint-4"}, "--overwrite_output_dir would discard --init_adapter"),
@@ -1042,9 +1043,12 @@ def test_training_in_another_thread(bases, data, tmp_path):
     assert (tmp_path / ADAPTER_NAME).exists()
 
 
-def test_a_warmup_longer_than_the_run_is_refused(bases, data, tmp_path):
-    with pytest.raises(ValueError, match="--lr_warmup_steps 3 is more than the 2 updates of the run"):
-        trainer_of(bases[9], data, tmp_path, lr_warmup_steps=3)
+@pytest.mark.parametrize(("name", "warmup"), [("default", 3), ("linear", 3), ("polynomial", 2)])
+def test_a_warmup_that_leaves_nothing_of_the_run_is_refused(bases, data, tmp_path, name, warmup):
+    with pytest.raises(
+        ValueError, match=f"{warmup} is too much for --lr_scheduler {name} and the 2 updates of the run"
+    ):
+        trainer_of(bases[9], data, tmp_path, lr_scheduler=name, lr_warmup_steps=warmup)
 
 
 def test_dropout_takes_its_share():
@@ -1132,6 +1136,18 @@ def test_velocity_and_min_snr(bases, velocity_base, data, tmp_path):
         weights = snr.clamp(max=gamma) / (snr if base == bases[9] else snr + 1)
         *_, weighted = step_of(base, data, tmp_path, snr_gamma=gamma)
         assert weighted.item() == pytest.approx((weights * errors).mean().item(), rel=1e-5)
+
+
+def test_min_snr_weighs_pure_noise():
+    """Betas of zero terminal SNR: what predicts noise there learns it whole, and velocities have nothing to tell."""
+    errors = torch.tensor([3.0, 5.0]).sqrt().view(2, 1, 1, 1)
+    for prediction_type, expected in (("epsilon", 3 / 2), ("v_prediction", 0)):
+        scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction_type)
+        timesteps = torch.tensor([999, 0])
+        loss = noise_loss(scheduler, errors, torch.zeros_like(errors), timesteps, 5.0)
+        snr = (scheduler.alphas_cumprod[0] / (1 - scheduler.alphas_cumprod[0])).item()
+        assert scheduler.alphas_cumprod[-1] == 0
+        assert loss.item() == pytest.approx(expected + 5 * 5 / (snr + (prediction_type != "epsilon")) / 2, rel=1e-5)
 
 
 @torch.no_grad()
@@ -1861,6 +1877,10 @@ def test_arguments_that_do_not_fit(bases, data, tmp_path, changed, message):
         ({"prompt": "a red shirt"}, "--prompt a red shirt needs --cross_attention prompt"),
         ({"cache_latents": True, "augment": "flip"}, "--cache_latents would freeze --augment"),
         ({"mask_free": True, "augment": "mask"}, "--augment mask loosens masks"),
+        (
+            {"lr_scheduler": "polynomial", "learning_rate": 1e-7},
+            "polynomial ends at a rate of 1e-07: --learning_rate must",
+        ),
         ({"lora_rank": 4, "trainable": "all"}, "--lora_rank needs --trainable self_attention or attention, got all"),
     ],
 )
