@@ -36,6 +36,25 @@ def test_a_step_at_sd15s_size_does_little_more_than_the_bare_unets(size, least):
     assert times[speed.REFERENCE] == pytest.approx(least, abs=0.003)
 
 
+def test_a_machine_that_is_slower_by_turns_leaves_a_ratio_as_it_is():
+    rounds = [1.0, 3.0, 2.0]
+    costs = {speed.BARE: 2.0, speed.REFERENCE: 3.0, speed.BARE_UNGUIDED: 1.0, speed.READING: 1.0}
+    seconds = {row: [cost * slower for slower in rounds] for row, cost in costs.items()}
+    found = speed.ratio_of_rounds(speed.REFERENCE, seconds, steps=10)
+    assert found.low == pytest.approx(found.high) and found.value == pytest.approx((3 + 1 / 10) / 2)
+    assert found.value == pytest.approx(speed.ratios(costs, steps=10)[speed.REFERENCE])
+    seconds[speed.REFERENCE][0] *= 2
+    found = speed.ratio_of_rounds(speed.REFERENCE, seconds, steps=10)
+    assert found.low < found.value < found.high
+
+
+def test_rows_of_steps_can_be_chosen(capsys):
+    line = ["steps", "--tiny", "--sizes", "64x48", "--dtypes", "fp32", "--rounds", "1", "--rows", "reference"]
+    speed.main(speed.parse_args(line))
+    names = [row.strip("| ").split(" | ")[0] for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    assert names[1:] == ["bare UNet", "reference", "bare UNet, guidance 1", "reading the cloth"]
+
+
 @pytest.mark.parametrize("question", ["steps", "ways", "flops", "stages"])
 def test_every_question_is_answered(question, capsys):
     line = [question, "--tiny", "--sizes", "64x48", "--dtypes", "fp32", "--rounds", "1", "--num_inference_steps", "2"]
