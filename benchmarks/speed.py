@@ -411,7 +411,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--sizes", type=size_of, nargs="+", default=sizes, help="HEIGHTxWIDTH (default 256x192 512x384 1024x768)")
     add("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default fp32 bf16")
     add("--batches", type=int, nargs="+", default=[1], help="persons a step (default 1)")
-    add("--rounds", type=int, default=5, help="timed ones, of which the median counts (default 5)")
+    add("--rounds", type=int, default=5, help="timed ones (default 5): medians of seconds, and ratios of them all")
     add("--num_inference_steps", type=int, default=50, help="of a picture (default 50)")
     names = [row.name for row in ROWS]
     add("--rows", nargs="+", choices=names, default=names, metavar="ROW", help="of steps, beside the bare UNet's (default all)")  # fmt: skip
