@@ -180,6 +180,10 @@ def count_flops(pipe: StableDiffusionVTONPipeline, row: Row, size: tuple[int, in
     return counter.get_total_flops()
 
 
+def bare_of(row: Row) -> Row:
+    return BARE if row.guided else BARE_UNGUIDED
+
+
 def with_reading(row: Row, costs: dict[Row, float], steps: int) -> float:
     """What a step costs; one that looks at the cloth carries its share of reading it."""
     return costs[row] + costs[READING] / steps * (row.cloth == "reference")
@@ -187,14 +191,13 @@ def with_reading(row: Row, costs: dict[Row, float], steps: int) -> float:
 
 def ratios(costs: dict[Row, float], steps: int) -> dict[Row, float]:
     """To the bare UNet of as many rows."""
-    return {row: with_reading(row, costs, steps) / costs[BARE if row.guided else BARE_UNGUIDED] for row in costs}
+    return {row: with_reading(row, costs, steps) / costs[bare_of(row)] for row in costs}
 
 
 def ratio_of_rounds(row: Row, seconds: dict[Row, list[float]], steps: int) -> Interval:
     """The same of all rounds together, with the bootstrap's 95 % over them: machines that are shared are quicker and slower by turns."""
     rounds = [dict(zip(seconds, taken)) for taken in zip(*seconds.values())]
-    bare = BARE if row.guided else BARE_UNGUIDED
-    return bootstrap([with_reading(row, costs, steps) for costs in rounds], [costs[bare] for costs in rounds])
+    return bootstrap([with_reading(row, costs, steps) for costs in rounds], [costs[bare_of(row)] for costs in rounds])
 
 
 # ----------------------------------------------------------------------------------------------------- whole pictures
